@@ -1,0 +1,2 @@
+//! Guest helper.
+fn main() {}

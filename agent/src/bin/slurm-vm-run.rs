@@ -1,0 +1,2 @@
+//! slurm-vm-run
+fn main() {}

@@ -1,0 +1,2 @@
+//! slurm-vmd
+fn main() {}

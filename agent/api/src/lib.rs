@@ -1,1 +1,5 @@
 //! Shared types.
+#![forbid(unsafe_code)]
+
+pub mod query;
+pub mod session;

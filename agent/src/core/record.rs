@@ -1,0 +1,306 @@
+//! What is known of a VM: the ledger's record, which is also what travels with a move or a save.
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use slurm_vm_api::{
+    outcome,
+    query::MoveView,
+    session::{Ended, Sink, UserEntry},
+    spec::VmSpec,
+};
+
+/// Version of the record's format; a reader takes its own and the one before.
+pub const RECORD_VERSION: u32 = 1;
+
+/// All that is known of one VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// [`RECORD_VERSION`].
+    pub v: u32,
+    /// Slurm's ClusterName.
+    pub cluster: String,
+    /// Node that this record speaks for.
+    pub node: String,
+    /// Slurm's job id.
+    pub job: u32,
+    /// Which VM of the job on this node; 0 until jobs have several.
+    pub k: u32,
+    /// The job's user.
+    pub user: UserEntry,
+    /// What the user asked for.
+    pub spec: VmSpec,
+    /// Minted at the prolog: tells runs of one job apart (Slurm's restart count cannot, design 10).
+    pub run: u64,
+    /// Goes up with every change of owner, so that an older record never wins.
+    pub generation: u64,
+    /// Where the VM is in its life.
+    pub life: Life,
+    /// What Slurm gave the job on this node.
+    pub allocation: Option<Allocation>,
+    /// What the domain is made of, once that is known.
+    pub plan: Option<Plan>,
+    /// Programs that were started in the guest.
+    pub programs: Vec<ProgramRecord>,
+    /// Moves so far, oldest first.
+    pub moves: Vec<MoveView>,
+    /// Unix milliseconds of the request.
+    pub created_ms: u64,
+    /// Unix milliseconds when the guest came up.
+    pub up_ms: Option<u64>,
+    /// Unix milliseconds when the VM ended here.
+    pub ended_ms: Option<u64>,
+    /// The guest's boot id: the same before and after a move.
+    pub boot_id: Option<String>,
+}
+
+/// What Slurm gave the job on one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allocation {
+    /// Host cores by Slurm's (abstract) numbering.
+    pub cores: Vec<u32>,
+    /// Memory in MiB; `None` where Slurm does not track memory.
+    pub mem_mib: Option<u64>,
+}
+
+/// What a domain is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub mem_mib: u64,
+    /// `kvm` or `qemu`.
+    pub domain_type: String,
+    /// The VM's overlay, when the image has a disk.
+    pub overlay: Option<PathBuf>,
+    /// The overlay is on storage that every node sees.
+    pub overlay_shared: bool,
+    /// SHA-256 of the base disk (hex), by which another node finds the same base.
+    pub base_sha256: Option<String>,
+}
+
+/// One program of the job in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramRecord {
+    /// Number of the program in the guest protocol.
+    pub id: u32,
+    /// `batch.0` or `STEP.TASK`.
+    pub key: String,
+    /// stdout and stderr are one stream.
+    pub merged: bool,
+    /// It has a terminal.
+    pub terminal: bool,
+    /// Where stdout went, when that was a regular file.
+    pub stdout: Option<Sink>,
+    /// Where stderr went, when that was a regular file.
+    pub stderr: Option<Sink>,
+    /// Bytes of stdout and stderr that a shim has reported written.
+    pub wrote: [u64; 2],
+    /// How it ended.
+    pub ended: Option<Ended>,
+}
+
+/// Where a VM is in its life.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Life {
+    /// Allocation is read, image checked, overlay made.
+    Preparing,
+    /// The domain was or is being created; the guest has not answered yet.
+    Booting {
+        /// Unix milliseconds by which the guest must have answered.
+        deadline_ms: u64,
+    },
+    /// The guest runs here and this node owns it.
+    Running,
+    /// On its way to another node; this node owns it until the destination runs it.
+    Leaving {
+        /// Destination node.
+        to: String,
+        /// The move, unique in the cluster.
+        move_id: String,
+        /// How far it is.
+        stage: LeavingStage,
+    },
+    /// Runs on another node now; never to be resumed here.
+    Gone {
+        /// The node that has it.
+        to: String,
+    },
+    /// Expected from another node; that one owns it.
+    Arriving {
+        /// Source node.
+        from: String,
+        /// The move.
+        move_id: String,
+    },
+    /// Runs here, while its job is not yet running here.
+    AwaitingJob {
+        /// Unix milliseconds by which the job must have started here.
+        deadline_ms: u64,
+    },
+    /// Paused, its memory is being written to storage.
+    Saving {
+        /// Directory of the save.
+        at: PathBuf,
+    },
+    /// In a save; whoever starts the job next restores it.
+    Saved {
+        /// Directory of the save.
+        at: PathBuf,
+    },
+    /// Being restored from a save.
+    Restoring {
+        /// Directory of the save.
+        from: PathBuf,
+    },
+    /// The domain is being ended and its files removed.
+    Stopping {
+        /// Why.
+        why: End,
+    },
+    /// Nothing is left but this record.
+    Stopped {
+        /// Why.
+        why: End,
+    },
+}
+
+/// How far a leaving VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeavingStage {
+    /// The destination has been asked to prepare.
+    Preparing,
+    /// Memory (and disk) is being copied, the guest runs here.
+    Copying,
+    /// The guest runs there; output offsets are being handed over.
+    Finishing,
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// The job ended.
+    Released,
+    /// The guest did not answer in time.
+    BootTimeout {
+        /// Seconds it was given.
+        seconds: u64,
+    },
+    /// The guest crashed, powered off or was destroyed from outside.
+    GuestLost {
+        /// What happened, as a fragment.
+        how: String,
+    },
+    /// Node, libvirt or agent are at fault: the job may try elsewhere.
+    NodeFault {
+        /// What happened, as a fragment.
+        how: String,
+    },
+    /// The request or the image cannot be used.
+    Refused {
+        /// Why, as a fragment.
+        why: String,
+    },
+    /// An arriving VM that never came.
+    NotArrived,
+    /// The job did not start here in time after a move.
+    NotReadmitted,
+    /// Given up for a requeue from the start.
+    Requeued,
+}
+
+impl End {
+    /// Exit code and line for a shim whose program cannot run on; `None` where the shim needs neither.
+    #[must_use]
+    pub fn verdict(&self) -> Option<(i32, String)> {
+        match self {
+            Self::Released | Self::NotArrived | Self::Requeued => None,
+            Self::BootTimeout { seconds } => {
+                Some((outcome::BOOT_TIMEOUT.into(), format!("the guest did not come up within {seconds} s (see `svm log`)")))
+            }
+            Self::GuestLost { how } => Some((outcome::GUEST_LOST.into(), format!("the guest was lost: {how}"))),
+            Self::NodeFault { how } => Some((outcome::NODE_FAULT.into(), how.clone())),
+            Self::Refused { why } => Some((outcome::REFUSED.into(), why.clone())),
+            Self::NotReadmitted => Some((outcome::GUEST_LOST.into(), "the job was not started again in time after its VM had moved".into())),
+        }
+    }
+}
+
+impl Life {
+    /// One word for tables and logs.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Booting { .. } => "booting",
+            Self::Running => "running",
+            Self::Leaving { .. } => "leaving",
+            Self::Gone { .. } => "gone",
+            Self::Arriving { .. } => "arriving",
+            Self::AwaitingJob { .. } => "awaiting-job",
+            Self::Saving { .. } => "saving",
+            Self::Saved { .. } => "saved",
+            Self::Restoring { .. } => "restoring",
+            Self::Stopping { .. } => "stopping",
+            Self::Stopped { .. } => "stopped",
+        }
+    }
+
+    /// Nothing of the VM is on this node any more but its record.
+    #[must_use]
+    pub fn is_over_here(&self) -> bool {
+        matches!(self, Self::Gone { .. } | Self::Saved { .. } | Self::Stopped { .. })
+    }
+
+    /// This node may let the guest run.
+    #[must_use]
+    pub fn may_run_here(&self) -> bool {
+        match self {
+            Self::Booting { .. } | Self::Running | Self::AwaitingJob { .. } | Self::Restoring { .. } | Self::Saving { .. } => true,
+            Self::Leaving { stage, .. } => *stage != LeavingStage::Finishing,
+            _ => false,
+        }
+    }
+}
+
+impl Record {
+    /// libvirt's name of the domain, the same on every node.
+    #[must_use]
+    pub fn domain(&self) -> String {
+        domain_name(self.job, self.k)
+    }
+
+    /// libvirt's uuid of the domain: version 5 of cluster, job and k, so that every node derives the same.
+    #[must_use]
+    pub fn uuid(&self) -> uuid::Uuid {
+        let name = format!("{}/{}/{}", self.cluster, self.job, self.k);
+        uuid::Uuid::new_v5(&uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, b"https://slurm-vm.org/"), name.as_bytes())
+    }
+
+    /// The program of a step's task, if it was ever started.
+    #[must_use]
+    pub fn program(&self, key: &str) -> Option<&ProgramRecord> {
+        self.programs.iter().find(|p| p.key == key)
+    }
+
+    /// As [`Record::program`], to change it.
+    pub fn program_mut(&mut self, id: u32) -> Option<&mut ProgramRecord> {
+        self.programs.iter_mut().find(|p| p.id == id)
+    }
+}
+
+/// libvirt's name of a job's domain.
+#[must_use]
+pub fn domain_name(job: u32, k: u32) -> String {
+    format!("slurm-{job}-{k}")
+}
+
+/// Name of a program within its job: `batch.0`, `3.1`.
+#[must_use]
+pub fn program_key(step: u32, task: u32) -> String {
+    if step == slurm_vm_api::session::BATCH_STEP { format!("batch.{task}") } else { format!("{step}.{task}") }
+}

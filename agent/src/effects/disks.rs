@@ -1,0 +1,181 @@
+//! Base images and overlays, through `qemu-img`: formats are always named, never probed; a base that stands on
+//! something else is refused (design: security lessons).
+use std::{
+    collections::HashMap,
+    fmt, fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Mutex,
+};
+
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+/// A disk cannot be used or made.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// The image is at fault.
+    #[error("image file {path}: {why}")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The node is at fault: no space, no `qemu-img`.
+    #[error("{act} {path}: {why}")]
+    Node {
+        /// What was done.
+        act: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What failed.
+        why: String,
+    },
+}
+
+/// A base disk that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// SHA-256 of the file in hex.
+    pub sha256: String,
+    /// Size in bytes that the guest sees.
+    pub virtual_bytes: u64,
+}
+
+/// Files behind virtual disks. Calls block; made from worker threads.
+pub trait Disks: Send + Sync + fmt::Debug {
+    /// Checks a base disk and takes its digest; the answer is kept as long as the file stays the same.
+    ///
+    /// # Errors
+    /// [`DiskError::Image`] for a file that is missing, damaged or stands on another file.
+    fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError>;
+    /// Makes an empty overlay over a base disk. An older file of that name is replaced.
+    ///
+    /// # Errors
+    /// [`DiskError::Node`]
+    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError>;
+    /// Removes a file; none there is no error.
+    ///
+    /// # Errors
+    /// [`DiskError::Node`]
+    fn remove(&self, path: &Path) -> Result<(), DiskError>;
+    /// Bytes that a file takes on its storage; 0 when it is not there.
+    fn used_bytes(&self, path: &Path) -> u64;
+    /// Bytes free where this path is.
+    ///
+    /// # Errors
+    /// [`DiskError::Node`]
+    fn free_bytes(&self, path: &Path) -> Result<u64, DiskError>;
+    /// Whether a file can be read (kernel, initrd).
+    ///
+    /// # Errors
+    /// [`DiskError::Image`]
+    fn readable(&self, path: &Path) -> Result<(), DiskError>;
+}
+
+/// The real ones.
+#[derive(Debug, Default)]
+pub struct QemuImg {
+    /// By path: what identified the file, and what was found.
+    known: Mutex<HashMap<PathBuf, (FileIdentity, Base)>>,
+}
+
+type FileIdentity = (u64, u64, u64, i64, i64);
+
+fn identity(path: &Path) -> io::Result<FileIdentity> {
+    let m = fs::metadata(path)?;
+    Ok((m.dev(), m.ino(), m.size(), m.mtime(), m.mtime_nsec()))
+}
+
+/// `qemu-img` with a cleared environment and fixed arguments.
+fn qemu_img(arguments: &[&std::ffi::OsStr]) -> io::Result<std::process::Output> {
+    Command::new("qemu-img").env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C").args(arguments).stdin(Stdio::null()).output()
+}
+
+fn last_line(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).lines().last().unwrap_or("no message").trim_start_matches("qemu-img: ").to_owned()
+}
+
+impl Disks for QemuImg {
+    fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError> {
+        let image = |why: String| DiskError::Image { path: path.into(), why };
+        let id = identity(path).map_err(|e| image(e.to_string()))?;
+        if let Some((_, base)) = self.known.lock().ok().and_then(|k| k.get(path).filter(|(known, _)| *known == id).cloned()) {
+            return Ok(base);
+        }
+        let out = qemu_img(&["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), "-f".as_ref(), format.as_ref(), path.as_os_str()])
+            .map_err(|e| DiskError::Node { act: "run qemu-img info on", path: path.into(), why: e.to_string() })?;
+        if !out.status.success() {
+            return Err(image(format!("it is not a sound {format} image: {}", last_line(&out.stderr))));
+        }
+        let info: serde_json::Value = serde_json::from_slice(&out.stdout).map_err(|e| image(format!("qemu-img info gave no JSON: {e}")))?;
+        if info.get("backing-filename").is_some() {
+            return Err(image("it stands on another file (backing file), which a base image must not".into()));
+        }
+        if info.pointer("/format-specific/data/data-file").is_some() {
+            return Err(image("its data is in another file (data file), which a base image must not have".into()));
+        }
+        if info.pointer("/format-specific/data/corrupt").and_then(serde_json::Value::as_bool) == Some(true) {
+            return Err(image("it is marked corrupt".into()));
+        }
+        if format == "qcow2" {
+            let check = qemu_img(&["check".as_ref(), "-U".as_ref(), "-f".as_ref(), format.as_ref(), path.as_os_str()])
+                .map_err(|e| DiskError::Node { act: "run qemu-img check on", path: path.into(), why: e.to_string() })?;
+            if !check.status.success() {
+                return Err(image(format!("it is damaged: {}", last_line(&check.stderr))));
+            }
+        }
+        let virtual_bytes = info.get("virtual-size").and_then(serde_json::Value::as_u64).unwrap_or_default();
+        let mut file = fs::File::open(path).map_err(|e| image(e.to_string()))?;
+        let mut hash = Sha256::new();
+        io::copy(&mut file, &mut hash).map_err(|e| image(e.to_string()))?;
+        let base = Base { sha256: crate::text::hex(&hash.finalize()), virtual_bytes };
+        if let Ok(mut known) = self.known.lock() {
+            known.insert(path.into(), (id, base.clone()));
+        }
+        Ok(base)
+    }
+
+    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError> {
+        let node = |why: String| DiskError::Node { act: "make overlay", path: overlay.into(), why };
+        self.remove(overlay)?;
+        let out = qemu_img(&[
+            "create".as_ref(),
+            "-q".as_ref(),
+            "-f".as_ref(),
+            "qcow2".as_ref(),
+            "-F".as_ref(),
+            base_format.as_ref(),
+            "-b".as_ref(),
+            base.as_os_str(),
+            overlay.as_os_str(),
+        ])
+        .map_err(|e| node(e.to_string()))?;
+        if out.status.success() { Ok(()) } else { Err(node(last_line(&out.stderr))) }
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), DiskError> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(DiskError::Node { act: "remove", path: path.into(), why: e.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn used_bytes(&self, path: &Path) -> u64 {
+        // st_blocks counts units of 512 bytes (stat(2)).
+        fs::metadata(path).map(|m| m.blocks() * 512).unwrap_or(0)
+    }
+
+    fn free_bytes(&self, path: &Path) -> Result<u64, DiskError> {
+        let s = nix::sys::statvfs::statvfs(path).map_err(|e| DiskError::Node { act: "look at", path: path.into(), why: e.to_string() })?;
+        Ok(s.blocks_available() * s.fragment_size())
+    }
+
+    fn readable(&self, path: &Path) -> Result<(), DiskError> {
+        fs::File::open(path).map(drop).map_err(|e| DiskError::Image { path: path.into(), why: e.to_string() })
+    }
+}

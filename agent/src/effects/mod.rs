@@ -1,0 +1,54 @@
+//! Everything outside the process goes through the traits gathered in [`World`]: time, the ledger, disks, libvirt,
+//! Slurm. Here is where fault points stand ([`faults`]) and where the simulation plugs in its fakes; a test
+//! (`tests/effects.rs`) fails on a direct call elsewhere.
+pub mod disks;
+pub mod faults;
+pub mod store;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+pub use disks::{Base, DiskError, Disks};
+pub use faults::Faults;
+pub use store::{Store, StoreError};
+
+use crate::{hypervisor::Hypervisor, slurm::Slurm};
+
+/// Wall-clock time.
+pub trait Clock: Send + Sync + fmt::Debug {
+    /// Unix time in milliseconds.
+    fn now_ms(&self) -> u64;
+    /// Blocks this thread.
+    fn sleep(&self, for_: Duration);
+}
+
+/// The machine's own clock.
+#[derive(Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now_ms(&self) -> u64 {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn sleep(&self, for_: Duration) {
+        std::thread::sleep(for_);
+    }
+}
+
+/// All effects of one agent.
+#[derive(Debug, Clone)]
+pub struct World {
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// The ledger and logs.
+    pub store: Arc<dyn Store>,
+    /// Images and overlays.
+    pub disks: Arc<dyn Disks>,
+    /// libvirt.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Slurm's commands.
+    pub slurm: Arc<dyn Slurm>,
+    /// Where to die on purpose.
+    pub faults: Faults,
+}

@@ -1,0 +1,510 @@
+//! The node role: which VMs there are, and the way to each one's owner thread. Shared by the socket server, the peer
+//! server and the health watch; holds no VM state itself but the last record of those that are over.
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use slurm_vm_api::{
+    query::{Totals, VmView},
+    session::{Frame, ToShim, UserEntry},
+    spec::VmSpec,
+};
+
+use crate::{
+    config::{Config, DomainTypeChoice},
+    core::{End, Life, Record, record::RECORD_VERSION, record::domain_name},
+    effects::World,
+    hypervisor::{DomainEvent, DomainType, StopReason},
+    peer::PeerAgent,
+    vm::{self, Attach, Birth, Request, view},
+};
+
+/// How long the owner of a VM may take to answer a question that needs no effect.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// A VM as the registry knows it.
+#[derive(Debug)]
+enum Entry {
+    Live(Sender<Request>),
+    Over(Box<Record>),
+}
+
+/// The node role of an agent.
+#[derive(Debug)]
+pub struct Node {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// NodeName.
+    pub name: String,
+    /// Effects.
+    pub world: World,
+    /// Other nodes' agents.
+    pub peers: Arc<PeerAgent>,
+    /// Moves of which this node is an end.
+    pub moves: vm::moving::OpenMoves,
+    vms: Mutex<HashMap<u32, Entry>>,
+    domain_type: OnceLock<(DomainType, String)>,
+}
+
+impl Node {
+    /// A node role without VMs yet; call [`Node::recover`] before serving.
+    #[must_use]
+    pub fn new(config: Arc<Config>, world: World, peers: Arc<PeerAgent>) -> Arc<Self> {
+        let name = config.node();
+        Arc::new(Self {
+            config,
+            name,
+            world,
+            peers,
+            moves: vm::moving::OpenMoves::default(),
+            vms: Mutex::new(HashMap::new()),
+            domain_type: OnceLock::new(),
+        })
+    }
+
+    fn vms(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
+        self.vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Domain type of new VMs: chosen once, by the configuration or the probe.
+    #[must_use]
+    pub fn domain_type(&self) -> DomainType {
+        self.domain_type_and_reason().0
+    }
+
+    /// As [`Node::domain_type`], with the reason for people.
+    #[must_use]
+    pub fn domain_type_and_reason(&self) -> (DomainType, String) {
+        self.domain_type
+            .get_or_init(|| {
+                let chosen = match self.config.hypervisor.domain_type {
+                    DomainTypeChoice::Kvm => (DomainType::Kvm, "set in the configuration".to_owned()),
+                    DomainTypeChoice::Qemu => (DomainType::Qemu, "set in the configuration".to_owned()),
+                    DomainTypeChoice::Auto => crate::probe::choose(&self.config, &self.world),
+                };
+                log::info!("domain type {}: {}", type_name(chosen.0), chosen.1);
+                chosen
+            })
+            .clone()
+    }
+
+    /// Brings ledger, libvirt and Slurm together after a start: each VM goes on where it was, or is ended.
+    pub fn recover(self: &Arc<Self>) {
+        let records = match self.world.store.load() {
+            Ok(records) => records,
+            Err(e) => {
+                log::error!("the ledger cannot be read: {}", crate::text::chain(&e));
+                return;
+            }
+        };
+        let domains = self.world.hypervisor.list().unwrap_or_else(|e| {
+            log::error!("libvirt cannot be asked for its domains: {e}");
+            Vec::new()
+        });
+        let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
+        let now = self.world.clock.now_ms();
+        let mut known = Vec::new();
+        for record in records {
+            let record = match record {
+                Ok(record) => record,
+                Err(e) => {
+                    log::error!("{}", crate::text::chain(&e));
+                    continue;
+                }
+            };
+            known.push(record.domain());
+            let job = record.job;
+            if record.life.is_over_here() {
+                if record.ended_ms.is_some_and(|ended| ended + keep_ms < now) {
+                    let _ = self.world.store.remove(&record.domain());
+                } else {
+                    self.vms().insert(job, Entry::Over(Box::new(record)));
+                }
+                continue;
+            }
+            let domain_here = domains.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid());
+            let job_here = match self.world.slurm.job(job) {
+                Ok(Some(info)) => Some(info.is_active() && info.allocation.iter().any(|a| a.node == self.name)),
+                Ok(None) => Some(false),
+                Err(_) => None,
+            };
+            log::info!("job {job}: found {} in the ledger (domain here: {domain_here}, job here: {job_here:?})", record.life.name());
+            let tx = vm::spawn(self.clone(), Birth::Recovered { record, domain_here, job_here });
+            self.vms().insert(job, Entry::Live(tx));
+        }
+        for d in domains.iter().filter(|d| !known.contains(&d.name)) {
+            log::warn!("domain {} is ours and in no record: ending it", d.name);
+            if let Err(e) = self.world.hypervisor.destroy(&d.name) {
+                log::error!("cannot end {}: {e}", d.name);
+            }
+        }
+    }
+
+    /// Prolog: the job may run here soon. Returns the run number at once; everything else happens on the VM's thread.
+    ///
+    /// # Errors
+    /// A fragment for the log.
+    pub fn ensure(self: &Arc<Self>, job: u32, user: UserEntry, spec: VmSpec) -> Result<u64, String> {
+        for _ in 0..2 {
+            let mut vms = self.vms();
+            let run = match vms.get(&job) {
+                Some(Entry::Live(tx)) => {
+                    let tx = tx.clone();
+                    drop(vms);
+                    let (reply, answer) = bounded(1);
+                    let record = self.ask(&tx, |r| Request::Record(r));
+                    if let Some(record) = record.filter(|r| matches!(r.life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. })) {
+                        // The last run is still on its way out: begin anew as soon as it is over.
+                        let node = self.clone();
+                        let run = record.run + 1;
+                        std::thread::spawn(move || node.ensure_after(job, user, spec));
+                        return Ok(run);
+                    }
+                    if tx.send(Request::JobHere(reply)).is_ok()
+                        && let Ok(run) = answer.recv_timeout(ANSWER)
+                    {
+                        return Ok(run);
+                    }
+                    continue;
+                }
+                Some(Entry::Over(last)) => last.run + 1,
+                None => 1,
+            };
+            let birth = self.birth(job, run, user, spec);
+            let tx = vm::spawn(self.clone(), birth);
+            vms.insert(job, Entry::Live(tx));
+            return Ok(run);
+        }
+        Err(format!("the owner of job {job}'s VM does not answer"))
+    }
+
+    /// As [`Node::ensure`], once the VM of the job's last run is over here.
+    fn ensure_after(self: &Arc<Self>, job: u32, user: UserEntry, spec: VmSpec) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(120);
+        loop {
+            let over = match self.vms().get(&job) {
+                Some(Entry::Live(_)) => false,
+                Some(Entry::Over(_)) | None => true,
+            };
+            if over || std::time::Instant::now() > deadline {
+                break;
+            }
+            self.world.clock.sleep(Duration::from_millis(50));
+        }
+        if let Err(e) = self.ensure(job, user, spec) {
+            log::error!("job {job}: {e}");
+        }
+    }
+
+    /// A record for a new VM, or the one of a save that waits on shared storage.
+    fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
+        let now = self.world.clock.now_ms();
+        if let Some(saved) = vm::moving::find_save(self, job, user.uid) {
+            let mut record = saved;
+            record.run = run.max(record.run + 1);
+            record.node.clone_from(&self.name);
+            record.generation += 1;
+            return Birth::Expected(record);
+        }
+        Birth::New(Record {
+            v: RECORD_VERSION,
+            cluster: self.config.cluster.clone(),
+            node: self.name.clone(),
+            job,
+            k: 0,
+            user,
+            spec: VmSpec { boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)), ..spec },
+            run,
+            generation: 1,
+            life: Life::Preparing,
+            allocation: None,
+            plan: None,
+            programs: vec![],
+            moves: vec![],
+            created_ms: now,
+            up_ms: None,
+            ended_ms: None,
+            boot_id: None,
+        })
+    }
+
+    /// Takes in a VM that is to arrive from another node.
+    ///
+    /// # Errors
+    /// When this node has a live VM of the job already.
+    pub fn expect(self: &Arc<Self>, record: Record) -> Result<(), String> {
+        let mut vms = self.vms();
+        if let Some(Entry::Live(_)) = vms.get(&record.job) {
+            return Err(format!("job {} has a VM here already", record.job));
+        }
+        let job = record.job;
+        let tx = vm::spawn(self.clone(), Birth::Expected(record));
+        vms.insert(job, Entry::Live(tx));
+        Ok(())
+    }
+
+    /// Epilog: returns when the VM has left this node or `wait` has passed and it was ended.
+    ///
+    /// # Errors
+    /// Names the domain that could not be ended.
+    pub fn release(&self, job: u32, wait: Duration) -> Result<(), String> {
+        let tx = match self.vms().get(&job) {
+            Some(Entry::Live(tx)) => tx.clone(),
+            _ => return Ok(()),
+        };
+        let (reply, answer) = bounded(1);
+        if tx.send(Request::Release(reply)).is_err() {
+            return Ok(());
+        }
+        if let Ok(outcome) = answer.recv_timeout(wait) {
+            return outcome;
+        }
+        let domain = domain_name(job, 0);
+        log::warn!("job {job}: its VM did not leave within {} s: ending {domain}", wait.as_secs());
+        let (reply, answer) = bounded(1);
+        let _ = tx.send(Request::Release(reply));
+        match self.world.hypervisor.destroy(&domain) {
+            Ok(_) => {
+                let _ = answer.recv_timeout(ANSWER);
+                Ok(())
+            }
+            Err(e) => Err(format!("domain {domain} cannot be ended: {e}")),
+        }
+    }
+
+    /// A shim wants its program run. A job that the prolog did not announce (the agent was down then) is looked up in
+    /// Slurm first: the shim's word alone is not believed.
+    pub fn attach(self: &Arc<Self>, attach: Attach, peer_uid: u32) {
+        let job = attach.open.job;
+        let refuse = |outcome: u8, why: String| {
+            let _ = attach.to.send(Frame::Control(ToShim::Failed { outcome: outcome.into(), why }));
+        };
+        let known = match self.vms().get(&job) {
+            Some(Entry::Live(tx)) => Some(tx.clone()),
+            Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
+                if let Some((outcome, why)) = over_verdict(last) {
+                    refuse(outcome, why);
+                    return;
+                }
+                None
+            }
+            _ => None,
+        };
+        let tx = match known {
+            Some(tx) => {
+                let owner = self.ask(&tx, Request::Record).map(|r| r.user.uid);
+                if owner.is_some_and(|uid| uid != peer_uid) && peer_uid != 0 {
+                    refuse(slurm_vm_api::outcome::REFUSED, format!("job {job} is not yours"));
+                    return;
+                }
+                tx
+            }
+            None => match self.ensure_from_slurm(job, peer_uid, &attach) {
+                Ok(tx) => tx,
+                Err(why) => {
+                    refuse(slurm_vm_api::outcome::NODE_FAULT, why);
+                    return;
+                }
+            },
+        };
+        let to = attach.to.clone();
+        if tx.send(Request::Attach(Box::new(attach))).is_err() {
+            let _ = to.send(Frame::Control(ToShim::Failed {
+                outcome: slurm_vm_api::outcome::NODE_FAULT.into(),
+                why: "the VM's owner has ended".into(),
+            }));
+        }
+    }
+
+    fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
+        let info = self.world.slurm.job(job).map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
+        let info = info.ok_or_else(|| format!("Slurm knows no job {job}"))?;
+        if info.uid != uid && uid != 0 {
+            return Err(format!("job {job} is not yours"));
+        }
+        if !info.allocation.iter().any(|a| a.node == self.name) {
+            return Err(format!("job {job} does not run on {}", self.name));
+        }
+        log::info!("job {job}: not announced by the prolog, taken from Slurm");
+        self.ensure(job, UserEntry { uid: info.uid, ..attach.open.user.clone() }, attach.open.spec.clone())?;
+        match self.vms().get(&job) {
+            Some(Entry::Live(tx)) => Ok(tx.clone()),
+            _ => Err(format!("the VM of job {job} ended at once")),
+        }
+    }
+
+    /// The way to a live VM's owner.
+    #[must_use]
+    pub fn owner(&self, job: u32) -> Option<Sender<Request>> {
+        match self.vms().get(&job) {
+            Some(Entry::Live(tx)) => Some(tx.clone()),
+            _ => None,
+        }
+    }
+
+    /// Asks an owner something that needs no effect.
+    pub fn ask<T>(&self, owner: &Sender<Request>, question: impl FnOnce(Sender<T>) -> Request) -> Option<T> {
+        let (reply, answer) = bounded(1);
+        owner.send(question(reply)).ok()?;
+        answer.recv_timeout(ANSWER).ok()
+    }
+
+    /// What there is of a job here, alive or over.
+    #[must_use]
+    pub fn view(self: &Arc<Self>, job: u32) -> Option<VmView> {
+        let tx = match self.vms().get(&job)? {
+            Entry::Live(tx) => tx.clone(),
+            Entry::Over(record) => return Some(view::of(self, record, None)),
+        };
+        self.ask(&tx, Request::View)
+    }
+
+    /// The record of a job here, alive or over.
+    #[must_use]
+    pub fn record(&self, job: u32) -> Option<Record> {
+        let tx = match self.vms().get(&job)? {
+            Entry::Live(tx) => tx.clone(),
+            Entry::Over(record) => return Some((**record).clone()),
+        };
+        self.ask(&tx, Request::Record)
+    }
+
+    /// All VMs of this node, those that are over last.
+    #[must_use]
+    pub fn views(self: &Arc<Self>) -> Vec<VmView> {
+        let jobs: Vec<u32> = self.vms().keys().copied().collect();
+        let mut views: Vec<VmView> = jobs.into_iter().filter_map(|job| self.view(job)).collect();
+        views.sort_by_key(|v| (v.state == "stopped" || v.state == "gone" || v.state == "saved", v.job));
+        views
+    }
+
+    /// What this node's VMs have been given.
+    #[must_use]
+    pub fn totals(&self, views: &[VmView]) -> Totals {
+        let mut t = Totals { scope: self.name.clone(), ..Totals::default() };
+        for v in views {
+            let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
+            if alive {
+                t.vms += 1;
+                t.vcpus += v.vcpus;
+                t.mem_mib += v.mem_mib;
+                t.disk_bytes += v.disk_bytes;
+            } else {
+                t.ended += 1;
+            }
+            t.run_seconds += v.run_seconds;
+            t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            for m in v.moves.iter().filter(|m| m.from == self.name && m.outcome == "done") {
+                t.moves += 1;
+                t.moved_bytes += m.bytes;
+            }
+        }
+        t
+    }
+
+    /// Called by an owner whose VM is over here and that has nobody to answer: `true` lets it end.
+    #[must_use]
+    pub fn retire(&self, record: &Record, rx: &Receiver<Request>) -> bool {
+        let mut vms = self.vms();
+        if rx.is_empty() {
+            vms.insert(record.job, Entry::Over(Box::new(record.clone())));
+            true
+        } else {
+            false
+        }
+    }
+
+    /// Keeps the marker by which the epilog hook knows a job whose VM was asked for by a step only.
+    pub fn mark(&self, record: &Record) {
+        let marker = self.marker(record.job);
+        let done = if record.life.is_over_here() {
+            std::fs::remove_file(&marker).or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+        } else {
+            std::fs::write(&marker, b"")
+        };
+        if let Err(e) = done {
+            log::warn!("job {}: marker {}: {e}", record.job, marker.display());
+        }
+    }
+
+    fn marker(&self, job: u32) -> PathBuf {
+        self.config.run_dir.join("jobs").join(job.to_string())
+    }
+
+    /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.
+    pub fn notice(&self, job: u32) {
+        log::info!("job {job}: preemption notice");
+    }
+
+    /// Passes libvirt's events on to the owners; runs on its own thread until the hypervisor goes away.
+    pub fn watch_domains(self: &Arc<Self>, events: &Receiver<DomainEvent>) {
+        let mut panicked: HashMap<String, &'static str> = HashMap::new();
+        for event in events {
+            match event {
+                DomainEvent::Panicked { name, .. } => {
+                    panicked.insert(name, "its kernel panicked");
+                }
+                DomainEvent::Rebooted { name, .. } => {
+                    panicked.insert(name, "it was rebooted");
+                }
+                DomainEvent::Stopped { name, reason, .. } => {
+                    let how = panicked.remove(&name).unwrap_or(match reason {
+                        StopReason::Shutdown => "it powered off",
+                        StopReason::Destroyed => "its domain was destroyed",
+                        StopReason::Crashed => "QEMU died",
+                        StopReason::Failed => "QEMU failed",
+                        StopReason::Migrated | StopReason::Saved => continue,
+                        StopReason::Other => "its domain ended",
+                    });
+                    self.tell(&name, crate::core::Event::DomainEnded { how: how.into() });
+                }
+                DomainEvent::ConnectionBack => self.recheck(),
+                DomainEvent::ConnectionLost => log::warn!("the connection to libvirt is lost"),
+                other => log::debug!("{other:?}"),
+            }
+        }
+    }
+
+    fn tell(&self, domain: &str, event: crate::core::Event) {
+        let job = domain.strip_prefix("slurm-").and_then(|r| r.split('-').next()).and_then(|j| j.parse::<u32>().ok());
+        if let Some(tx) = job.and_then(|j| self.owner(j)) {
+            let _ = tx.send(Request::Core(event));
+        }
+    }
+
+    /// Events may have been lost while libvirt was away: compare.
+    fn recheck(self: &Arc<Self>) {
+        let Ok(domains) = self.world.hypervisor.list() else { return };
+        let jobs: Vec<(u32, Sender<Request>)> =
+            self.vms().iter().filter_map(|(j, e)| if let Entry::Live(tx) = e { Some((*j, tx.clone())) } else { None }).collect();
+        for (job, tx) in jobs {
+            let Some(record) = self.ask(&tx, Request::Record) else { continue };
+            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == domain_name(job, 0)) {
+                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded { how: "it ended while libvirt was away".into() }));
+            }
+        }
+        log::info!("libvirt is back, {} domains", domains.len());
+    }
+}
+
+/// libvirt's name of a domain type.
+#[must_use]
+pub fn type_name(t: DomainType) -> &'static str {
+    match t {
+        DomainType::Kvm => "kvm",
+        DomainType::Qemu => "qemu",
+    }
+}
+
+/// What a shim that comes after the end is told; `None` where the job may begin anew.
+fn over_verdict(last: &Record) -> Option<(u8, String)> {
+    match &last.life {
+        Life::Stopped { why: End::Released | End::Requeued | End::NotArrived } | Life::Gone { .. } | Life::Saved { .. } => None,
+        Life::Stopped { why } => why.verdict().map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
+        _ => None,
+    }
+}

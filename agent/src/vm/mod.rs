@@ -1,0 +1,83 @@
+//! One owner thread per VM (`vm-JOB`): it alone has the [`crate::core::Vm`], its programs and its connection to the
+//! guest. Everyone else sends a [`Request`] with a reply sender. Slow effects (libvirt, qemu-img, Slurm, peers) run on
+//! threads of their own and come back as [`Request::Core`] events, so that the owner always answers.
+//!
+//! What can fail: an effect fails (the core decides), the agent dies (the ledger and libvirt say on restart where
+//! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
+pub mod moving;
+mod owner;
+pub mod prepare;
+pub mod programs;
+mod spool;
+pub mod view;
+
+use crossbeam_channel::Sender;
+use slurm_vm_api::{
+    query::{MoveView, VmView},
+    session::{Frame, ToAgent},
+};
+
+pub use owner::{Birth, spawn};
+pub use programs::Attach;
+
+use crate::core::{Event, ProgramRecord, Record};
+
+/// What others ask of a VM's owner.
+#[derive(Debug)]
+pub enum Request {
+    /// The job starts on this node (prolog); answered with the run number.
+    JobHere(Sender<u64>),
+    /// The job leaves this node; answered when the VM has left it, or could not be ended.
+    Release(Sender<Result<(), String>>),
+    /// A shim opens its session.
+    Attach(Box<Attach>),
+    /// A frame of a session.
+    FromShim {
+        /// The session.
+        session: u64,
+        /// The frame.
+        frame: Frame<ToAgent>,
+    },
+    /// A session's connection ended.
+    Detach {
+        /// The session.
+        session: u64,
+    },
+    /// What `svm` shows.
+    View(Sender<VmView>),
+    /// The record as it is, for moves and recovery.
+    Record(Sender<Record>),
+    /// Something happened.
+    Core(Event),
+    /// Move the VM; answered when it has moved or stays.
+    MoveOut {
+        /// Where and how.
+        order: moving::MoveOrder,
+        /// What became of it.
+        reply: Sender<Result<MoveView, String>>,
+    },
+    /// Save the VM; answered when it is saved or goes on.
+    Save {
+        /// Directory of the save.
+        at: std::path::PathBuf,
+        /// `preemption`, `drain` or `asked`.
+        cause: String,
+        /// What became of it.
+        reply: Sender<Result<MoveView, String>>,
+    },
+    /// Destination of a live move: output offsets, history and kept output from the source.
+    TookOver {
+        /// Programs with offsets.
+        programs: Vec<ProgramRecord>,
+        /// History.
+        moves: Vec<MoveView>,
+        /// Kept output: program, stream index, offset, bytes.
+        spools: Vec<(u32, usize, u64, Vec<u8>)>,
+        /// Done.
+        reply: Sender<()>,
+    },
+    /// Progress of the move that is under way, as one line; `None` when there is none.
+    Progress(Sender<Option<String>>),
+    /// What the controller thinks a preemption would do.
+    Verdict(String),
+}

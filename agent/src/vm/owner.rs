@@ -1,0 +1,604 @@
+//! The owner thread: turns requests, guest events and time into core events, and carries out effects.
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
+use slurm_vm_api::{
+    guest::{Action, Scope},
+    query::MoveView,
+    session::{Cause, Frame, Stream, ToAgent, ToShim},
+};
+
+use super::{
+    Request,
+    moving::{self, MoveOrder},
+    prepare,
+    programs::{Attach, Programs, ToGuest},
+    view,
+};
+use crate::{
+    core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
+    guest::{GuestLink, LinkEvent, LinkRequest},
+    node::Node,
+};
+
+/// How a VM comes into this agent.
+#[derive(Debug)]
+pub enum Birth {
+    /// Its job begins here.
+    New(Record),
+    /// It is expected from another node, or from a save.
+    Expected(Record),
+    /// It is in the ledger of an agent that was restarted.
+    Recovered {
+        /// The ledger's record.
+        record: Record,
+        /// libvirt has its domain.
+        domain_here: bool,
+        /// Slurm runs its job here; `None` when Slurm did not say.
+        job_here: Option<bool>,
+    },
+}
+
+/// How often the core is told that time has passed.
+const TICK: Duration = Duration::from_millis(500);
+/// How long shims get to sync their output when the VM leaves.
+const HAND_OVER: Duration = Duration::from_secs(5);
+
+struct Owner {
+    node: Arc<Node>,
+    vm: Vm,
+    domain: String,
+    tx: Sender<Request>,
+    link: Option<GuestLink>,
+    programs: Programs,
+    waiting_attach: Vec<Attach>,
+    releases: Vec<Sender<Result<(), String>>>,
+    order: Option<MoveOrder>,
+    move_reply: Option<Sender<Result<MoveView, String>>>,
+    hand_over: Option<HandOver>,
+    next_request: u64,
+    verdict: Option<String>,
+    /// Slurm's restart count as the shims report it.
+    restart: u32,
+    started_at: Instant,
+}
+
+/// Shims that still have to report that their output is safe.
+struct HandOver {
+    waiting: Vec<u64>,
+    deadline: Instant,
+    save: bool,
+}
+
+/// Starts the owner thread of a VM and returns the way to it.
+#[must_use]
+pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
+    let (tx, rx) = unbounded();
+    let mine = tx.clone();
+    let job = match &birth {
+        Birth::New(r) | Birth::Expected(r) | Birth::Recovered { record: r, .. } => r.job,
+    };
+    let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
+        let resumed = !matches!(birth, Birth::New(_));
+        let (vm, effects) = match birth {
+            Birth::New(record) => Vm::new(record),
+            Birth::Expected(record) => Vm::expected(record),
+            Birth::Recovered { record, domain_here, job_here } => Vm::recovered(record, domain_here, job_here),
+        };
+        let domain = vm.record.domain();
+        let dir = node.world.store.vm_dir(&domain);
+        let programs = Programs::new(&vm.record.programs, dir, u64::from(node.config.node.spool_mib) << 20, resumed);
+        let mut owner = Owner {
+            node,
+            domain,
+            vm,
+            tx: mine,
+            link: None,
+            programs,
+            waiting_attach: Vec::new(),
+            releases: Vec::new(),
+            order: None,
+            move_reply: None,
+            hand_over: None,
+            next_request: 1,
+            verdict: None,
+            restart: 0,
+            started_at: Instant::now(),
+        };
+        owner.carry_out(effects);
+        owner.run(&rx);
+    });
+    if let Err(e) = spawned {
+        log::error!("job {job}: cannot start its thread: {e}");
+    }
+    tx
+}
+
+impl Owner {
+    fn run(&mut self, rx: &Receiver<Request>) {
+        let nothing = never();
+        let mut next_tick = Instant::now() + TICK;
+        loop {
+            let link = self.link.as_ref().map_or(&nothing, |l| l.events()).clone();
+            select! {
+                recv(rx) -> request => match request {
+                    Ok(request) => self.on_request(request),
+                    Err(_) => return,
+                },
+                recv(link) -> event => match event {
+                    Ok(event) => self.on_link(event),
+                    Err(_) => self.link = None,
+                },
+                default(next_tick.saturating_duration_since(Instant::now())) => {}
+            }
+            if Instant::now() >= next_tick {
+                next_tick = Instant::now() + TICK;
+                if self.hand_over.as_ref().is_some_and(|h| Instant::now() >= h.deadline) {
+                    self.end_hand_over();
+                }
+                self.core(Event::Tick);
+            }
+            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() && self.node.retire(&self.vm.record, rx) {
+                return;
+            }
+        }
+    }
+
+    fn core(&mut self, event: Event) {
+        if !matches!(event, Event::Tick) {
+            log::debug!("job {}: {} <- {event:?}", self.vm.record.job, self.vm.record.life.name());
+        }
+        let before = self.vm.record.life.name();
+        let await_ms = u64::from(self.node.config.node.await_job_s) * 1000;
+        let effects = self.vm.on_event(self.node.world.clock.now_ms(), await_ms, event);
+        let after = self.vm.record.life.name();
+        if before != after {
+            log::info!("job {}: {before} -> {after}", self.vm.record.job);
+        }
+        self.carry_out(effects);
+    }
+
+    fn on_request(&mut self, request: Request) {
+        match request {
+            Request::JobHere(reply) => {
+                let run = self.vm.record.run + 1;
+                self.core(Event::JobHere { run });
+                let _ = reply.send(run);
+            }
+            Request::Release(reply) => {
+                self.releases.push(reply);
+                self.core(Event::Release);
+            }
+            Request::Attach(a) => self.attach(*a),
+            Request::FromShim { session, frame } => self.on_shim(session, frame),
+            Request::Detach { session } => {
+                self.programs.detach(session);
+                self.waiting_attach.retain(|a| a.session != session);
+                self.vm.record.programs = self.programs.records();
+                self.hand_over_done(session);
+            }
+            Request::View(reply) => {
+                self.vm.record.programs = self.programs.records();
+                let _ = reply.send(view::of(&self.node, &self.vm.record, self.verdict.as_deref()));
+            }
+            Request::Record(reply) => {
+                self.vm.record.programs = self.programs.records();
+                let _ = reply.send(self.vm.record.clone());
+            }
+            Request::Core(event) => self.core(event),
+            Request::MoveOut { order, reply } => {
+                if self.move_reply.is_some() {
+                    let _ = reply.send(Err("another move of this VM is under way".into()));
+                    return;
+                }
+                let event = Event::MoveOut { move_id: order.move_id.clone(), to: order.to.clone(), cause: order.cause.clone() };
+                self.order = Some(order);
+                self.move_reply = Some(reply);
+                self.core(event);
+            }
+            Request::Save { at, cause, reply } => {
+                if self.move_reply.is_some() {
+                    let _ = reply.send(Err("another move of this VM is under way".into()));
+                    return;
+                }
+                self.move_reply = Some(reply);
+                self.core(Event::Save { at, cause });
+            }
+            Request::TookOver { programs, moves, spools, reply } => {
+                for (program, stream, offset, bytes) in spools {
+                    self.programs.take_spool(program, stream, offset, &bytes);
+                }
+                for p in &programs {
+                    self.programs.adopt(p);
+                }
+                self.core(Event::TookOver { programs, moves });
+                let _ = reply.send(());
+            }
+            Request::Progress(reply) => {
+                let text = matches!(self.vm.record.life, Life::Leaving { .. } | Life::Saving { .. })
+                    .then(|| moving::progress_line(&self.node.world, &self.domain, &self.vm.record.life));
+                let _ = reply.send(text);
+            }
+            Request::Verdict(text) => self.verdict = Some(text),
+        }
+    }
+
+    fn attach(&mut self, a: Attach) {
+        self.restart = self.restart.max(a.open.restart);
+        match &self.vm.record.life {
+            Life::Stopping { why } | Life::Stopped { why } => {
+                if let Some(ended) = self.programs.batch_ended().filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP) {
+                    // Slurm >= 24.05 requeues a job that ended within its grace time: it is not run again.
+                    let _ = a.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+                    let _ = a.to.send(Frame::Control(ToShim::Exited(ended)));
+                    return;
+                }
+                let (outcome, why) = why.verdict().unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
+                let _ = a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
+            }
+            Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } => {
+                let session = a.session;
+                let (persist, requests) = self.programs.attach(a);
+                if persist {
+                    self.vm.record.programs = self.programs.records();
+                    self.carry_out(vec![Effect::Persist]);
+                }
+                log::debug!("job {}: session {session} attached", self.vm.record.job);
+                self.to_guest(requests);
+            }
+            _ => {
+                let _ = a.to.send(Frame::Control(ToShim::Progress(format!("the VM is {}", self.vm.record.life.name()))));
+                self.waiting_attach.push(a);
+            }
+        }
+    }
+
+    fn on_shim(&mut self, session: u64, frame: Frame<ToAgent>) {
+        let Some((program, batch)) = self.programs.of_session(session) else {
+            // The program has not been started yet: only signals matter, and TERM needs an answer.
+            if matches!(frame, Frame::Control(ToAgent::WhyTerm)) {
+                self.explain_term(session);
+            }
+            return;
+        };
+        let requests = match frame {
+            Frame::Data { stream: Stream::Stdin, offset, bytes } => vec![ToGuest::Stdin { program, offset, bytes }],
+            Frame::Control(ToAgent::StdinEof { offset }) => vec![ToGuest::StdinEof { program, offset }],
+            Frame::Control(ToAgent::Wrote { stream, offset }) => self.programs.wrote(session, stream, offset),
+            Frame::Control(ToAgent::Signal { signo }) => {
+                let all = !batch || matches!(signo, libc::SIGTERM | libc::SIGKILL | libc::SIGCONT);
+                vec![ToGuest::Signal { program, signo, scope: if all { Scope::All } else { Scope::Leader } }]
+            }
+            Frame::Control(ToAgent::Resize(t)) => vec![ToGuest::Resize { program, rows: t.rows, cols: t.cols }],
+            Frame::Control(ToAgent::WhyTerm) => {
+                self.explain_term(session);
+                vec![]
+            }
+            Frame::Control(ToAgent::Notice) => {
+                self.journal("Slurm's preemption notice arrived");
+                self.node.notice(self.vm.record.job);
+                vec![]
+            }
+            Frame::Control(ToAgent::HandedOver { wrote }) => {
+                let mut requests = Vec::new();
+                for (stream, offset) in wrote {
+                    requests.extend(self.programs.wrote(session, stream, offset));
+                }
+                self.to_guest(requests);
+                self.hand_over_done(session);
+                return;
+            }
+            _ => vec![],
+        };
+        self.to_guest(requests);
+    }
+
+    /// Finds out from Slurm what a SIGTERM means, without blocking this thread.
+    fn explain_term(&mut self, session: u64) {
+        let record = &self.vm.record;
+        let left = matches!(record.life, Life::Gone { .. } | Life::Saved { .. });
+        let stopped_for_requeue = matches!(&record.life, Life::Stopping { why: crate::core::End::Requeued } | Life::Stopped { why: crate::core::End::Requeued });
+        if left || stopped_for_requeue {
+            self.programs.tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            return;
+        }
+        let (node, job) = (self.node.clone(), record.job);
+        let restarts = self.restart;
+        let to = self.programs.sender(session);
+        worker(job, "cause", move || {
+            let cause = crate::slurm::why_term(&*node.world.slurm, job, restarts);
+            log::info!("job {job}: SIGTERM because of {cause:?}");
+            node.world.store.journal(&crate::core::record::domain_name(job, 0), node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
+            if let Some(to) = to {
+                let _ = to.send(Frame::Control(ToShim::Cause(cause)));
+            }
+        });
+    }
+
+    fn on_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up { hello } => {
+                let requests = self.programs.guest_up(&hello.programs);
+                self.core(Event::GuestUp { boot_id: hello.boot_id });
+                self.to_guest(requests);
+                self.sync_programs();
+            }
+            LinkEvent::Down { .. } => self.programs.guest_down(),
+            LinkEvent::Data { program, stream, offset, bytes } => {
+                let requests = self.programs.data(program, stream, offset, &bytes);
+                self.to_guest(requests);
+            }
+            LinkEvent::Started { program, report } => {
+                let requests = self.programs.started(program, &report);
+                if let Some(note) = self.programs.take_note(program) {
+                    self.journal(&note);
+                }
+                self.to_guest(requests);
+            }
+            LinkEvent::Refused { program, message, .. } => {
+                self.journal(&format!("program {program} was refused by the guest: {message}"));
+                self.programs.refused(program, &message);
+                self.sync_programs();
+            }
+            LinkEvent::Exited { program, status, streams } => {
+                self.journal(&format!("program {program} ended: {status:?}"));
+                let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
+                let requests = self.programs.exited(program, status, &ends);
+                self.to_guest(requests);
+                self.sync_programs();
+            }
+            LinkEvent::StdinAck { program, offset } => self.programs.stdin_taken(program, offset),
+            other => log::debug!("job {}: guest link: {other:?}", self.vm.record.job),
+        }
+    }
+
+    /// Ends and offsets of programs go to the ledger.
+    fn sync_programs(&mut self) {
+        self.vm.record.programs = self.programs.records();
+        self.carry_out(vec![Effect::Persist]);
+    }
+
+    fn to_guest(&mut self, requests: Vec<ToGuest>) {
+        let Some(link) = &self.link else { return };
+        for r in requests {
+            let request = match r {
+                ToGuest::Start { program, spec, script } => LinkRequest::Start { program, spec, script },
+                ToGuest::Resume { program, stream, from } => LinkRequest::Resume { program, stream, from },
+                ToGuest::Ack { program, stream, offset } => LinkRequest::Ack { program, stream, offset },
+                ToGuest::Stdin { program, offset, bytes } => LinkRequest::Stdin { program, offset, bytes },
+                ToGuest::StdinEof { program, offset } => LinkRequest::StdinEof { program, offset },
+                ToGuest::Signal { program, signo, scope } => self.action(Action::Signal { program, signo, scope }),
+                ToGuest::Resize { program, rows, cols } => self.action(Action::Resize { program, rows, cols }),
+            };
+            link.send(request);
+            self.next_request += 1;
+        }
+    }
+
+    fn action(&self, action: Action) -> LinkRequest {
+        LinkRequest::Act { id: self.next_request, action }
+    }
+
+    fn journal(&self, line: &str) {
+        self.node.world.store.journal(&self.domain, self.node.world.clock.now_ms(), line);
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            self.effect(effect);
+        }
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        let node = self.node.clone();
+        let record = self.vm.record.clone();
+        let tx = self.tx.clone();
+        let job = record.job;
+        let domain = self.domain.clone();
+        match effect {
+            Effect::Persist => {
+                self.vm.record.programs = self.programs.records();
+                let _ = node.world.faults.pass("persist.before");
+                if let Err(e) = node.world.store.put(&self.vm.record) {
+                    log::error!("job {job}: {}", crate::text::chain(&e));
+                }
+                let _ = node.world.faults.pass("persist.after");
+                node.mark(&self.vm.record);
+            }
+            Effect::Journal(line) => {
+                log::info!("job {job}: {line}");
+                self.journal(&line);
+            }
+            Effect::Prepare => worker(job, "prepare", move || {
+                let done = prepare::prepare(&node.world, &node.config, node.domain_type(), &record);
+                let _ = tx.send(Request::Core(Event::Prepared(done)));
+            }),
+            Effect::StartDomain => worker(job, "start", move || {
+                let _ = tx.send(Request::Core(Event::DomainStarted(start_domain(&node, &record))));
+            }),
+            Effect::OpenGuest => {
+                let socket = prepare::run_dir(&node.config, &domain).join("guest.sock");
+                self.link = Some(GuestLink::open(&format!("guest-{job}"), socket));
+            }
+            Effect::CloseGuest => {
+                self.link = None;
+                self.programs.guest_down();
+            }
+            Effect::Destroy => worker(job, "destroy", move || {
+                let _ = tx.send(Request::Core(Event::Destroyed(moving::destroy(&node, &record))));
+            }),
+            Effect::Clear => worker(job, "clear", move || moving::clear_here(&node, &record)),
+            Effect::Sessions(news) => self.tell_sessions(news),
+            Effect::AnswerRelease(outcome) => {
+                for reply in self.releases.drain(..) {
+                    let _ = reply.send(outcome.clone());
+                }
+            }
+            Effect::AnswerMove(outcome) => {
+                self.order = None;
+                if let Some(reply) = self.move_reply.take() {
+                    let _ = reply.send(outcome.map(|m| *m));
+                }
+            }
+            Effect::AskDestination => {
+                let Some(order) = self.order.clone() else {
+                    self.core(Event::DestinationReady(Err("the order of the move was lost".into())));
+                    return;
+                };
+                worker(job, "ask", move || {
+                    let done = moving::ask_destination(&node, &record, &order);
+                    let _ = tx.send(Request::Core(Event::DestinationReady(done)));
+                });
+            }
+            Effect::Migrate => {
+                let Some(order) = self.order.clone() else {
+                    self.core(Event::Migrated(Err("the order of the move was lost".into())));
+                    return;
+                };
+                worker(job, "migrate", move || {
+                    let done = moving::migrate(&node, &record, &order);
+                    let _ = tx.send(Request::Core(Event::Migrated(done.map(Box::new))));
+                });
+            }
+            Effect::AbortMigration => worker(job, "abort", move || {
+                if let Err(e) = node.world.hypervisor.abort_job(&domain) {
+                    log::info!("job {job}: cannot abort the move: {e}");
+                }
+            }),
+            Effect::AskOwner => {
+                let order = self.order.clone();
+                worker(job, "owner", move || {
+                    let there = moving::runs_there(&node, &record, order.as_ref());
+                    let _ = tx.send(Request::Core(Event::OwnerIs { there }));
+                });
+            }
+            Effect::AbandonDestination => {
+                let order = self.order.clone();
+                worker(job, "abandon", move || moving::abandon(&node, &record, order.as_ref()));
+            }
+            Effect::HandOver => self.begin_hand_over(false),
+            Effect::WriteSave => {
+                // The guest stands still first, so that what shims then report is final.
+                if let Err(e) = node.world.hypervisor.suspend(&domain) {
+                    self.core(Event::SaveWritten(Err(format!("cannot pause the guest: {e}"))));
+                    return;
+                }
+                self.begin_hand_over(true);
+            }
+            Effect::ResumeDomain => worker(job, "resume", move || {
+                if let Err(e) = node.world.hypervisor.resume(&domain) {
+                    log::error!("job {job}: cannot resume {domain}: {e}");
+                }
+            }),
+            Effect::Restore => worker(job, "restore", move || {
+                let done = moving::restore(&node, &record);
+                let _ = tx.send(Request::Core(Event::Restored(done.map(Box::new))));
+            }),
+            Effect::SetClock => {
+                let unix_ns = node.world.clock.now_ms() * 1_000_000;
+                if let Some(link) = &self.link {
+                    link.send(self.action(Action::SetClock { unix_ns }));
+                    self.next_request += 1;
+                }
+            }
+        }
+    }
+
+    fn tell_sessions(&mut self, news: SessionNews) {
+        match news {
+            SessionNews::Progress(line) => {
+                for a in &self.waiting_attach {
+                    let _ = a.to.send(Frame::Control(ToShim::Progress(line.clone())));
+                }
+            }
+            SessionNews::Ready => {
+                for a in std::mem::take(&mut self.waiting_attach) {
+                    self.attach(a);
+                }
+            }
+            SessionNews::Lost(why) => {
+                if let Some((outcome, why)) = why.verdict() {
+                    let message = ToShim::Failed { outcome, why };
+                    self.programs.fail_unfinished(&message);
+                    for a in self.waiting_attach.drain(..) {
+                        let _ = a.to.send(Frame::Control(message.clone()));
+                    }
+                }
+            }
+            SessionNews::Left => self.programs.tell_all(&ToShim::HandOver),
+            SessionNews::TakeBack => self.programs.tell_all(&ToShim::TakeBack),
+        }
+    }
+
+    fn begin_hand_over(&mut self, save: bool) {
+        self.hand_over = Some(HandOver { waiting: self.programs.session_ids(), deadline: Instant::now() + HAND_OVER, save });
+        if self.hand_over.as_ref().is_some_and(|h| h.waiting.is_empty()) {
+            self.end_hand_over();
+        }
+    }
+
+    fn hand_over_done(&mut self, session: u64) {
+        if let Some(h) = &mut self.hand_over {
+            h.waiting.retain(|s| *s != session);
+            if h.waiting.is_empty() {
+                self.end_hand_over();
+            }
+        }
+    }
+
+    fn end_hand_over(&mut self) {
+        let Some(h) = self.hand_over.take() else { return };
+        if !h.waiting.is_empty() {
+            self.journal(&format!("{} shim(s) did not report their output in time", h.waiting.len()));
+        }
+        self.vm.record.programs = self.programs.records();
+        let (node, record, tx, order, job) =
+            (self.node.clone(), self.vm.record.clone(), self.tx.clone(), self.order.clone(), self.vm.record.job);
+        let spools = self.programs.spools();
+        if h.save {
+            worker(job, "save", move || {
+                let done = moving::save(&node, &record, &spools);
+                let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
+            });
+        } else {
+            worker(job, "hand-over", move || {
+                let done = moving::hand_over(&node, &record, order.as_ref(), spools);
+                let _ = tx.send(Request::Core(Event::HandedOver(done)));
+            });
+        }
+    }
+
+}
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").field("domain", &self.domain).field("age", &self.started_at.elapsed()).finish_non_exhaustive()
+    }
+}
+
+/// Runs a slow effect on a thread of its own.
+fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
+    if let Err(e) = thread::Builder::new().name(format!("{what}-{job}")).spawn(run) {
+        log::error!("job {job}: cannot start a thread for {what}: {e}");
+    }
+}
+
+fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
+    let fault = |e: String| Failure::Node(e);
+    node.world.faults.pass("start-domain.before").map_err(fault)?;
+    let spec = prepare::domain_spec(&node.config, &node.world, record)
+        .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
+    moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
+    match node.world.hypervisor.start(&spec, false) {
+        Ok(()) => {}
+        // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
+        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })
+            if node.world.hypervisor.info(&spec.name).ok().flatten().is_some_and(|i| i.uuid == spec.uuid) => {}
+        Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
+    }
+    node.world.faults.pass("start-domain.after").map_err(fault)
+}

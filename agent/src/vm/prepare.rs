@@ -1,0 +1,214 @@
+//! From what the user asked, what Slurm gave and what the catalogue has to a domain: the plan and its XML's inputs.
+use std::path::{Path, PathBuf};
+
+use slurm_vm_api::overhead::{guest_mib_for, qemu_overhead_mib};
+
+use crate::{
+    config::{Config, ImageConfig},
+    core::{Allocation, Failure, Plan, Record},
+    effects::{DiskError, World},
+    hypervisor::{Boot, Channel, CpuModel, Disk, DiskCache, DiskFormat, DomainMetadata, DomainSpec, DomainType},
+    slurm::SlurmError,
+};
+
+/// Name of the guest helper's virtio-serial port.
+pub const PORT: &str = slurm_vm_api::guest::PORT_NAME;
+
+impl From<DiskError> for Failure {
+    fn from(e: DiskError) -> Self {
+        match e {
+            DiskError::Image { .. } => Self::Request(e.to_string()),
+            DiskError::Node { .. } => Self::Node(e.to_string()),
+        }
+    }
+}
+
+/// Looks an image up.
+///
+/// # Errors
+/// [`Failure::Request`] that lists the known ones.
+pub fn image<'a>(config: &'a Config, name: &str) -> Result<&'a ImageConfig, Failure> {
+    config.images.get(name).ok_or_else(|| {
+        let known: Vec<&str> = config.images.keys().map(String::as_str).collect();
+        Failure::Request(format!("unknown image `{name}`; the known ones are: {}", known.join(", ")))
+    })
+}
+
+/// Where a VM's overlay is: on shared storage when there is some.
+#[must_use]
+pub fn overlay_path(config: &Config, vm_dir: &Path, domain: &str) -> (PathBuf, bool) {
+    match &config.shared_dir {
+        Some(shared) => (shared.join("overlays").join(format!("{domain}.qcow2")), true),
+        None => (vm_dir.join("overlay.qcow2"), false),
+    }
+}
+
+/// Directory of a VM's sockets.
+#[must_use]
+pub fn run_dir(config: &Config, domain: &str) -> PathBuf {
+    config.run_dir.join("vm").join(domain)
+}
+
+/// Reads the allocation, checks the request against it, checks the image and makes the overlay.
+///
+/// # Errors
+/// [`Failure::Request`] where trying elsewhere would not help, [`Failure::Node`] where it might.
+pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: &Record) -> Result<(Allocation, Plan), Failure> {
+    world.faults.pass("prepare.before").map_err(Failure::Node)?;
+    let image = image(config, &record.spec.image)?;
+    let allocation = allocation(world, &record.node, record.job)?;
+    let allocated_cpus = u32::try_from(allocation.cores.len()).unwrap_or(u32::MAX).max(1);
+    let vcpus = record.spec.cpus.unwrap_or(allocated_cpus);
+    if vcpus > allocated_cpus {
+        return Err(Failure::Request(format!(
+            "--vm-cpus={vcpus} is more than the {allocated_cpus} CPUs that the job has on {}; ask for them with -c",
+            record.node
+        )));
+    }
+    let mem_mib = guest_memory(record, &allocation, vcpus)?;
+    if mem_mib < image.min_mem_mib {
+        return Err(Failure::Request(format!(
+            "{mem_mib} MiB of guest memory are too few for image {}, which needs {} MiB; ask for more with --vm-mem or --mem",
+            record.spec.image, image.min_mem_mib
+        )));
+    }
+    for file in [&image.kernel, &image.initrd].into_iter().flatten() {
+        world.disks.readable(file)?;
+    }
+    let mut plan = Plan {
+        vcpus,
+        mem_mib,
+        domain_type: match domain_type {
+            DomainType::Kvm => "kvm".into(),
+            DomainType::Qemu => "qemu".into(),
+        },
+        overlay: None,
+        overlay_shared: false,
+        base_sha256: None,
+    };
+    if let Some(disk) = &image.disk {
+        let base = world.disks.base(disk, &image.disk_format)?;
+        if let Some(wanted) = image.sha256.as_ref().filter(|w| !w.eq_ignore_ascii_case(&base.sha256)) {
+            return Err(Failure::Request(format!("image file {}: its SHA-256 is {}, the catalogue says {wanted}", disk.display(), base.sha256)));
+        }
+        let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), &record.domain());
+        world.disks.make_overlay(&overlay, disk, &image.disk_format)?;
+        plan.overlay = Some(overlay);
+        plan.overlay_shared = shared;
+        plan.base_sha256 = Some(base.sha256);
+    }
+    world.faults.pass("prepare.after").map_err(Failure::Node)?;
+    Ok((allocation, plan))
+}
+
+/// What Slurm gave a job on this node.
+///
+/// # Errors
+/// [`Failure::Node`] when Slurm does not answer or the job is not on this node.
+pub fn allocation(world: &World, node: &str, job: u32) -> Result<Allocation, Failure> {
+    let info = world
+        .slurm
+        .job(job)
+        .map_err(|e: SlurmError| Failure::Node(format!("cannot ask Slurm for the allocation of job {job}: {e}")))?
+        .ok_or_else(|| Failure::Node(format!("Slurm knows no job {job}")))?;
+    let here = info
+        .allocation
+        .iter()
+        .find(|a| a.node == node)
+        .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
+    Ok(Allocation { cores: here.cpu_ids.clone(), mem_mib: here.mem_mib.filter(|m| *m > 0) })
+}
+
+fn guest_memory(record: &Record, allocation: &Allocation, vcpus: u32) -> Result<u64, Failure> {
+    match (record.spec.mem_mib, allocation.mem_mib) {
+        (Some(wanted), Some(given)) => {
+            let need = wanted + qemu_overhead_mib(wanted, vcpus);
+            if need > given {
+                return Err(Failure::Request(format!(
+                    "--vm-mem={wanted}M needs {need} MiB with QEMU's own memory, the job has {given} MiB on {}; ask for it with --mem={need}",
+                    record.node
+                )));
+            }
+            Ok(wanted)
+        }
+        (Some(wanted), None) => Ok(wanted),
+        (None, Some(given)) => guest_mib_for(given, vcpus).ok_or_else(|| {
+            Failure::Request(format!(
+                "the job's {given} MiB on {} leave no memory for a guest; ask for more with --mem or --vm-mem",
+                record.node
+            ))
+        }),
+        (None, None) => Ok(1024),
+    }
+}
+
+/// The domain of a record that has a plan; `None` without one.
+#[must_use]
+pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<DomainSpec> {
+    let plan = record.plan.as_ref()?;
+    let image = config.images.get(&record.spec.image)?;
+    let domain = record.domain();
+    let format = |f: &str| if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 };
+    let boot = match &image.kernel {
+        Some(kernel) => Boot::Kernel {
+            kernel: kernel.clone(),
+            initrd: image.initrd.clone(),
+            cmdline: format!("{} slurm_vm.hostname={domain} panic=1", image.cmdline).trim().to_owned(),
+        },
+        None => Boot::Disk,
+    };
+    let disks = match (&plan.overlay, &image.disk) {
+        (Some(overlay), Some(base)) => vec![Disk {
+            path: overlay.clone(),
+            format: DiskFormat::Qcow2,
+            backing: Some((base.clone(), format(&image.disk_format))),
+            target: "vda".into(),
+            readonly: false,
+            serial: Some("slurm-vm-root".into()),
+            cache: DiskCache::default(),
+        }],
+        _ => vec![],
+    };
+    Some(DomainSpec {
+        name: domain.clone(),
+        uuid: record.uuid(),
+        domain_type: if plan.domain_type == "kvm" { DomainType::Kvm } else { DomainType::Qemu },
+        machine: None,
+        vcpus: plan.vcpus,
+        cpuset: host_cores(record.allocation.as_ref().map_or(&[], |a| a.cores.as_slice())),
+        mem_mib: plan.mem_mib,
+        hard_limit_mib: None,
+        cpu: if config.hypervisor.cpu_model.is_empty() {
+            CpuModel::Default
+        } else {
+            CpuModel::Named(config.hypervisor.cpu_model.clone())
+        },
+        boot,
+        disks,
+        channels: vec![Channel { name: PORT.into(), socket: run_dir(config, &domain).join("guest.sock") }],
+        serial_log: world.store.vm_dir(&domain).join("serial.log"),
+        metadata: metadata(record),
+    })
+}
+
+/// Allocated cores that the host really has: a node may declare more CPUs than it has (the lab, cloud nodes), then
+/// nothing is pinned.
+fn host_cores(allocated: &[u32]) -> Vec<u32> {
+    let host = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if allocated.iter().all(|c| (*c as usize) < host) { allocated.to_vec() } else { vec![] }
+}
+
+/// Our notes in a domain.
+#[must_use]
+pub fn metadata(record: &Record) -> DomainMetadata {
+    DomainMetadata {
+        job: record.job,
+        k: record.k,
+        user: record.user.name.clone(),
+        uid: record.user.uid,
+        spec: serde_json::to_string(&record.spec).unwrap_or_default(),
+        node: record.node.clone(),
+        run: record.run,
+        generation: record.generation,
+    }
+}

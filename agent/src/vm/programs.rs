@@ -1,0 +1,635 @@
+//! The programs of one VM and the sessions (shims) attached to them: who has got which byte.
+//!
+//! For each output stream the guest numbers the bytes. `received` is the next byte expected from the guest, `wrote`
+//! what a shim has reported on its descriptor. With a shim attached, bytes pass straight through and the guest is told
+//! of them only when the shim has written them: a crash of the agent loses nothing, the guest's ring still has it.
+//! Without one (the job is between two nodes), they go to a [`Spool`] on disk, bounded, so that the program does not
+//! stall; the spool shares the fate of the VM on this node and is therefore not synced. Runs on the VM's owner thread.
+use std::{collections::HashMap, path::PathBuf};
+
+use crossbeam_channel::Sender;
+use slurm_vm_api::{
+    guest::{self, ExitStatus, ProgramState},
+    session::{self, Ended, Frame, Open, Sink, Stream, StreamStart, ToShim},
+};
+
+use super::spool::Spool;
+use crate::core::{ProgramRecord, record::program_key};
+
+/// Frames towards a shim; the writer thread at the other end is gone when sending fails.
+pub type ToSession = Sender<Frame<ToShim>>;
+
+/// How many bytes of a spool are under way to a shim at a time.
+const PUMP_WINDOW: u64 = 256 << 10;
+
+/// What a session brings.
+#[derive(Debug)]
+pub struct Attach {
+    /// Unique in the process.
+    pub session: u64,
+    /// The request.
+    pub open: Open,
+    /// `KEY=VALUE` NUL-terminated.
+    pub environment: Vec<u8>,
+    /// NUL-terminated.
+    pub arguments: Vec<u8>,
+    /// The batch script's text.
+    pub script: Option<Vec<u8>>,
+    /// Towards the shim.
+    pub to: ToSession,
+}
+
+/// What is to be sent to the guest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToGuest {
+    /// Upload and start a program.
+    Start {
+        /// Its number.
+        program: u32,
+        /// What to run.
+        spec: Box<guest::StartSpec>,
+        /// Its script.
+        script: Option<Vec<u8>>,
+    },
+    /// Ask for a stream from an offset on.
+    Resume {
+        /// Program.
+        program: u32,
+        /// Stream.
+        stream: guest::Stream,
+        /// First byte wanted.
+        from: u64,
+    },
+    /// Bytes below this offset are safe.
+    Ack {
+        /// Program.
+        program: u32,
+        /// Stream.
+        stream: guest::Stream,
+        /// First byte still wanted.
+        offset: u64,
+    },
+    /// Input.
+    Stdin {
+        /// Program.
+        program: u32,
+        /// Offset of the first byte.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// End of input.
+    StdinEof {
+        /// Program.
+        program: u32,
+        /// Length of the input.
+        offset: u64,
+    },
+    /// A signal.
+    Signal {
+        /// Program.
+        program: u32,
+        /// Signal number.
+        signo: i32,
+        /// Leader or all.
+        scope: guest::Scope,
+    },
+    /// Terminal size.
+    Resize {
+        /// Program.
+        program: u32,
+        /// Rows.
+        rows: u16,
+        /// Columns.
+        cols: u16,
+    },
+}
+
+#[derive(Debug)]
+struct Output {
+    received: u64,
+    wrote: u64,
+    /// Where the stream ends, once the guest has said so.
+    end: Option<u64>,
+    spool: Spool,
+    /// Next byte of the spool to go to the shim.
+    pumped: u64,
+}
+
+#[derive(Debug)]
+struct Program {
+    record: ProgramRecord,
+    batch: bool,
+    started: bool,
+    session: Option<u64>,
+    start: Option<(Box<guest::StartSpec>, Option<Vec<u8>>)>,
+    /// For the message when it cannot be started.
+    argv0: String,
+    outputs: [Output; 2],
+    ended: Option<Ended>,
+    note: Option<String>,
+    told_start: bool,
+    told_end: bool,
+}
+
+/// All programs and sessions of one VM.
+#[derive(Debug)]
+pub struct Programs {
+    list: Vec<Program>,
+    sessions: HashMap<u64, ToSession>,
+    dir: PathBuf,
+    spool_limit: u64,
+    guest_up: bool,
+    resumed: bool,
+    next_id: u32,
+}
+
+const OUTPUTS: [guest::Stream; 2] = [guest::Stream::Stdout, guest::Stream::Stderr];
+
+fn index(stream: guest::Stream) -> Option<usize> {
+    match stream {
+        guest::Stream::Stdin => None,
+        guest::Stream::Stdout => Some(0),
+        guest::Stream::Stderr => Some(1),
+    }
+}
+
+fn to_session(i: usize) -> Stream {
+    if i == 0 { Stream::Stdout } else { Stream::Stderr }
+}
+
+impl Programs {
+    /// The programs of a record; `dir` takes the spools, each of at most `spool_limit` bytes.
+    /// `resumed`: the guest was running before this agent had it.
+    #[must_use]
+    pub fn new(records: &[ProgramRecord], dir: PathBuf, spool_limit: u64, resumed: bool) -> Self {
+        let mut programs =
+            Self { list: Vec::new(), sessions: HashMap::new(), dir, spool_limit, guest_up: false, resumed, next_id: 1 };
+        for r in records {
+            programs.adopt(r);
+        }
+        programs
+    }
+
+    /// Takes in a record of a program that runs in the guest already (agent restarted, VM moved).
+    pub fn adopt(&mut self, r: &ProgramRecord) {
+        self.next_id = self.next_id.max(r.id + 1);
+        if let Some(mine) = self.list.iter_mut().find(|p| p.record.id == r.id) {
+            for i in 0..2 {
+                let o = &mut mine.outputs[i];
+                o.wrote = o.wrote.max(r.wrote[i]);
+            }
+            return;
+        }
+        let output = |i: usize| {
+            let spool = Spool::open(&self.dir, r.id, i, self.spool_limit);
+            let received = spool.end().max(r.wrote[i]);
+            Output { received, wrote: r.wrote[i], end: None, pumped: r.wrote[i], spool }
+        };
+        self.list.push(Program {
+            batch: r.key.starts_with("batch."),
+            outputs: [output(0), output(1)],
+            ended: r.ended.clone(),
+            record: r.clone(),
+            started: true,
+            session: None,
+            start: None,
+            argv0: String::new(),
+            note: None,
+            told_start: false,
+            told_end: false,
+        });
+    }
+
+    /// The records, with what has been written so far.
+    #[must_use]
+    pub fn records(&self) -> Vec<ProgramRecord> {
+        self.list
+            .iter()
+            .map(|p| ProgramRecord { wrote: [p.outputs[0].wrote, p.outputs[1].wrote], ended: p.ended.clone(), ..p.record.clone() })
+            .collect()
+    }
+
+    /// Some program still runs or has output that nobody took.
+    #[must_use]
+    pub fn attached(&self) -> bool {
+        !self.sessions.is_empty()
+    }
+
+    /// How the batch script ended, if it has.
+    #[must_use]
+    pub fn batch_ended(&self) -> Option<Ended> {
+        self.list.iter().find(|p| p.batch).and_then(|p| p.ended.clone())
+    }
+
+    /// A session opens. `true` in the result: the records changed and must be persisted before the requests are sent.
+    pub fn attach(&mut self, a: Attach) -> (bool, Vec<ToGuest>) {
+        let key = program_key(a.open.step, a.open.task);
+        self.sessions.insert(a.session, a.to.clone());
+        let mut requests = Vec::new();
+        if let Some(p) = self.list.iter_mut().find(|p| p.record.key == key) {
+            if let Some(old) = p.session.replace(a.session).filter(|old| *old != a.session) {
+                self.sessions.remove(&old);
+            }
+            p.told_start = false;
+            p.told_end = false;
+            for i in 0..2 {
+                let o = &mut p.outputs[i];
+                let from = a.open.resume.iter().find(|(s, _)| *s == to_session(i)).map_or(o.wrote, |(_, offset)| *offset);
+                o.wrote = o.wrote.max(from);
+                o.pumped = from;
+                if !o.spool.covers(from) {
+                    o.spool.clear();
+                    o.received = from;
+                    if self.guest_up && p.started {
+                        requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from });
+                    }
+                }
+            }
+            // A shim that comes back over the same file keeps its own idea of it; a new one learns the old one's.
+            if a.open.resume.is_empty() && !p.started {
+                p.start = Some((Box::new(start_spec(&a)), a.script));
+            }
+        } else {
+            let id = self.next_id;
+            self.next_id += 1;
+            let sink = |s: &Sink| s.regular.then(|| s.clone());
+            let record = ProgramRecord {
+                id,
+                key,
+                merged: a.open.merge_stderr,
+                terminal: a.open.terminal.is_some(),
+                stdout: sink(&a.open.stdout),
+                stderr: sink(&a.open.stderr),
+                wrote: [0, 0],
+                ended: None,
+            };
+            let output = |i| {
+                let mut spool = Spool::open(&self.dir, id, i, self.spool_limit);
+                spool.clear();
+                Output { received: 0, wrote: 0, end: None, pumped: 0, spool }
+            };
+            self.list.push(Program {
+                outputs: [output(0), output(1)],
+                batch: record.key.starts_with("batch."),
+                record,
+                started: false,
+                session: Some(a.session),
+                argv0: String::from_utf8_lossy(a.arguments.split(|b| *b == 0).next().unwrap_or_default()).into_owned(),
+                start: Some((Box::new(start_spec(&a)), a.script)),
+                ended: None,
+                note: None,
+                told_start: false,
+                told_end: false,
+            });
+            self.start_pending(&mut requests);
+            return (true, requests);
+        }
+        self.start_pending(&mut requests);
+        self.progress(&mut requests);
+        (false, requests)
+    }
+
+    fn start_pending(&mut self, requests: &mut Vec<ToGuest>) {
+        if !self.guest_up {
+            return;
+        }
+        for p in self.list.iter().filter(|p| !p.started) {
+            if let Some((spec, script)) = &p.start {
+                requests.push(ToGuest::Start { program: p.record.id, spec: spec.clone(), script: script.clone() });
+            }
+        }
+    }
+
+    /// The session's connection is gone.
+    pub fn detach(&mut self, session: u64) {
+        self.sessions.remove(&session);
+        for p in &mut self.list {
+            if p.session == Some(session) {
+                p.session = None;
+                for o in &mut p.outputs {
+                    // What was on its way to the shim and never reported is asked for again by whoever comes next.
+                    o.pumped = o.wrote;
+                    if o.spool.is_empty() {
+                        o.received = o.wrote;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The guest answers (again): start what waits, go on with what runs.
+    pub fn guest_up(&mut self, hello: &[guest::ProgramReport]) -> Vec<ToGuest> {
+        self.guest_up = true;
+        let mut requests = Vec::new();
+        for p in &mut self.list {
+            let Some(report) = hello.iter().find(|r| r.program == p.record.id) else {
+                if p.start.is_none() && p.ended.is_none() && p.started {
+                    p.ended = Some(Ended::NotStarted { errno: libc::ESRCH, path: "the guest does not know the program any more".into() });
+                    p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
+                }
+                continue;
+            };
+            p.started = true;
+            p.start = None;
+            for s in &report.streams {
+                if let Some(i) = index(s.stream) {
+                    let from = p.outputs[i].received;
+                    requests.push(ToGuest::Resume { program: p.record.id, stream: s.stream, from });
+                }
+            }
+            if let ProgramState::Exited { status } = report.state {
+                let ends: Vec<_> = report.streams.iter().map(|s| (s.stream, s.end)).collect();
+                set_end(p, status, &ends);
+            }
+        }
+        self.start_pending(&mut requests);
+        self.progress(&mut requests);
+        requests
+    }
+
+    /// The connection to the guest is down.
+    pub fn guest_down(&mut self) {
+        self.guest_up = false;
+    }
+
+    /// The guest has started a program, now or before.
+    pub fn started(&mut self, program: u32, report: &guest::StartReport) -> Vec<ToGuest> {
+        let mut requests = Vec::new();
+        if let Some(p) = self.list.iter_mut().find(|p| p.record.id == program) {
+            if !p.started {
+                p.started = true;
+                p.start = None;
+                for (i, stream) in OUTPUTS.into_iter().enumerate() {
+                    if i == 0 || !(p.record.merged || p.record.terminal) {
+                        requests.push(ToGuest::Resume { program, stream, from: p.outputs[i].received });
+                    }
+                }
+            }
+            if report.cwd_errno.is_some() {
+                p.note = Some("the submit directory is not in the guest: the program runs in /, files written there end with the job".into());
+            }
+        }
+        self.progress(&mut requests);
+        requests
+    }
+
+    /// A line for the journal about a program's start, once.
+    pub fn take_note(&mut self, program: u32) -> Option<String> {
+        self.list.iter_mut().find(|p| p.record.id == program).and_then(|p| p.note.take())
+    }
+
+    /// The guest could not start a program.
+    pub fn refused(&mut self, program: u32, why: &str) {
+        if let Some(p) = self.list.iter_mut().find(|p| p.record.id == program) {
+            p.ended = Some(Ended::NotStarted { errno: 0, path: why.into() });
+            p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
+        }
+        self.progress(&mut Vec::new());
+    }
+
+    /// Output from the guest.
+    pub fn data(&mut self, program: u32, stream: guest::Stream, offset: u64, bytes: &[u8]) -> Vec<ToGuest> {
+        let mut requests = Vec::new();
+        let (Some(p), Some(i)) = (self.list.iter_mut().find(|p| p.record.id == program), index(stream)) else {
+            return requests;
+        };
+        let o = &mut p.outputs[i];
+        let skip = o.received.saturating_sub(offset);
+        if offset > o.received {
+            requests.push(ToGuest::Resume { program, stream, from: o.received });
+            return requests;
+        }
+        let Some(fresh) = usize::try_from(skip).ok().and_then(|s| bytes.get(s..)).filter(|f| !f.is_empty()) else {
+            return requests;
+        };
+        let session = p.session.and_then(|s| self.sessions.get(&s));
+        match session {
+            Some(to) if o.spool.is_empty() && p.told_start => {
+                for chunk in fresh.chunks(session::MAX_DATA) {
+                    let _ = to.send(Frame::Data { stream: to_session(i), offset: o.received, bytes: chunk.to_vec() });
+                    o.received += chunk.len() as u64;
+                }
+                o.pumped = o.received;
+            }
+            _ => {
+                let kept = o.spool.append(o.received, fresh);
+                o.received += kept;
+                if kept > 0 {
+                    requests.push(ToGuest::Ack { program, stream, offset: o.received });
+                }
+            }
+        }
+        self.progress(&mut requests);
+        requests
+    }
+
+    /// A program has ended.
+    pub fn exited(&mut self, program: u32, status: ExitStatus, ends: &[(guest::Stream, u64)]) -> Vec<ToGuest> {
+        let mut requests = Vec::new();
+        if let Some(p) = self.list.iter_mut().find(|p| p.record.id == program) {
+            set_end(p, status, ends);
+        }
+        self.progress(&mut requests);
+        requests
+    }
+
+    /// The guest has taken input.
+    pub fn stdin_taken(&self, program: u32, offset: u64) {
+        if let Some(p) = self.list.iter().find(|p| p.record.id == program) {
+            self.tell(p, ToShim::StdinTaken { offset });
+        }
+    }
+
+    /// A shim reports bytes written.
+    pub fn wrote(&mut self, session: u64, stream: Stream, offset: u64) -> Vec<ToGuest> {
+        let mut requests = Vec::new();
+        let i = match stream {
+            Stream::Stdin => return requests,
+            Stream::Stdout => 0,
+            Stream::Stderr => 1,
+        };
+        if let Some(p) = self.list.iter_mut().find(|p| p.session == Some(session)) {
+            let o = &mut p.outputs[i];
+            if offset > o.wrote {
+                o.wrote = offset;
+                if o.spool.is_empty() {
+                    requests.push(ToGuest::Ack { program: p.record.id, stream: OUTPUTS[i], offset });
+                } else if o.wrote >= o.spool.end() {
+                    // Everything kept has arrived: from here on bytes pass straight through again.
+                    o.spool.clear();
+                    o.received = o.received.max(o.wrote);
+                    requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from: o.received });
+                }
+            }
+        }
+        self.progress(&mut requests);
+        requests
+    }
+
+    /// The program of a session, and whether it is the batch script.
+    #[must_use]
+    pub fn of_session(&self, session: u64) -> Option<(u32, bool)> {
+        self.list.iter().find(|p| p.session == Some(session)).map(|p| (p.record.id, p.batch))
+    }
+
+    /// Tells all shims.
+    pub fn tell_all(&self, message: &ToShim) {
+        for to in self.sessions.values() {
+            let _ = to.send(Frame::Control(message.clone()));
+        }
+    }
+
+    /// Tells one shim.
+    pub fn tell_session(&self, session: u64, message: ToShim) {
+        if let Some(to) = self.sessions.get(&session) {
+            let _ = to.send(Frame::Control(message));
+        }
+    }
+
+    /// The way to a session's shim.
+    #[must_use]
+    pub fn sender(&self, session: u64) -> Option<ToSession> {
+        self.sessions.get(&session).cloned()
+    }
+
+    /// Tells the shims whose program has not ended.
+    pub fn fail_unfinished(&self, message: &ToShim) {
+        for p in self.list.iter().filter(|p| !p.told_end) {
+            self.tell(p, message.clone());
+        }
+    }
+
+    /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
+    #[must_use]
+    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
+        let mut kept = Vec::new();
+        for p in &self.list {
+            for (i, o) in p.outputs.iter().enumerate() {
+                match o.spool.take_all() {
+                    Ok(Some((offset, bytes))) => kept.push((p.record.id, i, offset, bytes)),
+                    Ok(None) => {}
+                    Err(e) => log::error!("{}: kept output of {} is lost: {e}", self.dir.display(), p.record.key),
+                }
+            }
+        }
+        kept
+    }
+
+    /// Takes in kept output that came with a move; before [`Programs::adopt`] of the same program.
+    pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
+        let mut spool = Spool::open(&self.dir, program, stream, self.spool_limit);
+        spool.clear();
+        spool.append(offset, bytes);
+    }
+
+    /// Sessions attached now.
+    #[must_use]
+    pub fn session_ids(&self) -> Vec<u64> {
+        self.sessions.keys().copied().collect()
+    }
+
+    fn tell(&self, p: &Program, message: ToShim) {
+        if let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) {
+            let _ = to.send(Frame::Control(message));
+        }
+    }
+
+    /// Sends what has become due: start, kept output, end.
+    fn progress(&mut self, requests: &mut Vec<ToGuest>) {
+        let resumed = self.resumed;
+        for p in &mut self.list {
+            let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else { continue };
+            if !p.told_start && (p.started || p.ended.is_some()) {
+                let sinks = [p.record.stdout.clone(), p.record.stderr.clone()];
+                let from = (0..2)
+                    .map(|i| StreamStart { stream: to_session(i), offset: p.outputs[i].pumped, sink: sinks[i].clone() })
+                    .collect();
+                let _ = to.send(Frame::Control(ToShim::Started { from, resumed }));
+                p.told_start = true;
+            }
+            if !p.told_start {
+                continue;
+            }
+            for i in 0..2 {
+                let o = &mut p.outputs[i];
+                while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
+                    match o.spool.read(o.pumped, session::MAX_DATA) {
+                        Ok(bytes) if !bytes.is_empty() => {
+                            let n = bytes.len() as u64;
+                            let _ = to.send(Frame::Data { stream: to_session(i), offset: o.pumped, bytes });
+                            o.pumped += n;
+                        }
+                        _ => break,
+                    }
+                }
+                if !o.spool.is_empty() && o.pumped >= o.spool.end() && o.wrote >= o.spool.end() {
+                    o.spool.clear();
+                    requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from: o.received });
+                }
+            }
+            if !p.told_end
+                && let Some(ended) = &p.ended
+                && p.outputs.iter().all(|o| o.end.is_none_or(|end| o.pumped >= end))
+            {
+                let _ = to.send(Frame::Control(ToShim::Exited(ended.clone())));
+                p.told_end = true;
+            }
+        }
+    }
+}
+
+fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
+    p.ended = Some(match status {
+        ExitStatus::Code { code } => Ended::Code(code),
+        ExitStatus::Signal { signo, .. } => Ended::Signal(signo),
+        ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: p.argv0.clone() },
+    });
+    for (stream, end) in ends {
+        if let Some(i) = index(*stream) {
+            p.outputs[i].end = Some(*end);
+        }
+    }
+}
+
+fn split_nul(bytes: &[u8]) -> Vec<guest::ByteString> {
+    bytes.split_inclusive(|b| *b == 0).map(|part| guest::ByteString(part.strip_suffix(&[0]).unwrap_or(part).to_vec())).collect()
+}
+
+/// Names of RLIMIT_* by number (Linux x86-64, asm-generic/resource.h).
+const LIMIT_NAMES: [&str; 16] = [
+    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+];
+
+fn start_spec(a: &Attach) -> guest::StartSpec {
+    let limits = a
+        .open
+        .rlimits
+        .iter()
+        .filter_map(|l| {
+            let name = LIMIT_NAMES.get(usize::try_from(l.resource).ok()?)?;
+            Some(guest::Limit { name: (*name).into(), soft: l.soft, hard: l.hard })
+        })
+        .collect();
+    let stdio = match &a.open.terminal {
+        Some(t) => guest::Stdio::Pty { rows: t.rows, cols: t.cols, term: None },
+        None => guest::Stdio::Pipes { merge_stderr: a.open.merge_stderr, stdin: a.open.kind != session::StepKind::Batch },
+    };
+    guest::StartSpec {
+        argv: split_nul(&a.arguments),
+        env: split_nul(&a.environment),
+        cwd: a.open.cwd.as_str().into(),
+        uid: a.open.user.uid,
+        gid: a.open.user.gid,
+        groups: a.open.groups.clone(),
+        umask: a.open.umask,
+        limits,
+        stdio,
+        ring_bytes: None,
+        user: (!a.open.user.name.is_empty()).then(|| guest::UserLine {
+            name: a.open.user.name.clone(),
+            home: a.open.user.home.clone(),
+            shell: a.open.user.shell.clone(),
+        }),
+    }
+}

@@ -1,0 +1,43 @@
+//! A record as `svm` shows it.
+use slurm_vm_api::query::VmView;
+
+use super::moving;
+use crate::{
+    core::{Life, Record},
+    node::Node,
+};
+
+/// The view of a record; `verdict` is the controller's, when it has given one.
+#[must_use]
+pub fn of(node: &Node, r: &Record, verdict: Option<&str>) -> VmView {
+    let now = node.world.clock.now_ms();
+    let plan = r.plan.as_ref();
+    let why = match &r.life {
+        Life::Stopping { why } | Life::Stopped { why } => why.verdict().map(|(_, line)| line),
+        Life::Gone { to } => Some(format!("runs on {to}")),
+        Life::Saved { at } => Some(format!("saved in {}", at.display())),
+        Life::AwaitingJob { .. } => Some("the VM is here, its job is not yet".into()),
+        _ => None,
+    };
+    VmView {
+        job: r.job,
+        user: r.user.name.clone(),
+        uid: r.user.uid,
+        node: r.node.clone(),
+        domain: r.domain(),
+        state: r.life.name().into(),
+        image: r.spec.image.clone(),
+        vcpus: plan.map_or(0, |p| p.vcpus),
+        mem_mib: plan.map_or(0, |p| p.mem_mib),
+        allocated_mib: r.allocation.as_ref().and_then(|a| a.mem_mib).unwrap_or(0),
+        cores: r.allocation.as_ref().map(|a| a.cores.clone()).unwrap_or_default(),
+        disk_bytes: plan.and_then(|p| p.overlay.as_ref()).map_or(0, |o| node.world.disks.used_bytes(o)),
+        domain_type: plan.map(|p| p.domain_type.clone()).unwrap_or_default(),
+        started_at: r.up_ms.map(|ms| ms / 1000),
+        run_seconds: r.up_ms.map_or(0, |up| r.ended_ms.unwrap_or(now).saturating_sub(up) / 1000),
+        run: r.run,
+        verdict: (!r.life.is_over_here()).then(|| verdict.map_or_else(|| moving::verdict(node, r), str::to_owned)),
+        why,
+        moves: r.moves.clone(),
+    }
+}

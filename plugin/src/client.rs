@@ -91,9 +91,25 @@ pub fn options_known(spank: Handle, args: &PlugArgs) -> c_int {
         }
         Err(refusal) => {
             slurm::error(&refusal);
-            FAILED
+            stop()
         }
     }
+}
+
+/// Ends the command, with the code that Slurm's commands use for their own errors. A return value would do the same with two more lines
+/// of Slurm's about plugins, but not if the plugin's line in plugstack.conf says `optional`: then the job would be submitted as it is.
+/// Nothing was asked of the controller yet, and Slurm writes to standard error unbuffered.
+fn stop() -> c_int {
+    if cfg!(test) {
+        return FAILED;
+    }
+    os::exit_now(
+        env::var("SLURM_EXIT_ERROR")
+            .ok()
+            .and_then(|c| c.parse().ok())
+            .filter(|c| *c > 0)
+            .unwrap_or(1),
+    )
 }
 
 /// Reads and checks what was asked for.

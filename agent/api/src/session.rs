@@ -22,6 +22,11 @@ pub const VERSION: u32 = 1;
 pub const MAX_BODY: usize = 8 << 20;
 /// How many bytes of a stream one data frame carries at most.
 pub const MAX_DATA: usize = 64 << 10;
+/// How many bytes of an output stream the agent sends beyond the last [`ToAgent::Wrote`]; a shim that holds twice as
+/// much stops reading from the agent.
+pub const WINDOW: usize = 256 << 10;
+/// How many bytes of stdin the shim sends beyond the last [`ToShim::StdinTaken`].
+pub const STDIN_WINDOW: usize = 128 << 10;
 
 /// One of a program's streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, PartialOrd, Ord)]

@@ -1,0 +1,116 @@
+//! How the shim ends: as the program did, or with one of the documented outcomes and one line that says why.
+use std::{
+    io::{self, Write},
+    os::unix::net::UnixDatagram,
+    process::{Command, Stdio, exit},
+    time::Duration,
+};
+
+use nix::libc;
+use slurm_vm_api::{outcome, session::Ended};
+
+use super::{
+    relay::RawTerminal,
+    signals::{Signals, die_of},
+};
+
+/// After a requeue of its own job the shim waits this long for Slurm to end it.
+const REQUEUE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why the relay stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The program ended.
+    Program(Ended),
+    /// A verdict of the agent, with its outcome and reason.
+    Failed(i32, String),
+    /// This node or its agent is at fault: not the user's, so the job is to run elsewhere.
+    Fault(String),
+    /// Ended by a signal before the program ran.
+    Killed(i32),
+    /// The job goes on elsewhere or starts over.
+    Quiet,
+}
+
+/// One line on standard error; a reader that is gone is no news to anyone.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Ends the process.
+pub fn finish(job: u32, batch: bool, end: End, signals: Option<&Signals>, terminal: Option<RawTerminal>) -> ! {
+    // Before anything is printed: a raw terminal needs more than a line feed.
+    drop(terminal);
+    match end {
+        End::Program(Ended::Code(code)) => exit(code),
+        End::Program(Ended::Signal(signo)) | End::Killed(signo) => die_of(signo),
+        End::Program(Ended::NotStarted { errno, path }) => {
+            let why = io::Error::from_raw_os_error(errno).to_string();
+            say(&format!("slurm-vm: {path}: {}", why.split(" (os error").next().unwrap_or(&why)));
+            exit(if errno == libc::ENOENT {
+                outcome::NOT_FOUND.into()
+            } else {
+                outcome::REFUSED.into()
+            })
+        }
+        End::Quiet => exit(0),
+        End::Failed(code, why) if code == i32::from(outcome::NODE_FAULT) => fault(job, batch, &why, signals),
+        End::Failed(code, why) => {
+            say(&format!("slurm-vm: job {job}: {why}"));
+            exit(code)
+        }
+        End::Fault(why) => fault(job, batch, &why, signals),
+    }
+}
+
+/// A node's fault never fails a batch job: it goes back to the queue, held, and the controller releases it without this node.
+fn fault(job: u32, batch: bool, why: &str, signals: Option<&Signals>) -> ! {
+    let node = super::context::node_name();
+    if !batch {
+        say(&format!(
+            "slurm-vm: job {job}: {why} (node {node}; a job of srun or salloc cannot be requeued)"
+        ));
+        exit(outcome::NODE_FAULT.into());
+    }
+    let refusal = match requeue_held(job) {
+        Ok(()) => {
+            journal(job, &format!("requeued, held: node fault on {node}: {why}"));
+            match signals {
+                Some(signals) => drop(signals.wait_for_term(REQUEUE_PATIENCE)),
+                None => std::thread::sleep(REQUEUE_PATIENCE),
+            }
+            exit(0)
+        }
+        Err(e) => e,
+    };
+    journal(job, &format!("node fault on {node}: {why}; requeue failed: {refusal}"));
+    say(&format!("slurm-vm: job {job}: {why} (node {node}; requeue failed: {refusal})"));
+    exit(outcome::NODE_FAULT.into())
+}
+
+/// As the job's owner.
+fn requeue_held(job: u32) -> Result<(), String> {
+    let output = Command::new("scontrol")
+        .arg("requeuehold")
+        .arg(job.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .map_err(|e| format!("scontrol: {e}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(text.lines().next().map_or_else(|| output.status.to_string(), str::to_owned))
+}
+
+/// One line for the node's administrator: the agent, which keeps the log otherwise, may be what is broken.
+fn journal(job: u32, text: &str) {
+    const USER_ERROR: u32 = 8 + 3;
+    let line = format!("<{USER_ERROR}>slurm-vm-run[{}]: job {job}: {text}", std::process::id());
+    if let Ok(socket) = UnixDatagram::unbound() {
+        let _ = socket.set_nonblocking(true);
+        let _ = socket.send_to(line.as_bytes(), "/dev/log");
+    }
+}

@@ -4,7 +4,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
 use xtask::{
-    Result,
+    Result, image,
     lab::{self, Lab, Options, Places, Slurm, Was},
     paths, stage,
 };
@@ -24,6 +24,12 @@ enum Command {
     Lab(LabCommand),
     /// Build, and copy what a lab runs to target/stage
     Stage,
+    /// Build a test image
+    Image {
+        /// Which: tiny
+        #[arg(value_parser = ["tiny"])]
+        name: String,
+    },
     #[command(hide = true)]
     LabInit {
         #[arg(long)]
@@ -191,6 +197,10 @@ fn run(command: Command) -> Result<i32> {
     match command {
         Command::Lab(command) => lab_command(command),
         Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),
+        Command::Image { .. } => {
+            println!("{}", image::build()?.display());
+            Ok(0)
+        }
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),
         Command::LabInit { inner: true, name } => lab::supervisor_inner(&name).map(|()| 0),
         Command::LabHost { inner: false, name, host } => lab::host_outer(&name, &host).map(|()| 0),
@@ -247,7 +257,7 @@ fn up(up: Up) -> Result<()> {
         Was::Up => println!("lab {name} is already up ({nodes} nodes)"),
         Was::Repaired => println!("lab {name} was up in part and is whole again ({nodes} nodes, {seconds:.1} s)"),
         Was::Started => {
-            println!("lab {name} is up ({nodes} nodes, {seconds:.1} s): cargo xtask lab exec --name {name} --user alice -- sinfo")
+            println!("lab {name} is up ({nodes} nodes, {seconds:.1} s): cargo xtask lab exec --name {name} --user alice -- sinfo");
         }
     }
     Ok(())

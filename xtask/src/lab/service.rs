@@ -233,7 +233,7 @@ pub fn logs(service: &str) -> Option<&'static [&'static str]> {
 
 /// The directories those files are in, made before the first start.
 pub fn log_directories(logs: &Path) -> Result<()> {
-    for name in ["munge", "slurm", "libvirt", "slurm-vm"] {
+    for name in ["munge", "slurm", "libvirt", "libvirt/qemu", "slurm-vm"] {
         paths::dir(logs.join(name), 0o755)?;
     }
     Ok(())

@@ -197,11 +197,13 @@ fn libvirt(host: &str, uuid: &str) -> Result<()> {
         ),
     )?;
     // User and group stay the distribution's, so that a missing permission shows here as it would on a real node.
+    // libvirt takes /shared for a local disk, which it is, and would call every migration unsafe.
     paths::file(
         "/etc/libvirt/qemu.conf",
         0o600,
         format!(
-            "security_driver = \"none\"\ncgroup_controllers = []\nnamespaces = []\nstdio_handler = \"file\"\nmigration_host = \"{host}\"\n"
+            "security_driver = \"none\"\ncgroup_controllers = []\nnamespaces = []\nstdio_handler = \"file\"\nmigration_host = \"{host}\"\n\
+             shared_filesystems = [ \"/shared\" ]\n"
         ),
     )
 }

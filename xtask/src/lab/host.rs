@@ -30,7 +30,7 @@ use std::{
         fd::AsFd,
         unix::net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -202,6 +202,9 @@ impl Init {
             }
             Request::Block(peer) => block(&peer, true)?,
             Request::Unblock(peer) => block(&peer, false)?,
+            Request::Fill(_) if self.services.iter().any(|s| s.name == "slurmctld") => {
+                return Err(Error::Other("the controller host has no file system for VM state".into()));
+            }
             Request::Fill(on) => self.fill(on)?,
             Request::PowerOn(_) | Request::PowerOff(_) => return Err(Error::Other("a host cannot switch hosts".into())),
         }
@@ -210,24 +213,34 @@ impl Init {
 
     /// A full disk without writing one: the file system shrinks to what is in it. New blocks fail with ENOSPC, old ones can be written again.
     fn fill(&self, on: bool) -> Result<()> {
+        let filler = Path::new(root::VM_STATE).join(".lab-fill");
+        if !on {
+            let _ = fs::remove_file(&filler);
+            return resize(u64::from(self.vm_disk_mib) << 20);
+        }
         let now = statvfs(root::VM_STATE).at("look at", root::VM_STATE)?;
-        let used = (now.blocks() - now.blocks_free()) * now.fragment_size();
-        // A size of 0 would mean "no limit".
-        let size = if on {
-            used.max(now.fragment_size())
+        // A size of 0 would mean "no limit", so an empty one keeps a block, and a file takes it.
+        resize(((now.blocks() - now.blocks_free()) * now.fragment_size()).max(now.fragment_size()))?;
+        let free = statvfs(root::VM_STATE).at("look at", root::VM_STATE)?;
+        let rest = usize::try_from(free.blocks_free() * free.fragment_size()).map_err(|e| e.to_string())?;
+        if rest > 0 {
+            paths::file(&filler, 0o600, vec![0; rest])
         } else {
-            u64::from(self.vm_disk_mib) << 20
-        };
-        let none: Option<&str> = None;
-        mount(
-            none,
-            root::VM_STATE,
-            none,
-            MsFlags::MS_REMOUNT,
-            Some(format!("size={size}").as_str()),
-        )
-        .at("resize", root::VM_STATE)
+            Ok(())
+        }
     }
+}
+
+fn resize(size: u64) -> Result<()> {
+    let none: Option<&str> = None;
+    mount(
+        none,
+        root::VM_STATE,
+        none,
+        MsFlags::MS_REMOUNT,
+        Some(format!("size={size}").as_str()),
+    )
+    .at("resize", root::VM_STATE)
 }
 
 /// A stream that becomes readable when a child has ended.

@@ -11,7 +11,7 @@ use nix::{
 };
 use std::{
     fs,
-    os::unix::process::CommandExt,
+    os::unix::{net::UnixStream, process::CommandExt},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -193,9 +193,20 @@ impl Service {
         }
     }
 
+    /// Whether the socket that others need takes connections.
+    fn answers(&self) -> bool {
+        let socket = match self.name {
+            "munged" => MUNGE_SOCKET,
+            "libvirtd" => LIBVIRT_SOCKET,
+            _ => return true,
+        };
+        UnixStream::connect(socket).is_ok()
+    }
+
     /// For `lab status`.
     pub fn line(&self) -> StatusLine {
         let (up, excused, note) = match &self.state {
+            State::Running(pid) if !self.answers() => (false, false, format!("pid {pid}, does not listen yet")),
             State::Running(pid) if self.starts > 1 => (true, false, format!("pid {pid}, start {}", self.starts)),
             State::Running(pid) => (true, false, format!("pid {pid}")),
             State::Waiting(_) => (false, false, format!("waits for {}", self.needs.unwrap_or("its turn"))),

@@ -1,2 +1,286 @@
-//! xtask
-fn main() {}
+//! `cargo xtask`: the project's own commands.
+#![forbid(unsafe_code)]
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::process::ExitCode;
+use xtask::{
+    Result, image,
+    lab::{self, Lab, Options, Places, Slurm, Was},
+    paths, stage,
+};
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// A real cluster on this machine, in namespaces (needs root)
+    #[command(subcommand)]
+    Lab(LabCommand),
+    /// Build, and copy what a lab runs to target/stage
+    Stage,
+    /// Build a test image
+    Image {
+        /// Which: tiny
+        #[arg(value_parser = ["tiny"])]
+        name: String,
+    },
+    #[command(hide = true)]
+    LabInit {
+        #[arg(long)]
+        inner: bool,
+        #[arg(long)]
+        name: String,
+    },
+    #[command(hide = true)]
+    LabHost {
+        #[arg(long)]
+        inner: bool,
+        #[arg(long)]
+        name: String,
+        #[arg(long)]
+        host: String,
+    },
+}
+
+#[derive(Args)]
+struct Name {
+    /// Which lab
+    #[arg(long, default_value = "main")]
+    name: String,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Args)]
+struct Up {
+    #[command(flatten)]
+    name: Name,
+    /// Compute nodes
+    #[arg(long, default_value_t = 2)]
+    nodes: u8,
+    /// GraceTime of partition low, in seconds
+    #[arg(long, default_value_t = 60, value_name = "SEC")]
+    grace: u32,
+    /// PreemptExemptTime, in seconds
+    #[arg(long, default_value_t = 0, value_name = "SEC")]
+    exempt: u32,
+    /// Storage shared by all nodes
+    #[arg(long, value_enum, default_value = "on")]
+    shared: Switch,
+    /// native, 22.05, 24.11 or 26.05
+    #[arg(long, default_value = "native")]
+    slurm: Slurm,
+    /// Load the plugin into Slurm
+    #[arg(long, value_enum, default_value = "on")]
+    plugin: Switch,
+    /// qemu, kvm or auto
+    #[arg(long, default_value = "qemu", value_name = "TYPE")]
+    domain_type: String,
+    /// Size of each node's file system for VM state
+    #[arg(long, default_value_t = 3072, value_name = "MIB")]
+    vm_disk: u32,
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// Start a lab, or repair one, and wait until all nodes are idle
+    Up(Up),
+    /// End a lab and remove all it has
+    Down(Name),
+    /// Hosts, services and nodes
+    Status(Name),
+    /// Run a command on the login host
+    Exec {
+        #[command(flatten)]
+        name: Name,
+        /// root, alice or bob
+        #[arg(long, default_value = "root")]
+        user: String,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Run a command on a node
+    Node {
+        #[command(flatten)]
+        name: Name,
+        /// root, alice or bob
+        #[arg(long, default_value = "root")]
+        user: String,
+        /// n1, n2, ... or ctl
+        node: String,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// End a service and keep it down
+    Stop(Which),
+    /// Start a service
+    Start(Which),
+    /// SIGKILL a service; it is restarted a second later
+    Kill(Which),
+    /// Lose all packets between two hosts
+    Cut(Pair),
+    /// End a cut
+    Heal(Pair),
+    /// Switch a host off or on
+    Power {
+        #[command(flatten)]
+        name: Name,
+        /// n1, n2, ... or ctl
+        node: String,
+        /// off or on
+        #[arg(value_enum)]
+        state: Switch,
+    },
+    /// Leave no room for VM state on a node
+    Fill {
+        #[command(flatten)]
+        name: Name,
+        /// n1, n2, ...
+        node: String,
+        /// Give the room back
+        #[arg(long)]
+        undo: bool,
+    },
+    /// The end of a service's log
+    Logs {
+        #[command(flatten)]
+        which: Which,
+        /// How many lines
+        #[arg(short = 'n', long, default_value_t = 50)]
+        lines: usize,
+    },
+}
+
+#[derive(Args)]
+struct Which {
+    #[command(flatten)]
+    name: Name,
+    /// n1, n2, ... or ctl
+    node: String,
+    /// munged, slurmctld, slurmd, libvirtd, slurm-vmd
+    service: String,
+}
+
+#[derive(Args)]
+struct Pair {
+    #[command(flatten)]
+    name: Name,
+    /// One host
+    a: String,
+    /// The other
+    b: String,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<i32> {
+    match command {
+        Command::Lab(command) => lab_command(command),
+        Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),
+        Command::Image { .. } => {
+            println!("{}", image::build()?.display());
+            Ok(0)
+        }
+        Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),
+        Command::LabInit { inner: true, name } => lab::supervisor_inner(&name).map(|()| 0),
+        Command::LabHost { inner: false, name, host } => lab::host_outer(&name, &host).map(|()| 0),
+        Command::LabHost { inner: true, name, host } => lab::host_inner(&name, &host).map(|()| 0),
+    }
+}
+
+fn lab_command(command: LabCommand) -> Result<i32> {
+    match command {
+        LabCommand::Up(options) => up(options)?,
+        LabCommand::Down(Name { name }) => {
+            let was = lab::down(&name)?;
+            println!(
+                "{}",
+                if was {
+                    format!("lab {name} is down")
+                } else {
+                    format!("there is no lab {name}")
+                }
+            );
+        }
+        LabCommand::Status(Name { name }) => return status(&name),
+        LabCommand::Exec { name, user, command } => return lab::run_inside(&Places::of(&name.name)?, lab::CTL, Some(&user), &command),
+        LabCommand::Node { name, user, node, command } => return lab::run_inside(&Places::of(&name.name)?, &node, Some(&user), &command),
+        LabCommand::Stop(w) => Lab::attach(&w.name.name)?.stop(&w.node, &w.service)?,
+        LabCommand::Start(w) => Lab::attach(&w.name.name)?.start(&w.node, &w.service)?,
+        LabCommand::Kill(w) => Lab::attach(&w.name.name)?.kill(&w.node, &w.service)?,
+        LabCommand::Cut(p) => Lab::attach(&p.name.name)?.cut(&p.a, &p.b)?,
+        LabCommand::Heal(p) => Lab::attach(&p.name.name)?.heal(&p.a, &p.b)?,
+        LabCommand::Power { name, node, state } => Lab::attach(&name.name)?.power(&node, state == Switch::On)?,
+        LabCommand::Fill { name, node, undo } => Lab::attach(&name.name)?.fill(&node, !undo)?,
+        LabCommand::Logs { which, lines } => println!("{}", Lab::attach(&which.name.name)?.log_tail(&which.node, &which.service, lines)?),
+    }
+    Ok(0)
+}
+
+fn up(up: Up) -> Result<()> {
+    let options = Options {
+        name: up.name.name,
+        nodes: up.nodes,
+        grace_s: up.grace,
+        exempt_s: up.exempt,
+        shared: up.shared == Switch::On,
+        slurm: up.slurm,
+        plugin: up.plugin == Switch::On,
+        domain_type: up.domain_type,
+        vm_disk_mib: up.vm_disk,
+        ..Options::default()
+    };
+    let begun = std::time::Instant::now();
+    let was = lab::up(&options)?;
+    let (name, nodes, seconds) = (&options.name, options.nodes, begun.elapsed().as_secs_f32());
+    match was {
+        Was::Up => println!("lab {name} is already up ({nodes} nodes)"),
+        Was::Repaired => println!("lab {name} was up in part and is whole again ({nodes} nodes, {seconds:.1} s)"),
+        Was::Started => {
+            println!("lab {name} is up ({nodes} nodes, {seconds:.1} s): cargo xtask lab exec --name {name} --user alice -- sinfo");
+        }
+    }
+    Ok(())
+}
+
+fn status(name: &str) -> Result<i32> {
+    let others: Vec<String> = lab::list()
+        .into_iter()
+        .filter(|(n, _)| n != name)
+        .map(|(n, up)| format!("{n} ({})", if up { "up" } else { "dead" }))
+        .collect();
+    if !others.is_empty() {
+        println!("other labs: {}", others.join(", "));
+    }
+    let lab = Lab::attach(name)?;
+    for host in lab.hosts()? {
+        if !host.up {
+            println!("{:4} {}", host.name, host.note);
+            continue;
+        }
+        let services = lab.services(&host.name)?;
+        let text: Vec<String> = services.iter().map(|s| format!("{} {}", s.name, s.note)).collect();
+        println!("{:4} {}", host.name, text.join("; "));
+    }
+    lab::run_inside(&Places::of(name)?, lab::CTL, None, &["sinfo".into()])
+}

@@ -1,0 +1,15 @@
+//! The project's own commands, as a library: the development lab, the test image, staging and machine setup.
+//!
+//! `cargo xtask` is a thin command line over this crate; the tests of the root package use [`lab::Lab`] as a dev-dependency.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod image;
+pub mod lab;
+pub mod paths;
+pub mod proc;
+pub mod setup;
+pub mod stage;
+
+pub use error::{Error, Result};
+pub use lab::{Lab, Options, Slurm};

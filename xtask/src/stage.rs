@@ -1,0 +1,107 @@
+//! Builds the workspace and copies what a lab runs to one directory.
+
+use crate::{Result, error::At, paths};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use std::{fs, path::Path, process::Command};
+
+/// The target of the guest helper: named, so that `+crt-static` does not reach build scripts and proc macros.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What a lab runs, from the host build.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("slurm-vmd", "slurm-vmd"),
+    ("slurm-vm-run", "slurm-vm-run"),
+    ("svm", "svm"),
+    ("libspank_vm.so", "spank_vm.so"),
+];
+
+/// One build at a time: labs may be started side by side.
+pub(crate) fn build_lock() -> Result<Flock<fs::File>> {
+    let path = paths::target().join(".xtask.lock");
+    fs::create_dir_all(paths::target()).at("create", paths::target())?;
+    let file = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .at("open", &path)?;
+    loop {
+        match Flock::lock(file.try_clone().at("open", &path)?, FlockArg::LockExclusive) {
+            Ok(lock) => return Ok(lock),
+            Err((_, Errno::EINTR)) => {}
+            Err((_, e)) => return Err(std::io::Error::from(e)).at("lock", &path),
+        }
+    }
+}
+
+fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(args).current_dir(paths::project());
+    // What cargo set for us or for a test process is not for another build: it would look like a change.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG")
+            || text.starts_with("CARGO_MANIFEST")
+            || text.starts_with("CARGO_BIN")
+            || text == "CARGO_PRIMARY_PACKAGE"
+        {
+            command.env_remove(&name);
+        }
+    }
+    command.envs(environment.iter().copied());
+    let status = command.status().at("run", "cargo")?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("`cargo {}` failed ({status})", args.join(" ")).into())
+    }
+}
+
+/// Builds everything that runs on the hosts. A cdylib is built by this only, not by `cargo test`.
+pub fn build() -> Result<()> {
+    cargo(&["build", "--quiet", "--workspace"], &[])
+}
+
+/// Builds the static guest helper and gives its path. It has a target directory of its own, so that neither build undoes the other.
+pub fn build_guest() -> Result<std::path::PathBuf> {
+    let dir = paths::target().join("guest");
+    let args = [
+        "build",
+        "--quiet",
+        "--release",
+        "-p",
+        "slurm-vm-guest",
+        "--target",
+        GUEST_TARGET,
+        "--target-dir",
+    ];
+    let dir_text = dir.to_string_lossy().into_owned();
+    let args: Vec<&str> = args.into_iter().chain([dir_text.as_str()]).collect();
+    cargo(
+        &args,
+        &[("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static")],
+    )?;
+    Ok(dir.join(GUEST_TARGET).join("release/slurm-vm-guest"))
+}
+
+/// Builds and copies the programs under test. The copies stay what they are while the next build runs.
+pub fn stage_into(dir: &Path) -> Result<()> {
+    let _lock = build_lock()?;
+    build()?;
+    paths::dir(dir, 0o755)?;
+    let built = paths::target().join("debug");
+    for (from, to) in PROGRAMS {
+        copy(&built.join(from), &dir.join(to))?;
+    }
+    copy(&build_guest()?, &dir.join("slurm-vm-guest"))
+}
+
+/// A copy under a fresh name, then renamed: a program that runs from the old file keeps it.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let fresh = to.with_extension("new");
+    fs::copy(from, &fresh).at("copy", from)?;
+    fs::rename(&fresh, to).at("write", to)
+}

@@ -1,1 +1,3 @@
 //! Shared types.
+pub mod frame;
+pub mod guest;

@@ -19,7 +19,7 @@ use crate::{
     core::{End, Life, Record, record::RECORD_VERSION, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
-    peer::PeerAgent,
+    cluster::Peers,
     vm::{self, Attach, Birth, Request, view},
 };
 
@@ -43,7 +43,7 @@ pub struct Node {
     /// Effects.
     pub world: World,
     /// Other nodes' agents.
-    pub peers: Arc<PeerAgent>,
+    pub peers: Arc<dyn Peers>,
     /// Moves of which this node is an end.
     pub moves: vm::moving::OpenMoves,
     vms: Mutex<HashMap<u32, Entry>>,
@@ -53,7 +53,7 @@ pub struct Node {
 impl Node {
     /// A node role without VMs yet; call [`Node::recover`] before serving.
     #[must_use]
-    pub fn new(config: Arc<Config>, world: World, peers: Arc<PeerAgent>) -> Arc<Self> {
+    pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
         let name = config.node();
         Arc::new(Self {
             config,
@@ -128,7 +128,7 @@ impl Node {
             }
             let domain_here = domains.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid());
             let job_here = match self.world.slurm.job(job) {
-                Ok(Some(info)) => Some(info.is_active() && info.allocation.iter().any(|a| a.node == self.name)),
+                Ok(Some(info)) => Some(info.brief.state.is_on_nodes() && info.brief.nodes.contains(&self.name)),
                 Ok(None) => Some(false),
                 Err(_) => None,
             };
@@ -323,14 +323,14 @@ impl Node {
     fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
         let info = self.world.slurm.job(job).map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
         let info = info.ok_or_else(|| format!("Slurm knows no job {job}"))?;
-        if info.uid != uid && uid != 0 {
+        if info.brief.uid != uid && uid != 0 {
             return Err(format!("job {job} is not yours"));
         }
-        if !info.allocation.iter().any(|a| a.node == self.name) {
+        if !info.brief.nodes.contains(&self.name) {
             return Err(format!("job {job} does not run on {}", self.name));
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
-        self.ensure(job, UserEntry { uid: info.uid, ..attach.open.user.clone() }, attach.open.spec.clone())?;
+        self.ensure(job, UserEntry { uid: info.brief.uid, ..attach.open.user.clone() }, attach.open.spec.clone())?;
         match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Ok(tx.clone()),
             _ => Err(format!("the VM of job {job} ended at once")),

@@ -1,6 +1,6 @@
 //! The agent's UNIX socket: prolog and epilog hooks, shims, `svm`. One thread accepts, one thread serves each
 //! connection; who is at the other end is taken from SO_PEERCRED (unix(7)), never from what it says.
-mod asks;
+pub mod asks;
 mod session;
 
 use std::{
@@ -25,6 +25,8 @@ use slurm_vm_api::{
     hooks::{self, HookReply, HookRequest},
     session::{OPENING, UserEntry},
 };
+
+pub use asks::{log_text, prefixed};
 
 use crate::{controller::Controller, node::Node};
 

@@ -4,6 +4,7 @@
 //!
 //! What can fail: an effect fails (the core decides), the agent dies (the ledger and libvirt say on restart where
 //! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
+mod cause;
 pub mod moving;
 mod owner;
 pub mod prepare;

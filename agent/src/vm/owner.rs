@@ -13,7 +13,7 @@ use slurm_vm_api::{
 };
 
 use super::{
-    Request,
+    Request, cause,
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
-    guest::{GuestLink, LinkEvent, LinkRequest},
+    guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     node::Node,
 };
 
@@ -53,7 +53,7 @@ struct Owner {
     vm: Vm,
     domain: String,
     tx: Sender<Request>,
-    link: Option<GuestLink>,
+    link: Option<(GuestLink, Receiver<LinkEvent>)>,
     programs: Programs,
     waiting_attach: Vec<Attach>,
     releases: Vec<Sender<Result<(), String>>>,
@@ -123,7 +123,7 @@ impl Owner {
         let nothing = never();
         let mut next_tick = Instant::now() + TICK;
         loop {
-            let link = self.link.as_ref().map_or(&nothing, |l| l.events()).clone();
+            let link = self.link.as_ref().map_or(&nothing, |(_, events)| events).clone();
             select! {
                 recv(rx) -> request => match request {
                     Ok(request) => self.on_request(request),
@@ -131,7 +131,7 @@ impl Owner {
                 },
                 recv(link) -> event => match event {
                     Ok(event) => self.on_link(event),
-                    Err(_) => self.link = None,
+                    Err(_) => self.close_guest(),
                 },
                 default(next_tick.saturating_duration_since(Instant::now())) => {}
             }
@@ -310,7 +310,7 @@ impl Owner {
         let restarts = self.restart;
         let to = self.programs.sender(session);
         worker(job, "cause", move || {
-            let cause = crate::slurm::why_term(&*node.world.slurm, job, restarts);
+            let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
             node.world.store.journal(&crate::core::record::domain_name(job, 0), node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
             if let Some(to) = to {
@@ -327,7 +327,10 @@ impl Owner {
                 self.to_guest(requests);
                 self.sync_programs();
             }
-            LinkEvent::Down { .. } => self.programs.guest_down(),
+            LinkEvent::Down { reason } => {
+                log::debug!("job {}: guest link down: {reason}", self.vm.record.job);
+                self.programs.guest_down();
+            }
             LinkEvent::Data { program, stream, offset, bytes } => {
                 let requests = self.programs.data(program, stream, offset, &bytes);
                 self.to_guest(requests);
@@ -351,9 +354,20 @@ impl Owner {
                 self.to_guest(requests);
                 self.sync_programs();
             }
+            LinkEvent::ProgramLost { program } => {
+                self.programs.lost(program);
+                self.sync_programs();
+            }
             LinkEvent::StdinAck { program, offset } => self.programs.stdin_taken(program, offset),
             other => log::debug!("job {}: guest link: {other:?}", self.vm.record.job),
         }
+    }
+
+    fn close_guest(&mut self) {
+        if let Some((link, _)) = self.link.take() {
+            link.stop();
+        }
+        self.programs.link_gone();
     }
 
     /// Ends and offsets of programs go to the ledger.
@@ -363,7 +377,7 @@ impl Owner {
     }
 
     fn to_guest(&mut self, requests: Vec<ToGuest>) {
-        let Some(link) = &self.link else { return };
+        let Some((link, _)) = &self.link else { return };
         for r in requests {
             let request = match r {
                 ToGuest::Start { program, spec, script } => LinkRequest::Start { program, spec, script },
@@ -380,7 +394,7 @@ impl Owner {
     }
 
     fn action(&self, action: Action) -> LinkRequest {
-        LinkRequest::Act { id: self.next_request, action }
+        LinkRequest::Do { token: self.next_request, action }
     }
 
     fn journal(&self, line: &str) {
@@ -422,12 +436,15 @@ impl Owner {
             }),
             Effect::OpenGuest => {
                 let socket = prepare::run_dir(&node.config, &domain).join("guest.sock");
-                self.link = Some(GuestLink::open(&format!("guest-{job}"), socket));
+                self.close_guest();
+                // Another seed for each link keeps the answers to this one apart from those to an earlier one.
+                let seed = node.world.clock.now_ms();
+                match GuestLink::start(LinkConfig::new(job.to_string(), seed), Box::new(UnixTransport::new(socket))) {
+                    Ok(link) => self.link = Some(link),
+                    Err(e) => log::error!("job {job}: cannot talk to the guest: {e}"),
+                }
             }
-            Effect::CloseGuest => {
-                self.link = None;
-                self.programs.guest_down();
-            }
+            Effect::CloseGuest => self.close_guest(),
             Effect::Destroy => worker(job, "destroy", move || {
                 let _ = tx.send(Request::Core(Event::Destroyed(moving::destroy(&node, &record))));
             }),
@@ -500,7 +517,7 @@ impl Owner {
             }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
-                if let Some(link) = &self.link {
+                if let Some((link, _)) = &self.link {
                     link.send(self.action(Action::SetClock { unix_ns }));
                     self.next_request += 1;
                 }

@@ -112,11 +112,11 @@ pub fn allocation(world: &World, node: &str, job: u32) -> Result<Allocation, Fai
         .map_err(|e: SlurmError| Failure::Node(format!("cannot ask Slurm for the allocation of job {job}: {e}")))?
         .ok_or_else(|| Failure::Node(format!("Slurm knows no job {job}")))?;
     let here = info
-        .allocation
+        .allocs
         .iter()
         .find(|a| a.node == node)
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
-    Ok(Allocation { cores: here.cpu_ids.clone(), mem_mib: here.mem_mib.filter(|m| *m > 0) })
+    Ok(Allocation { cores: here.cpus.clone(), mem_mib: (here.mem_mib > 0).then_some(here.mem_mib) })
 }
 
 fn guest_memory(record: &Record, allocation: &Allocation, vcpus: u32) -> Result<u64, Failure> {

@@ -9,7 +9,7 @@ use std::{collections::HashMap, path::PathBuf};
 
 use crossbeam_channel::Sender;
 use slurm_vm_api::{
-    guest::{self, ExitStatus, ProgramState},
+    guest::{self, ExitStatus},
     session::{self, Ended, Frame, Open, Sink, Stream, StreamStart, ToShim},
 };
 
@@ -130,6 +130,8 @@ struct Program {
     note: Option<String>,
     told_start: bool,
     told_end: bool,
+    /// The link of now delivers its output.
+    followed: bool,
 }
 
 /// All programs and sessions of one VM.
@@ -198,6 +200,7 @@ impl Programs {
             note: None,
             told_start: false,
             told_end: false,
+            followed: false,
         });
     }
 
@@ -281,6 +284,7 @@ impl Programs {
                 note: None,
                 told_start: false,
                 told_end: false,
+                followed: false,
             });
             self.start_pending(&mut requests);
             return (true, requests);
@@ -332,15 +336,14 @@ impl Programs {
             };
             p.started = true;
             p.start = None;
-            for s in &report.streams {
-                if let Some(i) = index(s.stream) {
-                    let from = p.outputs[i].received;
-                    requests.push(ToGuest::Resume { program: p.record.id, stream: s.stream, from });
+            if !p.followed {
+                // A new link: everything below `received` has been written or is kept.
+                p.followed = true;
+                for s in &report.streams {
+                    if let Some(i) = index(s.stream) {
+                        requests.push(ToGuest::Resume { program: p.record.id, stream: s.stream, from: p.outputs[i].received });
+                    }
                 }
-            }
-            if let ProgramState::Exited { status } = report.state {
-                let ends: Vec<_> = report.streams.iter().map(|s| (s.stream, s.end)).collect();
-                set_end(p, status, &ends);
             }
         }
         self.start_pending(&mut requests);
@@ -353,19 +356,20 @@ impl Programs {
         self.guest_up = false;
     }
 
+    /// The link was dropped: the next one has to be told where to go on.
+    pub fn link_gone(&mut self) {
+        self.guest_up = false;
+        self.list.iter_mut().for_each(|p| p.followed = false);
+    }
+
     /// The guest has started a program, now or before.
     pub fn started(&mut self, program: u32, report: &guest::StartReport) -> Vec<ToGuest> {
         let mut requests = Vec::new();
         if let Some(p) = self.list.iter_mut().find(|p| p.record.id == program) {
-            if !p.started {
-                p.started = true;
-                p.start = None;
-                for (i, stream) in OUTPUTS.into_iter().enumerate() {
-                    if i == 0 || !(p.record.merged || p.record.terminal) {
-                        requests.push(ToGuest::Resume { program, stream, from: p.outputs[i].received });
-                    }
-                }
-            }
+            // The link follows the output of what it starts from the beginning.
+            p.started = true;
+            p.followed = true;
+            p.start = None;
             if report.cwd_errno.is_some() {
                 p.note = Some("the submit directory is not in the guest: the program runs in /, files written there end with the job".into());
             }
@@ -377,6 +381,11 @@ impl Programs {
     /// A line for the journal about a program's start, once.
     pub fn take_note(&mut self, program: u32) -> Option<String> {
         self.list.iter_mut().find(|p| p.record.id == program).and_then(|p| p.note.take())
+    }
+
+    /// The guest does not know a program any more.
+    pub fn lost(&mut self, program: u32) {
+        self.refused(program, "the guest does not know the program any more");
     }
 
     /// The guest could not start a program.

@@ -1,0 +1,161 @@
+//! What agents say to each other, over the authenticated channel of [`crate::peer`]: one request, one reply.
+use serde::{Deserialize, Serialize};
+use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
+
+use crate::core::{ProgramRecord, Record};
+
+/// Version of these messages; an agent accepts its own and the one before.
+pub const VERSION: u32 = 1;
+
+/// A request to another agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PeerRequest {
+    /// Health, VMs and totals; the controller's poll.
+    Status,
+    /// One job.
+    Show {
+        /// Job id.
+        job: u32,
+    },
+    /// Logs of a job from these offsets on.
+    Log {
+        /// Job id.
+        job: u32,
+        /// Offset in the journal.
+        journal: u64,
+        /// Offset in the serial log.
+        serial: u64,
+    },
+    /// Controller: move a VM out; answered when it has moved or stays.
+    MoveOut {
+        /// Job id.
+        job: u32,
+        /// Destination node.
+        to: String,
+        /// Its address.
+        address: String,
+        /// `preemption`, `drain` or `asked`.
+        cause: String,
+        /// Unix milliseconds by which it must have left, where there is such a time.
+        deadline_ms: Option<u64>,
+    },
+    /// Controller: save a VM to shared storage; answered when it is saved or goes on.
+    Save {
+        /// Job id.
+        job: u32,
+        /// `preemption`, `drain` or `asked`.
+        cause: String,
+    },
+    /// Controller: stop the move that is under way.
+    CancelMove {
+        /// Job id.
+        job: u32,
+    },
+    /// Controller: how a move is going, as a line.
+    Progress {
+        /// Job id.
+        job: u32,
+    },
+    /// Controller: stop the VM so that the job can start over.
+    GiveUp {
+        /// Job id.
+        job: u32,
+    },
+    /// Controller: the job is over and no epilog will come for a VM that waits for it.
+    Release {
+        /// Job id.
+        job: u32,
+    },
+    /// Source: prepare for a VM; answered when it may come.
+    Import {
+        /// The move.
+        move_id: String,
+        /// The record, still in the source's words.
+        record: Box<Record>,
+        /// Token that the relay's connections must show.
+        token: String,
+        /// Size in bytes of an overlay that is copied along; `None` when storage is shared.
+        copy_overlay: Option<u64>,
+        /// CPU model, QEMU and libvirt of the source, for the compatibility check.
+        host: HostFacts,
+    },
+    /// Source: the guest runs at the destination; here is what was written of its output.
+    TakeOver {
+        /// The move.
+        move_id: String,
+        /// Job id.
+        job: u32,
+        /// Programs.
+        programs: Vec<ProgramRecord>,
+        /// History.
+        moves: Vec<MoveView>,
+        /// Kept output: program, stream index, offset, bytes in base 16.
+        spools: Vec<(u32, usize, u64, String)>,
+    },
+    /// Source: the move was given up.
+    Abandon {
+        /// The move.
+        move_id: String,
+        /// Job id.
+        job: u32,
+    },
+    /// Source: does the guest of this move run at the destination?
+    RunsHere {
+        /// Job id.
+        job: u32,
+    },
+}
+
+/// What the destination must match.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct HostFacts {
+    /// Version of the agent.
+    pub agent: String,
+    /// `kvm` or `qemu`.
+    pub domain_type: String,
+    /// Configured CPU model.
+    pub cpu_model: String,
+    /// QEMU's version.
+    pub qemu: String,
+}
+
+/// The reply.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PeerReply {
+    /// To `Status`.
+    Status {
+        /// Health.
+        health: NodeHealth,
+        /// VMs, alive and over.
+        vms: Vec<VmView>,
+        /// Totals.
+        totals: Totals,
+    },
+    /// To `Show`.
+    Vm(Option<Box<VmView>>),
+    /// To `Log`: what has come since, and whether the VM is over.
+    Log {
+        /// Journal.
+        journal: String,
+        /// Bytes of the journal read.
+        journal_bytes: u64,
+        /// Serial log.
+        serial: String,
+        /// Bytes of the serial log read.
+        serial_bytes: u64,
+        /// Nothing more will come.
+        over: bool,
+    },
+    /// To `MoveOut` and `Save`.
+    Moved(Box<MoveView>),
+    /// To `Progress`.
+    Progress(Option<String>),
+    /// To `RunsHere`.
+    RunsHere(bool),
+    /// Done.
+    Ok,
+    /// Not done, and why.
+    Refused(String),
+}

@@ -1,0 +1,128 @@
+//! `svm` for the whole cluster.
+use std::{io, time::Duration};
+
+use slurm_vm_api::query::{Answer, Ask, Totals, VmView};
+
+use super::{Controller, health};
+use crate::{
+    cluster::{PeerReply, PeerRequest},
+    server::{asks::Refusal, prefixed},
+};
+
+const PEER: Duration = Duration::from_secs(10);
+
+impl Controller {
+    /// Answers one question; `operator`: root or SlurmUser.
+    ///
+    /// # Errors
+    /// A line for the asker, or that he is gone.
+    pub fn answer(&self, ask: &Ask, uid: u32, operator: bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+        let may_see = |v: &VmView| operator || v.uid == uid;
+        match ask {
+            Ask::List => {
+                let (views, totals) = self.list();
+                for v in views.into_iter().filter(may_see) {
+                    say(Answer::Vm(Box::new(v)))?;
+                }
+                say(Answer::Totals(Box::new(totals)))?;
+            }
+            Ask::Show { job } => {
+                let view = self.find(*job, &may_see)?;
+                // The poll's word may be a second old.
+                let fresh = self.peers.request(&view.node, &self.address(&view.node), &PeerRequest::Show { job: *job }, PEER);
+                let view = match fresh {
+                    Ok(PeerReply::Vm(Some(fresh))) => *fresh,
+                    _ => view,
+                };
+                say(Answer::Vm(Box::new(view)))?;
+            }
+            Ask::Log { job, follow } => self.log(*job, *follow, &may_see, say)?,
+            Ask::Health => {
+                let all: Vec<_> = {
+                    let cluster = self.cluster();
+                    cluster.nodes.keys().map(|n| health::of(&cluster, n)).collect()
+                };
+                for n in all {
+                    say(Answer::Node(n))?;
+                }
+            }
+            Ask::Migrate { .. } | Ask::CancelMigration { .. } | Ask::Check => return Err("not possible yet".to_owned().into()),
+        }
+        Ok(())
+    }
+
+    /// VMs of the cluster, one line per job: where a job was on several nodes, the one that has it now.
+    fn list(&self) -> (Vec<VmView>, Totals) {
+        let cluster = self.cluster();
+        let mut totals = Totals { scope: "cluster".into(), ..Totals::default() };
+        let mut views: Vec<VmView> = Vec::new();
+        for status in cluster.nodes.values().flatten() {
+            let t = &status.totals;
+            totals.vms += t.vms;
+            totals.vcpus += t.vcpus;
+            totals.mem_mib += t.mem_mib;
+            totals.disk_bytes += t.disk_bytes;
+            totals.run_seconds += t.run_seconds;
+            totals.vcpu_seconds += t.vcpu_seconds;
+            totals.ended += t.ended;
+            totals.moves += t.moves;
+            totals.moved_bytes += t.moved_bytes;
+            for v in &status.vms {
+                match views.iter_mut().find(|known| known.job == v.job) {
+                    Some(known) if rank(v) > rank(known) => *known = v.clone(),
+                    Some(_) => {}
+                    None => views.push(v.clone()),
+                }
+            }
+        }
+        views.sort_by_key(|v| (rank(v).0 == 0, v.job));
+        (views, totals)
+    }
+
+    fn find(&self, job: u32, may_see: &dyn Fn(&VmView) -> bool) -> Result<VmView, Refusal> {
+        self.list()
+            .0
+            .into_iter()
+            .find(|v| v.job == job && may_see(v))
+            .ok_or_else(|| format!("job {job} has no VM in the cluster (or it ended long ago)").into())
+    }
+
+    fn log(&self, job: u32, follow: bool, may_see: &dyn Fn(&VmView) -> bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+        let node = self.find(job, may_see)?.node;
+        let (mut journal, mut serial) = (0, 0);
+        loop {
+            let reply = self
+                .peers
+                .request(&node, &self.address(&node), &PeerRequest::Log { job, journal, serial }, PEER)
+                .map_err(|e| format!("{node} does not answer: {e}"))?;
+            let PeerReply::Log { journal: j, journal_bytes, serial: s, serial_bytes, over } = reply else {
+                return Err(format!("{node} gave another answer than asked for").into());
+            };
+            if !j.is_empty() {
+                say(Answer::Text(j))?;
+            }
+            if !s.is_empty() {
+                say(Answer::Text(prefixed(s.as_bytes(), "guest| ")))?;
+            }
+            journal += journal_bytes;
+            serial += serial_bytes;
+            let nothing_new = journal_bytes == 0 && serial_bytes == 0;
+            if nothing_new && (!follow || over) {
+                return Ok(());
+            }
+            if nothing_new {
+                self.world.clock.sleep(Duration::from_millis(200));
+            }
+        }
+    }
+}
+
+/// Which of two nodes' words on a job counts: alive before over, later run before earlier.
+fn rank(v: &VmView) -> (u8, u64) {
+    let alive = match v.state.as_str() {
+        "stopped" | "gone" => 0,
+        "saved" | "arriving" => 1,
+        _ => 2,
+    };
+    (alive, v.started_at.unwrap_or(0) + v.run)
+}

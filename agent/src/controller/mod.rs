@@ -1,0 +1,160 @@
+//! The controller role: one per cluster, on the slurmctld host. It schedules nothing; Slurm picks. It keeps the feature
+//! `vm` true to the health of each node ([`health`]), sends jobs that met a broken node elsewhere ([`faulty`]), and
+//! answers `svm` for the whole cluster ([`asks`]).
+//!
+//! One thread polls Slurm every `poll_ms`; one thread per VM node keeps asking that node's agent for its status. Both
+//! write into [`Cluster`] behind one lock that is never held over a call to the outside. Everything that must survive a
+//! restart is in Slurm (features, reservations, job fields) or in the ledger of the moves.
+mod asks;
+mod faulty;
+mod health;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    thread,
+    time::{Duration, Instant},
+};
+
+use slurm_vm_api::query::{NodeHealth, Totals, VmView};
+
+use crate::{
+    cluster::{PeerReply, PeerRequest, Peers},
+    config::Config,
+    effects::World,
+    slurm::{JobBrief, NodeInfo},
+};
+
+/// A node's last word, and when it came.
+#[derive(Debug, Clone)]
+pub struct NodeStatus {
+    /// Health as the node's agent sees it.
+    pub health: NodeHealth,
+    /// VMs, alive and over.
+    pub vms: Vec<VmView>,
+    /// Totals.
+    pub totals: Totals,
+    /// When the agent last answered.
+    pub heard: Instant,
+}
+
+/// What is known of the cluster.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    /// VM nodes by name, with what their agents said last.
+    pub nodes: BTreeMap<String, Option<NodeStatus>>,
+    /// Slurm's view of these nodes.
+    pub slurm_nodes: BTreeMap<String, NodeInfo>,
+    /// Jobs of the last poll.
+    pub jobs: Vec<JobBrief>,
+    /// Node on which a job was last seen running, for jobs that met a broken node.
+    pub last_node: BTreeMap<u32, String>,
+}
+
+/// The controller role.
+#[derive(Debug)]
+pub struct Controller {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Effects; Slurm and time are used.
+    pub world: World,
+    /// Agents of the nodes.
+    pub peers: Arc<dyn Peers>,
+    started: Instant,
+    cluster: Mutex<Cluster>,
+}
+
+/// An agent that has not answered for so long is sick.
+const STALE: Duration = Duration::from_secs(6);
+/// How long an agent may take for a status.
+const STATUS_WITHIN: Duration = Duration::from_secs(5);
+
+impl Controller {
+    /// A controller that knows nothing yet.
+    #[must_use]
+    pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
+        Arc::new(Self { config, world, peers, started: Instant::now(), cluster: Mutex::new(Cluster::default()) })
+    }
+
+    /// What is known of the cluster; hold it shortly.
+    pub fn cluster(&self) -> MutexGuard<'_, Cluster> {
+        self.cluster.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Polls until the process ends.
+    pub fn run(self: &Arc<Self>) {
+        let poll = Duration::from_millis(self.config.controller.poll_ms);
+        let mut failing = false;
+        loop {
+            let begun = Instant::now();
+            match self.poll() {
+                Ok(()) => failing = false,
+                Err(e) if !failing => {
+                    log::warn!("Slurm does not answer: {e}");
+                    failing = true;
+                }
+                Err(_) => {}
+            }
+            self.world.clock.sleep(poll.saturating_sub(begun.elapsed()));
+        }
+    }
+
+    fn poll(self: &Arc<Self>) -> Result<(), String> {
+        let feature = &self.config.controller.feature;
+        let nodes = self.world.slurm.nodes().map_err(|e| e.to_string())?;
+        let jobs = self.world.slurm.jobs_poll().map_err(|e| e.to_string())?;
+        let vm_nodes: Vec<NodeInfo> = nodes.into_iter().filter(|n| n.available_features.contains(feature)).collect();
+        let mut new = Vec::new();
+        {
+            let mut cluster = self.cluster();
+            for n in &vm_nodes {
+                if !cluster.nodes.contains_key(&n.name) {
+                    cluster.nodes.insert(n.name.clone(), None);
+                    new.push((n.name.clone(), n.address.clone()));
+                }
+            }
+            for j in jobs.iter().filter(|j| j.state.is_on_nodes()) {
+                if let Some(host) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()) {
+                    cluster.last_node.insert(j.id, host);
+                }
+            }
+            let known: Vec<u32> = jobs.iter().map(|j| j.id).collect();
+            cluster.last_node.retain(|job, _| known.contains(job));
+            cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
+            cluster.jobs = jobs;
+        }
+        for (name, address) in new {
+            self.watch(name, address);
+        }
+        self.keep_features(&vm_nodes);
+        self.retry_faulty();
+        Ok(())
+    }
+
+    /// Keeps asking one node's agent, on a thread of its own.
+    fn watch(self: &Arc<Self>, name: String, address: String) {
+        let controller = self.clone();
+        let spawned = thread::Builder::new().name(format!("watch-{name}")).spawn(move || {
+            let poll = Duration::from_millis(controller.config.controller.poll_ms);
+            loop {
+                let begun = Instant::now();
+                if let Ok(PeerReply::Status { health, vms, totals }) =
+                    controller.peers.request(&name, &address, &PeerRequest::Status, STATUS_WITHIN)
+                {
+                    let status = NodeStatus { health, vms, totals, heard: Instant::now() };
+                    controller.cluster().nodes.insert(name.clone(), Some(status));
+                }
+                controller.world.clock.sleep(poll.saturating_sub(begun.elapsed()));
+            }
+        });
+        if let Err(e) = spawned {
+            log::error!("cannot start a thread: {e}");
+        }
+    }
+
+    /// Address of a node's agent.
+    #[must_use]
+    pub fn address(&self, node: &str) -> String {
+        self.cluster().slurm_nodes.get(node).map_or_else(|| node.to_owned(), |n| n.address.clone())
+    }
+}

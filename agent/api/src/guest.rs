@@ -155,7 +155,7 @@ pub enum ToGuest {
         program: u32,
         /// Which of its output streams.
         stream: Stream,
-        /// First byte wanted. Everything below it is acknowledged.
+        /// First byte wanted. This acknowledges nothing: a host that has received bytes may still lose them.
         from: u64,
     },
     /// Something to do once. Answered by [`ToHost::Done`].

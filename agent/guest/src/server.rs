@@ -311,7 +311,7 @@ impl Server {
         if frame.kind == Kind::Control {
             match serde_json::from_slice::<ToGuest>(frame.body) {
                 Ok(ToGuest::Hello { protocol, nonce, .. }) => self.hello(protocol, nonce),
-                Ok(message) if self.session => self.control(message, now),
+                Ok(message) if self.session => self.control(message),
                 Ok(_) | Err(_) => {}
             }
             return;
@@ -356,7 +356,7 @@ impl Server {
         }));
     }
 
-    fn control(&mut self, message: ToGuest, now: Instant) {
+    fn control(&mut self, message: ToGuest) {
         match message {
             ToGuest::Hello { .. } => {}
             ToGuest::Start { program, spec, script } => self.start(program, spec, script),
@@ -364,8 +364,6 @@ impl Server {
                 let Some(output) = self.programs.get_mut(&program).and_then(|found| found.output(stream)) else {
                     return;
                 };
-                output.ring.release(from);
-                output.read(now);
                 let start = from.clamp(output.ring.start(), output.ring.end());
                 output.next = Some(start);
                 output.eof_sent = false;

@@ -37,7 +37,7 @@ use std::{
 use wire::{Request, ask};
 
 /// PATH on every host: nothing of the caller's.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long `lab up` waits for slurmctld to call all nodes idle.
 const UP_DEADLINE: Duration = Duration::from_secs(60);
 

@@ -3,6 +3,7 @@
 //! `cargo xtask` is a thin command line over this crate; the tests of the root package use [`lab::Lab`] as a dev-dependency.
 #![forbid(unsafe_code)]
 
+pub mod apt;
 pub mod error;
 pub mod image;
 pub mod lab;

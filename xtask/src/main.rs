@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use xtask::{
     Result, image,
     lab::{self, Lab, Options, Places, Slurm, Was},
-    paths, stage,
+    paths, setup, stage,
 };
 
 /// The project's own commands.
@@ -22,6 +22,8 @@ enum Command {
     /// A real cluster on this machine, in namespaces (needs root)
     #[command(subcommand)]
     Lab(LabCommand),
+    /// Install what the build and the lab need (Debian 12 and 13, by apt)
+    Setup,
     /// Build, and copy what a lab runs to target/stage
     Stage,
     /// Build a test image
@@ -196,6 +198,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<i32> {
     match command {
         Command::Lab(command) => lab_command(command),
+        Command::Setup => setup::setup().map(|()| 0),
         Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),
         Command::Image { .. } => {
             println!("{}", image::build()?.display());

@@ -6,7 +6,7 @@
 
 use super::{
     conf,
-    options::{CTL, Options, Places, address},
+    options::{CTL, Places, address},
     root,
     service::{Service, log_directories},
     wire::{self, Request, StatusLine},
@@ -30,7 +30,7 @@ use std::{
         fd::AsFd,
         unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -72,7 +72,7 @@ pub fn inner(name: &str, host: &str) -> Result<()> {
     paths::dir(&disk, 0o711)?;
     paths::dir(places.logs(host), 0o755)?;
     log_directories(&places.logs(host))?;
-    root::enter(&places, host, &lower(&options)?)?;
+    root::enter(&places, host, &super::roots::lower(options.slurm))?;
     sethostname(host).at("set the host name", host)?;
     network(host)?;
     conf::write(&options, host)?;
@@ -90,11 +90,6 @@ pub fn inner(name: &str, host: &str) -> Result<()> {
         vm_disk_mib: options.vm_disk_mib,
     }
     .serve(&listener)
-}
-
-/// The tree below the host's overlay.
-fn lower(options: &Options) -> Result<PathBuf> {
-    super::roots::lower(options.slurm)
 }
 
 fn network(host: &str) -> Result<()> {

@@ -37,7 +37,7 @@ use std::{
 use wire::{Request, ask};
 
 /// PATH on every host: nothing of the caller's.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long `lab up` waits for slurmctld to call all nodes idle.
 const UP_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -65,7 +65,7 @@ pub fn up(options: &Options) -> Result<Was> {
     options.check()?;
     need_root()?;
     let places = Places::of(&options.name)?;
-    let _lock = state::lock(&places)?;
+    let lock = state::lock(&places)?;
     if state::alive(&places).is_some() {
         let running = state::read_options(&places)?;
         if running != *options {
@@ -79,20 +79,16 @@ pub fn up(options: &Options) -> Result<Was> {
     }
     // What a killed lab or a reboot has left is of no use to a new one.
     state::remove(&places)?;
-    let _lock = state::lock(&places)?;
-    roots::make(options.slurm)?;
-    let result = start(&places, options);
+    let result = roots::make(options.slurm).and_then(|()| start(&places, options));
     if result.is_err() && std::env::var_os("SLURM_VM_LAB_KEEP").is_none() {
         state::remove(&places)?;
+        state::forget(&places, lock);
     }
     result.map(|()| Was::Started)
 }
 
 fn start(places: &Places, options: &Options) -> Result<()> {
-    paths::dir(paths::LAB_DISKS, 0o755)?;
-    paths::dir(places.state(), 0o700)?;
-    paths::dir(places.disk(), 0o755)?;
-    paths::dir(places.cuts(), 0o700)?;
+    state::make_directories(places)?;
     state::write_options(places, options)?;
     stage::stage_into(&places.stage())?;
     image::install_into(&places.images())?;
@@ -206,9 +202,10 @@ fn missing_part(places: &Places, options: &Options) -> Result<Option<String>> {
 pub fn down(name: &str) -> Result<bool> {
     need_root()?;
     let places = Places::of(name)?;
-    let _lock = state::lock(&places)?;
+    let lock = state::lock(&places)?;
     let was = state::alive(&places).is_some() || places.disk().exists();
     state::remove(&places)?;
+    state::forget(&places, lock);
     Ok(was)
 }
 

@@ -67,37 +67,43 @@ pub fn cuts_of(places: &Places, host: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// One `lab up` or `lab down` of a name at a time. The file goes with the lab, so whoever gets the lock looks whether it is still the one in place.
+/// One `lab up` or `lab down` of a name at a time. The file goes with the lab, so whoever gets the lock looks whether it is still the one in
+/// place. While it is there the directory of all labs stays, too.
 pub fn lock(places: &Places) -> Result<Flock<fs::File>> {
-    paths::dir(paths::LAB_STATE, 0o755)?;
     let path = lock_path(places);
     loop {
-        let file = fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .at("open", &path)?;
-        let lock = loop {
-            match Flock::lock(file.try_clone().at("open", &path)?, FlockArg::LockExclusive) {
-                Ok(lock) => break lock,
-                Err((_, Errno::EINTR)) => {}
-                Err((_, e)) => return Err(std::io::Error::from(e)).at("lock", &path),
-            }
+        fs::create_dir_all(paths::LAB_STATE).at("create", paths::LAB_STATE)?;
+        let file = match fs::File::options().create(true).truncate(false).write(true).open(&path) {
+            // The last lab of another name went just now.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            other => other.at("open", &path)?,
         };
-        let same =
-            fs::metadata(&path).is_ok_and(|now| file.metadata().is_ok_and(|held| (held.dev(), held.ino()) == (now.dev(), now.ino())));
-        if same {
+        let lock = match Flock::lock(file, FlockArg::LockExclusive) {
+            Ok(lock) => lock,
+            Err((_, Errno::EINTR)) => continue,
+            Err((_, e)) => return Err(std::io::Error::from(e)).at("lock", &path),
+        };
+        let held = lock.metadata().at("look at", &path)?;
+        if fs::metadata(&path).is_ok_and(|now| (held.dev(), held.ino()) == (now.dev(), now.ino())) {
             return Ok(lock);
         }
     }
+}
+
+/// Makes the lab's directories. With the lock held.
+pub fn make_directories(places: &Places) -> Result<()> {
+    // QEMU's user must get through, whatever our umask is; and the last lab of another name may take the common parent away under our hands.
+    let common = || paths::dir(paths::LAB_DISKS, 0o755).and_then(|()| paths::dir(places.disk(), 0o755));
+    common().or_else(|_| common())?;
+    paths::dir(places.state(), 0o700)?;
+    paths::dir(places.cuts(), 0o700)
 }
 
 fn lock_path(places: &Places) -> std::path::PathBuf {
     places.state().with_extension("lock")
 }
 
-/// Ends the lab if it lives and removes all it has on the host. With the lock held.
+/// Ends the lab if it lives and removes all it has on the host but for the lock, which the caller holds.
 pub fn remove(places: &Places) -> Result<()> {
     if let Some(pid) = alive(places) {
         // It may go by itself between the look and the kill.
@@ -111,9 +117,14 @@ pub fn remove(places: &Places) -> Result<()> {
             _ => {}
         }
     }
-    let _ = fs::remove_file(lock_path(places));
-    // The directories of all labs go with the last one.
-    let _ = fs::remove_dir(paths::LAB_STATE);
+    // The directory of all labs' disks goes with the last one.
     let _ = fs::remove_dir(paths::LAB_DISKS);
     Ok(())
+}
+
+/// The last trace of a lab that was removed.
+pub fn forget(places: &Places, lock: Flock<fs::File>) {
+    let _ = fs::remove_file(lock_path(places));
+    let _ = fs::remove_dir(paths::LAB_STATE);
+    drop(lock);
 }

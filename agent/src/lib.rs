@@ -5,7 +5,6 @@
 //! each VM on a thread of its own, [`core`] decides, [`effects`], [`hypervisor`], [`slurm`], [`guest`] and [`peer`] act.
 #![deny(unsafe_code)]
 
-pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod controller;
@@ -16,7 +15,6 @@ pub mod health;
 pub mod hypervisor;
 pub mod logging;
 pub mod node;
-pub mod peer;
 pub mod probe;
 pub mod server;
 pub mod shim;

@@ -1,2 +1,103 @@
-//! slurm-vmd
-fn main() {}
+//! The agent daemon: node role, controller role, or both, as the configuration says.
+use std::{path::PathBuf, process::ExitCode, sync::Arc, thread};
+
+use clap::Parser;
+use slurm_vm::{
+    cluster::{self, Peers, TlsPeers},
+    config::{self, Config},
+    controller::Controller,
+    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
+    hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
+    logging,
+    node::Node,
+    server::{self, Roles},
+    slurm::{Slurm, SlurmCommands, SlurmSettings},
+    text::chain,
+};
+
+/// The agent of slurm-vm: runs the virtual machines of this node's jobs, and the cluster's moves where it is the controller.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file.
+    #[arg(long, default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+    /// Print debug lines, too.
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    logging::init(arguments.verbose || std::env::var_os("SLURM_VM_DEBUG").is_some());
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("slurm-vmd: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), String> {
+    let config = Config::load(&arguments.config).map_err(|e| chain(&e))?;
+    if arguments.check {
+        println!("{}: good", arguments.config.display());
+        return Ok(());
+    }
+    if !config.node.enabled && !config.controller.enabled {
+        return Err(format!("{}: neither the node role nor the controller role is enabled", arguments.config.display()));
+    }
+    let config = Arc::new(config);
+    for dir in [&config.state_dir, &config.run_dir, &config.run_dir.join("jobs"), &config.run_dir.join("vm")] {
+        std::fs::create_dir_all(dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+    }
+    let slurm: Arc<dyn Slurm> = Arc::new(SlurmCommands::new(SlurmSettings { conf: config.slurm_conf.clone(), ..SlurmSettings::default() }));
+    let hypervisor: Arc<dyn Hypervisor> = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(|e| e.to_string())?);
+    let world = World {
+        clock: Arc::new(SystemClock),
+        store: Arc::new(DirStore::new(&config.state_dir).map_err(|e| chain(&e))?),
+        disks: Arc::new(QemuImg::default()),
+        hypervisor,
+        slurm: slurm.clone(),
+        faults: Faults::from_environment()?,
+    };
+    let peers = TlsPeers::new(&config)?;
+    let as_peers: Arc<dyn Peers> = peers.clone();
+    let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers.clone()));
+    let controller = config.controller.enabled.then(|| Controller::new(config.clone(), world.clone(), as_peers));
+    if let Some(node) = &node {
+        if let Some(shared) = &config.shared_dir {
+            for dir in ["overlays", "saves"] {
+                std::fs::create_dir_all(shared.join(dir)).map_err(|e| format!("cannot make {}: {e}", shared.join(dir).display()))?;
+            }
+        }
+        let events = world.hypervisor.events();
+        let watcher = node.clone();
+        thread::Builder::new().name("domains".into()).spawn(move || watcher.watch_domains(&events)).map_err(|e| e.to_string())?;
+        node.recover();
+        let prober = node.clone();
+        thread::Builder::new()
+            .name("probe".into())
+            .spawn(move || {
+                let _ = prober.domain_type();
+            })
+            .map_err(|e| e.to_string())?;
+        let serving = node.clone();
+        peers.serve(&config, move |request| cluster::answer(&serving, request))?;
+    }
+    if let Some(controller) = &controller {
+        let controller = controller.clone();
+        thread::Builder::new().name("controller".into()).spawn(move || controller.run()).map_err(|e| e.to_string())?;
+    }
+    let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
+    let listener = server::bind(&config.socket).map_err(|e| format!("cannot listen on {}: {e}", config.socket.display()))?;
+    log::info!("slurm-vmd {} on {}: ready", env!("CARGO_PKG_VERSION"), config.node());
+    // Without systemd there is nobody to notify, and that is no fault.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    server::serve(&listener, &Roles { node, controller, operators });
+    Ok(())
+}

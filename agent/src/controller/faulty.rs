@@ -2,7 +2,7 @@
 //! his own jobs, and nothing else makes that state by itself); here the node is excluded and the job released. The shim
 //! gives up by itself (outcome 125) when Slurm's restart count reaches the attempts allowed.
 use super::Controller;
-use crate::slurm::JobUpdate;
+use crate::slurm::{JobState, JobUpdate};
 
 impl Controller {
     /// Sends each such job elsewhere.
@@ -13,7 +13,7 @@ impl Controller {
             let faulty: Vec<_> = cluster
                 .jobs
                 .iter()
-                .filter(|j| j.special_exit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str())))
+                .filter(|j| j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str())))
                 .map(|j| (j.id, cluster.last_node.get(&j.id).cloned()))
                 .collect();
             (faulty, cluster.slurm_nodes.len())

@@ -21,7 +21,9 @@ pub enum JobState {
     BootFail,
     Deadline,
     OutOfMemory,
-    /// Requeued and held (`REQUEUE_HOLD`, `SPECIAL_EXIT`): waits for a release.
+    /// Requeued and held with `scontrol requeuehold State=SpecialExit`: how a shim marks a job that met a broken node.
+    SpecialExit,
+    /// Requeued and held (`REQUEUE_HOLD`): waits for a release.
     RequeueHold,
     /// Requeued and still on its way back to the queue.
     Requeued,
@@ -48,7 +50,8 @@ impl JobState {
             "BOOT_FAIL" => Self::BootFail,
             "DEADLINE" => Self::Deadline,
             "OUT_OF_MEMORY" => Self::OutOfMemory,
-            "REQUEUE_HOLD" | "SPECIAL_EXIT" | "RESV_DEL_HOLD" => Self::RequeueHold,
+            "SPECIAL_EXIT" => Self::SpecialExit,
+            "REQUEUE_HOLD" | "RESV_DEL_HOLD" => Self::RequeueHold,
             "REQUEUED" | "REQUEUE_FED" => Self::Requeued,
             _ => Self::Other(text.to_owned()),
         }
@@ -67,7 +70,7 @@ impl JobState {
     /// True if the job waits in the queue, held or not.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
-        matches!(self, Self::Pending | Self::RequeueHold | Self::Requeued)
+        matches!(self, Self::Pending | Self::SpecialExit | Self::RequeueHold | Self::Requeued)
     }
 
     /// True if the job has its nodes and its program may be running on them.

@@ -161,7 +161,7 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         (Some(overlay), Some(base)) => vec![Disk {
             path: overlay.clone(),
             format: DiskFormat::Qcow2,
-            backing: Some((base.clone(), format(&image.disk_format))),
+            backing: vec![(base.clone(), format(&image.disk_format))],
             target: "vda".into(),
             readonly: false,
             serial: Some("slurm-vm-root".into()),

@@ -80,10 +80,13 @@ pub fn build_guest() -> Result<std::path::PathBuf> {
     ];
     let dir_text = dir.to_string_lossy().into_owned();
     let args: Vec<&str> = args.into_iter().chain([dir_text.as_str()]).collect();
-    cargo(
-        &args,
-        &[("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static")],
-    )?;
+    // Stripped: it sits in every guest's memory, and its symbols would be most of it.
+    let environment = [
+        ("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"),
+        ("CARGO_PROFILE_RELEASE_STRIP", "true"),
+        ("CARGO_PROFILE_RELEASE_DEBUG", "false"),
+    ];
+    cargo(&args, &environment)?;
     Ok(dir.join(GUEST_TARGET).join("release/slurm-vm-guest"))
 }
 

@@ -5,7 +5,7 @@
 
 mod cpio;
 
-use crate::{Result, error::At, paths, proc, stage};
+use crate::{Result, error::At, paths, proc, setup, stage};
 use cpio::Archive;
 use sha2::{Digest, Sha256};
 use std::{
@@ -36,6 +36,14 @@ const DISK_BYTES: u64 = 1 << 30;
 
 /// Builds the image if something it is made of has changed; gives its directory.
 pub fn build() -> Result<PathBuf> {
+    let _lock = stage::build_lock()?;
+    build_locked()
+}
+
+fn build_locked() -> Result<PathBuf> {
+    for program in ["busybox", "mke2fs", "qemu-img"] {
+        setup::check(program)?;
+    }
     let guest = stage::build_guest()?;
     let dir = paths::target().join("images/tiny");
     let kernel = newest_kernel()?;
@@ -56,7 +64,7 @@ pub fn build() -> Result<PathBuf> {
 /// Builds the image if needed and copies it to a lab's image directory, where QEMU's user can read it.
 pub fn install_into(dir: &Path) -> Result<()> {
     let _lock = stage::build_lock()?;
-    let built = build()?;
+    let built = build_locked()?;
     let tiny = dir.join("tiny");
     paths::dir(dir, 0o755)?;
     paths::dir(&tiny, 0o755)?;

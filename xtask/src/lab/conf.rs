@@ -7,7 +7,7 @@ use std::{fmt::Write, fs, path::Path};
 
 const WRITTEN: &str = "/etc/slurm-vm/.lab";
 /// The symbol that makes a shared object a Slurm plugin.
-const PLUGIN_MARK: &[u8] = b"\0plugin_version\0";
+const PLUGIN_MARK: &[u8] = b"plugin_version\0";
 
 /// Writes everything, once per host. Runs in the host's own root.
 pub fn write(options: &Options, host: &str) -> Result<()> {
@@ -141,6 +141,7 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=256
 SlurmdParameters=config_overrides
 ReturnToService=2
+MailProg=/bin/true
 KillWait=5
 SlurmdTimeout=60
 MessageTimeout=20

@@ -114,7 +114,7 @@ fn repair(places: &Places, options: &Options) -> Result<Was> {
     let mut was = Was::Up;
     for host in ask(&places.control(), &Request::Status)? {
         if !host.up {
-            ask(&places.control(), &Request::PowerOn(host.name.clone()))?;
+            power_on(places, &host.name)?;
             was = Was::Repaired;
         }
         for service in ask(&places.host_socket(&host.name), &Request::Status)? {
@@ -126,6 +126,23 @@ fn repair(places: &Places, options: &Options) -> Result<Was> {
     }
     wait_ready(places, options)?;
     Ok(was)
+}
+
+/// Switches a host on and waits until its init serves requests: it has to make its socket first.
+fn power_on(places: &Places, host: &str) -> Result<()> {
+    ask(&places.control(), &Request::PowerOn(host.into()))?;
+    let mut last = None;
+    let serves = || match ask(&places.host_socket(host), &Request::Status) {
+        Ok(_) => Some(()),
+        Err(e) => {
+            last = Some(e);
+            None
+        }
+    };
+    match (proc::wait_for(Duration::from_secs(20), serves), last) {
+        (None, Some(e)) => Err(format!("{host} does not start: {e}; see `cargo xtask lab logs {host} init`").into()),
+        _ => Ok(()),
+    }
 }
 
 fn wait_ready(places: &Places, options: &Options) -> Result<()> {

@@ -65,7 +65,7 @@ pub struct Options {
     /// Lines added to the end of slurm.conf.
     #[serde(default)]
     pub slurm_conf: String,
-    /// Lines added to the end of slurm-vm.toml on every host.
+    /// Tables added to the end of slurm-vm.toml on every host; TOML does not let them be those that the lab writes.
     #[serde(default)]
     pub agent_conf: String,
 }

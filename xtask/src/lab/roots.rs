@@ -10,7 +10,7 @@ use std::{
 };
 
 const PACKAGES: &str = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,munge,libvirt-daemon-system,libvirt-daemon-driver-qemu,\
-    libvirt-clients,qemu-system-x86,qemu-utils,iproute2,procps,passwd,kmod,python3-minimal";
+    libvirt-clients,qemu-system-x86,qemu-utils,iproute2,procps,passwd,kmod";
 /// Daemons that a host starts from its root.
 const DAEMONS: [&str; 4] = ["slurmctld", "slurmd", "munged", "libvirtd"];
 

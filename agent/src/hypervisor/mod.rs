@@ -150,7 +150,7 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
     /// it here; after [`HypervisorError::Connect`] or [`HypervisorError::Timeout`] it may be on either side.
     fn migrate(&self, name: &str, params: &MigrateParams) -> Result<MigrateOutcome>;
 
-    /// How far the migration or save of a domain is; `None` when no such job runs.
+    /// How far the migration or save of a domain is; `None` when no such job runs, or no such domain.
     fn job_progress(&self, name: &str) -> Result<Option<JobProgress>>;
 
     /// Changes limits of a running migration; `None` leaves a limit as it is.

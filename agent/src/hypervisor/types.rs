@@ -220,11 +220,11 @@ pub struct DomainInfo {
 /// Why a domain has stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StopReason {
-    /// The guest powered off.
+    /// The guest powered off, or wanted to reboot: QEMU does not tell which.
     Shutdown,
-    /// It was destroyed; also after a panic or a reboot of the guest (see [`DomainEvent::Panicked`], [`DomainEvent::Rebooted`], which come first).
+    /// It was destroyed.
     Destroyed,
-    /// QEMU died.
+    /// The guest panicked ([`DomainEvent::Panicked`] came first), or QEMU died.
     Crashed,
     /// It has moved away.
     Migrated,
@@ -279,13 +279,6 @@ pub enum DomainEvent {
     },
     /// The guest's kernel has panicked; the domain is destroyed next.
     Panicked {
-        /// The domain.
-        name: String,
-        /// The domain.
-        uuid: Uuid,
-    },
-    /// The guest has asked for a reboot; the domain is destroyed next.
-    Rebooted {
         /// The domain.
         name: String,
         /// The domain.

@@ -87,8 +87,10 @@ struct Node {
     faults: HashMap<Op, VecDeque<Fault>>,
     subscribers: Vec<Sender<DomainEvent>>,
     cut: bool,
+    /// Calls that are held now; the last ticket that was given to one; the last ticket that was let go.
     held: u32,
-    let_go: u32,
+    ticket: u64,
+    let_go: u64,
     host: HostInfo,
 }
 
@@ -309,7 +311,7 @@ impl FakeHypervisor {
 
     /// Lets all calls go that are held now.
     pub fn let_go(&self) {
-        self.with(|n| n.let_go = n.held);
+        self.with(|n| n.let_go = n.ticket);
         self.world.inner.1.notify_all();
     }
 
@@ -402,18 +404,18 @@ impl FakeHypervisor {
         let mut inner = self.world.lock();
         let Some(n) = inner.nodes.get_mut(&self.node) else { return false };
         n.held += 1;
-        let ticket = n.held;
+        n.ticket += 1;
+        let ticket = n.ticket;
         if let Some(g) = name.and_then(|name| n.guests.get_mut(name)) {
             g.job = Some(false);
         }
         self.world.inner.1.notify_all();
         loop {
             let Some(n) = inner.nodes.get_mut(&self.node) else { return false };
-            let job = name.and_then(|name| n.guests.get_mut(name)).and_then(|g| g.job.as_mut());
-            let aborted = matches!(job, Some(true));
+            // A domain that was destroyed under its job ends the job.
+            let aborted = name.is_some_and(|name| n.guests.get(name).is_none_or(|g| g.job == Some(true)));
             if aborted || n.let_go >= ticket {
                 n.held -= 1;
-                n.let_go = n.let_go.min(n.held);
                 if let Some(g) = name.and_then(|name| n.guests.get_mut(name)) {
                     g.job = None;
                 }
@@ -438,6 +440,9 @@ impl FakeHypervisor {
                         call: "job",
                         message: "aborted by its owner".into(),
                     });
+                }
+                if self.with(|n| n.cut) {
+                    return Err(self.lost());
                 }
             }
             Some(Fault::LoseAnswer) | None => {}
@@ -582,13 +587,7 @@ impl Hypervisor for FakeHypervisor {
 
     fn destroy(&self, name: &str) -> Result<bool> {
         self.call(Op::Destroy, Some(name), |inner, node| {
-            if let Ok(g) = guest(inner, node, name)
-                && g.job.is_some()
-            {
-                g.job = Some(true);
-            }
-            let existed = inner.stop(node, name, StopReason::Destroyed).is_some();
-            Ok(existed)
+            Ok(inner.stop(node, name, StopReason::Destroyed).is_some())
         })
         .inspect(|_| self.world.inner.1.notify_all())
     }

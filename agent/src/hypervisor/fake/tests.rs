@@ -44,6 +44,47 @@ fn refusal() -> HypervisorError {
     }
 }
 
+fn wait_until_held(world: &World, node: &str, calls: u32) {
+    let mut inner = world.lock();
+    while inner.nodes.get(node).is_none_or(|n| n.held < calls) {
+        let (next, late) = world.inner.1.wait_timeout(inner, Duration::from_secs(20)).unwrap();
+        assert!(!late.timed_out(), "{calls} calls on {node} were not held");
+        inner = next;
+    }
+}
+
+#[test]
+fn calls_that_are_held_together_are_let_go_together() {
+    let world = World::new();
+    let a = world.node("n1");
+    a.fail_next(Op::List, Fault::Hold, 2);
+    std::thread::scope(|scope| {
+        let calls = [scope.spawn(|| a.list()), scope.spawn(|| a.list())];
+        wait_until_held(&world, "n1", 2);
+        a.let_go();
+        for call in calls {
+            assert_eq!(call.join().unwrap(), Ok(vec![]));
+        }
+    });
+    assert_eq!(a.held(), 0);
+}
+
+#[test]
+fn destroying_a_domain_ends_the_migration_that_is_held() {
+    let world = World::new();
+    let (a, _b) = (world.node("n1"), world.node("n2"));
+    let s = spec(10);
+    a.start(&s, false).unwrap();
+    a.fail_next(Op::Migrate, Fault::Hold, 1);
+    std::thread::scope(|scope| {
+        let job = scope.spawn(|| a.migrate(&s.name, &to("n2")));
+        wait_until_held(&world, "n1", 1);
+        assert!(a.destroy(&s.name).unwrap());
+        assert!(matches!(job.join().unwrap(), Err(HypervisorError::Aborted { .. })));
+    });
+    assert_eq!(world.domains(), 0);
+}
+
 #[test]
 fn a_guest_keeps_its_work_when_it_moves() {
     let world = World::new();
@@ -121,13 +162,7 @@ fn a_held_migration_can_be_aborted_and_shows_progress() {
     a.fail_next(Op::Migrate, Fault::Hold, 1);
     std::thread::scope(|scope| {
         let job = scope.spawn(|| a.migrate(&s.name, &to("n2")));
-        let mut inner = world.lock();
-        while inner.nodes.get("n1").is_none_or(|n| n.held == 0) {
-            let (next, late) = world.inner.1.wait_timeout(inner, Duration::from_secs(20)).unwrap();
-            assert!(!late.timed_out(), "the migration did not begin");
-            inner = next;
-        }
-        drop(inner);
+        wait_until_held(&world, "n1", 1);
         assert!(a.job_progress(&s.name).unwrap().is_some());
         a.abort_job(&s.name).unwrap();
         assert!(matches!(job.join().unwrap(), Err(HypervisorError::Aborted { .. })));

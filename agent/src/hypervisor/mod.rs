@@ -132,7 +132,7 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
     /// Asks the guest to power off (ACPI). Returns at once; the end shows as [`DomainEvent::Stopped`].
     fn shutdown(&self, name: &str) -> Result<()>;
 
-    /// Ends the domain now. `false`: there was none. When it returns, QEMU is gone.
+    /// Ends the domain now. `false`: there was none. When it returns, QEMU is gone. About 0.2 s; 10 s if QEMU itself hangs and must be killed.
     fn destroy(&self, name: &str) -> Result<bool>;
 
     /// All domains with our metadata, in no order.
@@ -147,10 +147,11 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
     /// Moves a running (or paused) domain to another host; blocks until it runs there or runs here again.
     ///
     /// After success the domain does not exist here. After [`HypervisorError::Aborted`] or another error of the move itself libvirt has resumed
-    /// it here; after [`HypervisorError::Connect`] or [`HypervisorError::Timeout`] it may be on either side.
+    /// it here; after [`HypervisorError::Connect`] or [`HypervisorError::Timeout`] it may be on either side. A migration goes on without the process that
+    /// asked for it: after a restart look at [`Hypervisor::job_progress`], and wait or [`Hypervisor::abort_job`].
     fn migrate(&self, name: &str, params: &MigrateParams) -> Result<MigrateOutcome>;
 
-    /// How far the migration or save of a domain is; `None` when no such job runs.
+    /// How far the migration or save of a domain is; `None` when no such job runs, or no such domain.
     fn job_progress(&self, name: &str) -> Result<Option<JobProgress>>;
 
     /// Changes limits of a running migration; `None` leaves a limit as it is.
@@ -161,7 +162,7 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
 
     /// Stops the guest and writes its memory and XML to `path` on the hypervisor's host; then the domain is gone.
     ///
-    /// Returns the format that was written: [`SaveFormat::Raw`] where sparse is not to be had.
+    /// Returns the format that was written: [`SaveFormat::Raw`] where sparse is not to be had. The file belongs to root, mode 0600.
     fn save(&self, name: &str, path: &Path, format: SaveFormat) -> Result<SaveFormat>;
 
     /// What is in a saved image: its XML and our metadata.
@@ -190,6 +191,9 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
     fn events(&self) -> Receiver<DomainEvent>;
 }
 
+/// What fits into a `sockaddr_un`, without the zero byte at its end.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// Refuses names and paths that XML or libvirt cannot carry, before anything is built from them.
 fn check_spec(spec: &DomainSpec) -> Result<()> {
     let invalid = |what: String| Err(HypervisorError::Invalid { what });
@@ -214,9 +218,15 @@ fn check_spec(spec: &DomainSpec) -> Result<()> {
         paths.extend(initrd.iter());
     }
     for path in paths {
-        if !path.is_absolute() || path.to_str().is_none() {
-            return invalid(format!("{path:?} is not an absolute path in UTF-8"));
+        if !path.is_absolute() || path.to_str().is_none_or(|p| p.contains(char::is_control)) {
+            return invalid(format!("{path:?} is not an absolute path in plain UTF-8"));
         }
+    }
+    if let Some(channel) = spec.channels.iter().find(|c| c.socket.as_os_str().len() > SOCKET_PATH_MAX) {
+        return invalid(format!(
+            "{} is too long for a socket ({SOCKET_PATH_MAX} bytes)",
+            channel.socket.display()
+        ));
     }
     let texts = [&spec.metadata.user, &spec.metadata.spec, &spec.metadata.node];
     let control = |c: char| c.is_control() && !matches!(c, '\n' | '\t');

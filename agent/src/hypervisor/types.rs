@@ -31,9 +31,9 @@ pub enum CpuModel {
 pub enum Boot {
     /// A kernel file of the host, without a boot loader.
     Kernel {
-        /// The kernel, readable by the QEMU user.
+        /// The kernel. libvirt gives kernel and initramfs to the QEMU user while the domain runs: name copies, or files of a read-only mount.
         kernel: PathBuf,
-        /// The initramfs, readable by the QEMU user.
+        /// The initramfs.
         initrd: Option<PathBuf>,
         /// The kernel command line.
         cmdline: String,
@@ -69,7 +69,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// Its format.
     pub format: DiskFormat,
-    /// What the image is a copy-on-write layer over: the whole chain, nearest first.
+    /// What the image is a copy-on-write layer over: the whole chain, nearest first. The QEMU user must be able to read these as they are; unlike the
+    /// image itself they are not given to it.
     pub backing: Vec<(PathBuf, DiskFormat)>,
     /// The name on the virtio bus: `vda`, `vdb`, …
     pub target: String,
@@ -83,8 +84,9 @@ pub struct Disk {
 
 /// A virtio-serial port whose other end is a UNIX socket on the host.
 ///
-/// QEMU listens on the socket and takes one client at a time; it removes a stale file first, and removes it when the domain ends. The directory must be
-/// there beforehand; libvirt (root) binds the socket and gives it to the QEMU user.
+/// QEMU listens on the socket and takes one client at a time; a stale file is replaced, and the socket is removed when the domain ends. The directory must
+/// be there beforehand. libvirt (root) binds the socket and gives it to the QEMU user and group with mode 0775: who connects is root, that user, or a
+/// member of that group (`libvirt-qemu` on Debian, `qemu` in the RHEL family). After a migration the socket appears at the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Channel {
     /// The port's name in the guest (`/dev/virtio-ports/NAME`).
@@ -142,7 +144,8 @@ pub struct DomainSpec {
     pub disks: Vec<Disk>,
     /// Its virtio-serial ports.
     pub channels: Vec<Channel>,
-    /// Where its first serial port goes; appended to. libvirt makes the file, for root only.
+    /// Where its first serial port goes; appended to. libvirt makes it with mode 0600, gives it to the QEMU user, and at the end to root: who wants to
+    /// read it later makes the file beforehand and keeps it open (a mode of 0660 is kept, too).
     pub serial_log: PathBuf,
     /// Our own notes in it.
     pub metadata: DomainMetadata,
@@ -182,7 +185,7 @@ pub enum StateReason {
     SaveCanceled,
     /// Paused: somebody asked for it.
     User,
-    /// Paused: it is coming in, or is at the end of going out.
+    /// Paused: it is coming in, or is at the end of going out; also restored and not yet resumed, which libvirt does not tell apart.
     Migration,
     /// Paused: it is being saved.
     Save,
@@ -220,17 +223,17 @@ pub struct DomainInfo {
 /// Why a domain has stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StopReason {
-    /// The guest powered off.
+    /// The guest powered off, or wanted to reboot: QEMU does not tell which.
     Shutdown,
-    /// It was destroyed; also after a panic or a reboot of the guest (see [`DomainEvent::Panicked`], [`DomainEvent::Rebooted`], which come first).
+    /// It was destroyed.
     Destroyed,
-    /// QEMU died.
+    /// The guest panicked ([`DomainEvent::Panicked`] came first).
     Crashed,
     /// It has moved away.
     Migrated,
     /// It was saved.
     Saved,
-    /// It could not be started, or did not arrive.
+    /// QEMU died, could not be started, or did not arrive.
     Failed,
     /// Anything else.
     Other,
@@ -279,13 +282,6 @@ pub enum DomainEvent {
     },
     /// The guest's kernel has panicked; the domain is destroyed next.
     Panicked {
-        /// The domain.
-        name: String,
-        /// The domain.
-        uuid: Uuid,
-    },
-    /// The guest has asked for a reboot; the domain is destroyed next.
-    Rebooted {
         /// The domain.
         name: String,
         /// The domain.

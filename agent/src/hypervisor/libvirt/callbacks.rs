@@ -24,13 +24,6 @@ pub(super) enum Raw {
         /// One of the enumerations that belong to it.
         detail: c_int,
     },
-    /// The guest rebooted.
-    Reboot {
-        /// The domain.
-        name: String,
-        /// The domain.
-        uuid: Uuid,
-    },
     /// A migration's next pass.
     Iteration {
         /// The domain.
@@ -107,14 +100,9 @@ unsafe extern "C" fn lifecycle(_conn: sys::virConnectPtr, domain: sys::virDomain
     unsafe {
         deliver(opaque, || {
             identity(domain).map(|(name, uuid)| Raw::Lifecycle { name, uuid, event, detail })
-        })
+        });
     };
     0
-}
-
-unsafe extern "C" fn reboot(_conn: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: Opaque) {
-    // SAFETY: as in lifecycle().
-    unsafe { deliver(opaque, || identity(domain).map(|(name, uuid)| Raw::Reboot { name, uuid })) };
 }
 
 unsafe extern "C" fn iteration(_conn: sys::virConnectPtr, domain: sys::virDomainPtr, iteration: c_int, opaque: Opaque) {
@@ -122,7 +110,7 @@ unsafe extern "C" fn iteration(_conn: sys::virConnectPtr, domain: sys::virDomain
     unsafe {
         deliver(opaque, || {
             identity(domain).map(|(name, uuid)| Raw::Iteration { name, uuid, iteration })
-        })
+        });
     };
 }
 
@@ -140,12 +128,12 @@ unsafe extern "C" fn job_completed(
                 uuid,
                 values: read_values(params, count),
             })
-        })
+        });
     };
 }
 
 /// Each event that we use with its callback, in the type that libvirt registers any of them by.
-pub(super) fn table() -> [(c_int, sys::virConnectDomainEventGenericCallback); 4] {
+pub(super) fn table() -> [(c_int, sys::virConnectDomainEventGenericCallback); 3] {
     type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, Opaque);
     type Lifecycle = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, Opaque) -> c_int;
     type Iteration = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, Opaque);
@@ -159,7 +147,6 @@ pub(super) fn table() -> [(c_int, sys::virConnectDomainEventGenericCallback); 4]
                 sys::virDomainEventID_VIR_DOMAIN_EVENT_ID_LIFECYCLE as c_int,
                 Some(std::mem::transmute::<Lifecycle, Generic>(lifecycle)),
             ),
-            (sys::virDomainEventID_VIR_DOMAIN_EVENT_ID_REBOOT as c_int, Some(reboot as Generic)),
             (
                 sys::virDomainEventID_VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION as c_int,
                 Some(std::mem::transmute::<Iteration, Generic>(iteration)),

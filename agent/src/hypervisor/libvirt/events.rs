@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     ffi::c_int,
     sync::{
-        Condvar, Mutex, PoisonError,
+        Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -24,9 +24,18 @@ pub(super) struct Hub {
     subscribers: Mutex<Vec<Sender<DomainEvent>>>,
     /// Whether the connection was up before: the first time is not "back".
     was_up: AtomicBool,
-    /// The final numbers of migrations that somebody waits for.
-    jobs: Mutex<HashMap<Uuid, Option<Values>>>,
+    /// The migrations and saves under way.
+    jobs: Mutex<HashMap<Uuid, Job>>,
     job_done: Condvar,
+}
+
+/// A migration or save under way.
+#[derive(Debug, Default)]
+struct Job {
+    /// Its final numbers.
+    values: Option<Values>,
+    /// Whether we have asked for its end.
+    aborted: bool,
 }
 
 impl Hub {
@@ -57,9 +66,9 @@ impl Hub {
     pub(super) fn raw(&self, raw: Raw) {
         match raw {
             Raw::JobCompleted { uuid, values } => {
-                // Also told for saves: only what was asked for is kept.
-                if let Some(slot) = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&uuid) {
-                    *slot = Some(values);
+                // Also told at a destination: only what was asked for is kept.
+                if let Some(job) = self.lock_jobs().get_mut(&uuid) {
+                    job.values = Some(values);
                     self.job_done.notify_all();
                 }
             }
@@ -71,27 +80,38 @@ impl Hub {
         }
     }
 
-    /// From now on the numbers of this domain's next job are kept.
+    fn lock_jobs(&self) -> MutexGuard<'_, HashMap<Uuid, Job>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A job begins on this domain.
     pub(super) fn expect(&self, uuid: Uuid) {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(uuid, None);
+        self.lock_jobs().insert(uuid, Job::default());
+    }
+
+    /// The job on this domain is being aborted by us.
+    pub(super) fn abort(&self, uuid: Uuid) {
+        if let Some(job) = self.lock_jobs().get_mut(&uuid) {
+            job.aborted = true;
+        }
     }
 
     /// The numbers of the job; they may come a little after its end. `None`: they did not come.
     pub(super) fn completed(&self, uuid: Uuid, patience: Duration) -> Option<Values> {
         let deadline = Instant::now() + patience;
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.lock_jobs();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || matches!(jobs.get(&uuid), Some(Some(_)) | None) {
-                return jobs.remove(&uuid).flatten();
+            if left.is_zero() || jobs.get(&uuid).is_none_or(|job| job.values.is_some()) {
+                return jobs.remove(&uuid).and_then(|job| job.values);
             }
             jobs = self.job_done.wait_timeout(jobs, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Nobody waits for the numbers any more.
-    pub(super) fn forget(&self, uuid: Uuid) {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
+    /// The job has ended and its numbers are not wanted. `true`: it was aborted by us.
+    pub(super) fn forget(&self, uuid: Uuid) -> bool {
+        self.lock_jobs().remove(&uuid).is_some_and(|job| job.aborted)
     }
 }
 
@@ -142,10 +162,14 @@ pub(super) fn state(state: c_int, reason: c_int) -> (DomainState, StateReason) {
     }
 }
 
+/// The state alone.
+pub(super) fn state_of((number, reason): (c_int, c_int)) -> DomainState {
+    state(number, reason).0
+}
+
 fn translate(raw: Raw) -> Option<DomainEvent> {
     match raw {
         Raw::Closed | Raw::JobCompleted { .. } => None,
-        Raw::Reboot { name, uuid } => Some(DomainEvent::Rebooted { name, uuid }),
         Raw::Iteration { name, uuid, iteration } => Some(DomainEvent::MigrationIteration {
             name,
             uuid,

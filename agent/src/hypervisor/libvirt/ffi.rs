@@ -480,15 +480,15 @@ impl Connection {
         take_string(call, unsafe { sys::virDomainSaveImageGetXMLDesc(self.raw(), path.as_ptr(), 0) })
     }
 
-    /// Starts a domain from a saved image.
-    pub(super) fn restore(&self, path: &str, xml: Option<&str>, paused: bool) -> R<()> {
+    /// Starts a domain from a saved image, paused or running as said, or as it was.
+    pub(super) fn restore(&self, path: &str, xml: Option<&str>, paused: Option<bool>) -> R<()> {
         let call = "virDomainRestoreFlags";
         let path = c_string(call, path)?;
         let xml = xml.map(|x| c_string(call, x)).transpose()?;
-        let flags = if paused {
-            sys::virDomainSaveRestoreFlags_VIR_DOMAIN_SAVE_PAUSED
-        } else {
-            sys::virDomainSaveRestoreFlags_VIR_DOMAIN_SAVE_RUNNING
+        let flags = match paused {
+            Some(true) => sys::virDomainSaveRestoreFlags_VIR_DOMAIN_SAVE_PAUSED,
+            Some(false) => sys::virDomainSaveRestoreFlags_VIR_DOMAIN_SAVE_RUNNING,
+            None => 0,
         };
         // SAFETY: a live connection and C strings that outlive the call; null keeps the image's own XML.
         let rc = unsafe { sys::virDomainRestoreFlags(self.raw(), path.as_ptr(), xml.as_ref().map_or(ptr::null(), |x| x.as_ptr()), flags) };

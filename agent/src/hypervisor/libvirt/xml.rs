@@ -191,7 +191,7 @@ fn devices(x: &mut Xml, spec: &DomainSpec) {
     }
     x.empty("memballoon", &[("model", "none")]);
     x.nest("rng", &[("model", "virtio")], |x| {
-        x.text("backend", &[("model", "random")], "/dev/urandom")
+        x.text("backend", &[("model", "random")], "/dev/urandom");
     });
     x.empty("panic", &[("model", "isa")]);
 }
@@ -223,13 +223,16 @@ fn disk(x: &mut Xml, disk: &Disk) {
     });
 }
 
-/// The chain of backing files, nearest first. The empty element at the end says "nothing below": without it libvirt probes the image.
+/// The chain of backing files, nearest first, which QEMU must be able to read as they are. The empty element at the end says "nothing below": without it libvirt probes the image.
 fn backing(x: &mut Xml, chain: &[(PathBuf, DiskFormat)]) {
     match chain.split_first() {
         None => x.empty("backingStore", &[]),
         Some(((below, format), rest)) => x.nest("backingStore", &[("type", "file")], |x| {
             x.empty("format", &[("type", format_name(*format))]);
-            x.empty("source", &[("file", &path(below))]);
+            // libvirt would give the file to the QEMU user (and not always back), who could then write into an image that others use.
+            x.nest("source", &[("file", &path(below))], |x| {
+                x.empty("seclabel", &[("model", "dac"), ("relabel", "no")]);
+            });
             backing(x, rest);
         }),
     }
@@ -397,7 +400,7 @@ pub fn read_cpus(capabilities: &str) -> Result<(Vec<String>, String)> {
                 depth = 1;
             }
             Event::Start(e) if mode == "custom" && e.name().as_ref() == "model" => {
-                usable = attribute(e, "usable")?.as_deref() == Some("yes")
+                usable = attribute(e, "usable")?.as_deref() == Some("yes");
             }
             Event::Text(t) if mode == "custom" && usable => {
                 models.push(t.trim().to_owned());

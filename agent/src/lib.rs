@@ -1,3 +1,4 @@
 //! The agent.
 
+pub mod cli;
 pub mod shim;

@@ -734,7 +734,7 @@ fn a_move_that_did_not_happen_is_taken_back() {
 }
 
 /// A `scontrol` that notes its arguments and ends with a code.
-fn fake_scontrol(bench: &Bench, code: i32) -> String {
+fn fake_scontrol(bench: &Bench, code: i32) -> PathBuf {
     let path = bench.path("scontrol");
     let text = format!(
         "#!/bin/sh\necho \"$@\" > {}/asked\necho 'Requested operation is presently disabled' >&2\nexit {code}\n",
@@ -742,14 +742,16 @@ fn fake_scontrol(bench: &Bench, code: i32) -> String {
     );
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    format!("{}:/usr/bin:/bin", bench.dir.path().display())
+    bench.dir.path().to_owned()
 }
 
 #[test]
 fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
     let bench = Bench::without_agent();
     let mut command = bench.batch();
-    command.env("PATH", fake_scontrol(&bench, 0)).env("SLURM_VM_CONNECT_TIMEOUT", "1");
+    command
+        .env("SLURM_VM_SLURM_BIN", fake_scontrol(&bench, 0))
+        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let shim = Shim::spawn(command);
     let until = Instant::now() + DEADLINE;
     while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold 12\n") {
@@ -765,7 +767,9 @@ fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
 fn a_node_fault_is_told_when_the_job_cannot_be_requeued() {
     let bench = Bench::without_agent();
     let mut command = bench.batch();
-    command.env("PATH", fake_scontrol(&bench, 1)).env("SLURM_VM_CONNECT_TIMEOUT", "1");
+    command
+        .env("SLURM_VM_SLURM_BIN", fake_scontrol(&bench, 1))
+        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let (status, _, err) = Shim::spawn(command).finish();
     assert_eq!(status.code(), Some(125));
     assert!(
@@ -773,7 +777,7 @@ fn a_node_fault_is_told_when_the_job_cannot_be_requeued() {
         "{err}"
     );
     assert!(
-        err.ends_with("(node n1; requeue failed: Requested operation is presently disabled)\n"),
+        err.ends_with("(node n1; the requeue failed to have Slurm accept it: Requested operation is presently disabled)\n"),
         "{err}"
     );
 

@@ -1,0 +1,344 @@
+//! The real thing: `scontrol`, `squeue` and `scancel`.
+
+use super::error::classify;
+use super::run::{Output, Run};
+use super::types::{
+    JobBrief, JobId, JobInfo, JobUpdate, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec, SlurmConfig,
+};
+use super::{Slurm, SlurmError, parse, parse_admin};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How to run Slurm's commands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlurmSettings {
+    /// Passed on as `SLURM_CONF`; `None` leaves Slurm its default.
+    pub conf: Option<PathBuf>,
+    /// Where the commands are; `None` looks through [`SlurmSettings::PATH`].
+    pub programs: Option<PathBuf>,
+    /// For one command.
+    pub deadline: Duration,
+    /// Most that a command may print. A poll takes about 200 bytes for each job.
+    pub max_output: usize,
+}
+
+impl SlurmSettings {
+    /// The only directories in which commands are looked up, and all of the PATH that they see.
+    pub const PATH: &'static str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/slurm/bin";
+}
+
+impl Default for SlurmSettings {
+    fn default() -> Self {
+        Self {
+            conf: None,
+            programs: None,
+            deadline: Duration::from_secs(15),
+            max_output: 64 << 20,
+        }
+    }
+}
+
+/// [`Slurm`] by way of its commands.
+#[derive(Debug)]
+pub struct SlurmCommands {
+    settings: SlurmSettings,
+    env: Vec<(String, String)>,
+}
+
+impl SlurmCommands {
+    /// Nothing is run yet: [`ping`](Slurm::ping) tells whether it works.
+    #[must_use]
+    pub fn new(settings: SlurmSettings) -> Self {
+        let mut env = vec![
+            ("PATH".to_owned(), SlurmSettings::PATH.to_owned()),
+            ("LC_ALL".to_owned(), "C".to_owned()),
+            // Times as unix seconds on every release; the default is local time without a zone, ambiguous once a year.
+            ("SLURM_TIME_FORMAT".to_owned(), "%s".to_owned()),
+        ];
+        if let Some(conf) = &settings.conf {
+            env.push(("SLURM_CONF".to_owned(), conf.to_string_lossy().into_owned()));
+        }
+        Self { settings, env }
+    }
+
+    fn path(&self, program: &'static str) -> Result<PathBuf, SlurmError> {
+        if let Some(dir) = &self.settings.programs {
+            return Ok(dir.join(program));
+        }
+        SlurmSettings::PATH
+            .split(':')
+            .map(|dir| Path::new(dir).join(program))
+            .find(|p| p.is_file())
+            .ok_or_else(|| SlurmError::Command {
+                program,
+                reason: format!("it is in none of {}", SlurmSettings::PATH),
+            })
+    }
+
+    fn output(&self, program: &'static str, args: &[String]) -> Result<Output, SlurmError> {
+        let path = self.path(program)?;
+        let run = Run {
+            program,
+            path: &path,
+            args,
+            env: &self.env,
+            deadline: self.settings.deadline,
+            max_output: self.settings.max_output,
+        };
+        let out = run.run()?;
+        log::trace!(
+            "{program} {args:?}: status {:?}, {} bytes, {:?}",
+            out.code,
+            out.stdout.len(),
+            out.stderr.trim_end()
+        );
+        Ok(out)
+    }
+
+    fn ask(&self, program: &'static str, args: &[String]) -> Result<String, SlurmError> {
+        let out = self.output(program, args)?;
+        if out.code == Some(0) {
+            Ok(out.stdout)
+        } else {
+            Err(classify(&out.stderr, &out.stdout, out.code))
+        }
+    }
+
+    fn scontrol(&self, args: &[&str]) -> Result<String, SlurmError> {
+        self.ask("scontrol", &args.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>())
+    }
+
+    fn squeue(&self, more: &[&str]) -> Result<String, SlurmError> {
+        let mut args: Vec<String> = ["--local", "--noheader", "--all"]
+            .iter()
+            .chain(more)
+            .map(|a| (*a).to_owned())
+            .collect();
+        args.push("--Format".to_owned());
+        args.push(parse::squeue_format());
+        self.ask("squeue", &args)
+    }
+}
+
+/// Names go into `key=value` arguments and lists: nothing that could end one and begin another.
+fn name<'a>(what: &str, text: &'a str) -> Result<&'a str, SlurmError> {
+    let fine = !text.is_empty()
+        && text.len() <= 255
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'+' | b'@' | b':' | b'/'));
+    if fine && !text.starts_with('-') {
+        Ok(text)
+    } else {
+        Err(SlurmError::Command {
+            program: "scontrol",
+            reason: format!("{what} {text:?} is not a name"),
+        })
+    }
+}
+
+fn names(what: &str, list: &[String]) -> Result<String, SlurmError> {
+    list.iter()
+        .map(|n| name(what, n))
+        .collect::<Result<Vec<_>, _>>()
+        .map(|l| l.join(","))
+}
+
+/// Constraints and comments: one line of text.
+fn one_line<'a>(what: &str, text: &'a str) -> Result<&'a str, SlurmError> {
+    if text.len() <= 4096 && !text.contains(char::is_control) {
+        Ok(text)
+    } else {
+        Err(SlurmError::Command {
+            program: "scontrol",
+            reason: format!("{what} is not one short line"),
+        })
+    }
+}
+
+fn update_args(job: JobId, update: &JobUpdate) -> Result<Vec<String>, SlurmError> {
+    let mut args = vec!["update".to_owned(), format!("JobId={job}")];
+    if let Some(reservation) = &update.reservation {
+        args.push(format!(
+            "ReservationName={}",
+            reservation.as_deref().map_or(Ok(""), |r| name("reservation", r))?
+        ));
+    }
+    if let Some(nodes) = &update.req_nodes {
+        args.push(format!("ReqNodeList={}", names("node", nodes)?));
+    }
+    if let Some(nodes) = &update.exclude_nodes {
+        args.push(format!("ExcNodeList={}", names("node", nodes)?));
+    }
+    if let Some(features) = &update.features {
+        args.push(format!("Features={}", one_line("constraint", features)?));
+    }
+    if let Some(comment) = &update.comment {
+        args.push(format!("Comment={}", one_line("comment", comment)?));
+    }
+    if let Some(minutes) = update.time_limit_min {
+        args.push(format!("TimeLimit={minutes}"));
+    }
+    if update.start_now {
+        args.push("StartTime=now".to_owned());
+    }
+    Ok(args)
+}
+
+fn reservation_args(spec: &ReservationSpec) -> Result<Vec<String>, SlurmError> {
+    let mut args = vec![
+        "create".to_owned(),
+        "reservation".to_owned(),
+        format!("ReservationName={}", name("reservation", &spec.name)?),
+    ];
+    match &spec.nodes {
+        ReservationNodes::Named(list) => {
+            args.push(format!("Nodes={}", names("node", list)?));
+            args.push("Flags=IGNORE_JOBS".to_owned());
+        }
+        ReservationNodes::Count(n) => args.push(format!("NodeCnt={n}")),
+    }
+    if let Some(partition) = &spec.partition {
+        args.push(format!("PartitionName={}", name("partition", partition)?));
+    }
+    if let Some(features) = &spec.features {
+        args.push(format!("Features={}", one_line("constraint", features)?));
+    }
+    args.push(format!("Users={}", names("user", &spec.users)?));
+    args.push("StartTime=now".to_owned());
+    // It must outlive the job's time limit, else the job waits for ever: "may be reserved for other job".
+    args.push("Duration=UNLIMITED".to_owned());
+    Ok(args)
+}
+
+impl Slurm for SlurmCommands {
+    fn job(&self, id: JobId) -> Result<Option<JobInfo>, SlurmError> {
+        let found = match self.squeue(&["--states=all", "--jobs", &id.to_string()]) {
+            Ok(text) => parse::pick(&text, id)?,
+            Err(SlurmError::NoSuchJob) => None,
+            Err(e) => return Err(e),
+        };
+        let Some(mut job) = found else { return Ok(None) };
+        let details = match self.scontrol(&["--details", "--oneliner", "show", "job", &parse::exact_name(&job)]) {
+            Ok(text) => text,
+            Err(SlurmError::NoSuchJob) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        if job.brief.state.is_on_nodes() {
+            parse::add_details(&mut job, &details)?;
+        } else {
+            // It holds no CPUs (any more), and records of ended runs are not always complete: the texts are all there is to take.
+            let nodes = std::mem::take(&mut job.brief.nodes);
+            parse::add_details(&mut job, &details)?;
+            job.brief.nodes = nodes;
+        }
+        Ok(Some(job))
+    }
+
+    fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
+        parse::briefs(&self.squeue(&[])?)
+    }
+
+    fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError> {
+        parse_admin::nodes(&self.scontrol(&["--all", "--oneliner", "show", "node"])?)
+    }
+
+    fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError> {
+        let (node, features) = (name("node", node)?, names("feature", features)?);
+        self.scontrol(&["update", &format!("NodeName={node}"), &format!("ActiveFeatures={features}")])
+            .map(|_| ())
+    }
+
+    fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
+        self.scontrol(&["requeue", &job.to_string()]).map(|_| ())
+    }
+
+    fn requeuehold(&self, job: JobId) -> Result<(), SlurmError> {
+        self.scontrol(&["requeuehold", &job.to_string()]).map(|_| ())
+    }
+
+    fn hold(&self, job: JobId) -> Result<(), SlurmError> {
+        self.scontrol(&["hold", &job.to_string()]).map(|_| ())
+    }
+
+    fn release(&self, job: JobId) -> Result<(), SlurmError> {
+        self.scontrol(&["release", &job.to_string()]).map(|_| ())
+    }
+
+    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {
+        if *update == JobUpdate::default() {
+            return Ok(());
+        }
+        self.ask("scontrol", &update_args(job, update)?).map(|_| ())
+    }
+
+    fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError> {
+        let args = reservation_args(spec)?;
+        // Looked up first: Slurm answers a second creation with "nodes are busy", which would hide that it is ours.
+        if let Some(there) = self.reservation(&spec.name)? {
+            return if there.users == spec.users {
+                Ok(there)
+            } else {
+                Err(SlurmError::Refused {
+                    message: format!("reservation {} exists for other users", spec.name),
+                })
+            };
+        }
+        self.ask("scontrol", &args)?;
+        self.reservation(&spec.name)?.ok_or(SlurmError::Refused {
+            message: format!("reservation {} vanished as soon as it was made", spec.name),
+        })
+    }
+
+    fn reservation(&self, wanted: &str) -> Result<Option<ReservationInfo>, SlurmError> {
+        let wanted = name("reservation", wanted)?;
+        Ok(self.reservations()?.into_iter().find(|r| r.name == wanted))
+    }
+
+    fn reservations(&self) -> Result<Vec<ReservationInfo>, SlurmError> {
+        parse_admin::reservations(&self.scontrol(&["--all", "--oneliner", "show", "reservation"])?)
+    }
+
+    fn delete_reservation(&self, wanted: &str) -> Result<bool, SlurmError> {
+        match self.scontrol(&["delete", &format!("ReservationName={}", name("reservation", wanted)?)]) {
+            Ok(_) => Ok(true),
+            Err(e) if e.is_no_such_reservation() => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn cancel(&self, job: JobId, signal: Option<u8>) -> Result<(), SlurmError> {
+        let mut args = Vec::new();
+        if let Some(n) = signal {
+            args.push(format!("--signal={n}"));
+            args.push("--full".to_owned());
+        }
+        args.push(job.to_string());
+        match self.ask("scancel", &args) {
+            Err(e) if e == SlurmError::NoSuchJob || e.is_already_finished() => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    fn config(&self) -> Result<SlurmConfig, SlurmError> {
+        parse_admin::config(&self.scontrol(&["show", "config"])?)
+    }
+
+    fn partitions(&self) -> Result<Vec<PartitionInfo>, SlurmError> {
+        parse_admin::partitions(&self.scontrol(&["--all", "--oneliner", "show", "partition"])?)
+    }
+
+    fn ping(&self) -> Result<(), SlurmError> {
+        // With a backup controller the status is 0 only if both answer; one is enough for us.
+        let out = self.output("scontrol", &["ping".to_owned()])?;
+        if out.stdout.lines().any(|l| l.starts_with("Slurmctld(") && l.ends_with(" is UP")) {
+            Ok(())
+        } else if out.stdout.contains(" is DOWN") {
+            Err(SlurmError::Unreachable {
+                message: out.stdout.lines().next().unwrap_or_default().trim().to_owned(),
+            })
+        } else {
+            Err(classify(&out.stderr, &out.stdout, out.code))
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Slurm as the agent sees it: one narrow trait, the real thing behind it, and a model of it for the simulation.
+//!
+//! Only this module knows Slurm's commands. They are run with a fixed argument vector, no shell, a cleared environment and a deadline, and what they print is
+//! read strictly: an answer that is not understood is an error, never a guess. libslurm is not used, because its structs change with every release.
+//!
+//! **What a user can make Slurm print.** A job's name, comment and paths may hold spaces, `=` and even line breaks, and `scontrol show job` prints them unescaped in
+//! the middle of the record: a job named `x UserId=root(0) ...` shows a forged record. So everything that decides anything comes from `squeue` with a list of
+//! fields that users cannot choose freely; `scontrol show job` serves for the CPUs per node only (cross-checked against `squeue`'s node list, and refused if it is
+//! ambiguous) and for free texts that are marked as such ([`UserText`]).
+//!
+//! Callers: the controller role's main loop and the agent's prolog handler, on their own threads; every call blocks for at most the deadline.
+
+mod commands;
+mod error;
+mod fake;
+mod hostlist;
+mod parse;
+mod parse_admin;
+mod run;
+mod types;
+
+pub use commands::{SlurmCommands, SlurmSettings};
+pub use error::SlurmError;
+pub use fake::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, FakeSlurm, Fault};
+pub use hostlist::{expand_hosts, expand_numbers};
+pub use types::*;
+
+/// What is asked of Slurm and what is ordered.
+///
+/// Orders are safe to repeat: the second time they do nothing, or answer with an error that says so ([`SlurmError::is_already_pending`] and its like).
+pub trait Slurm: Send + Sync + std::fmt::Debug {
+    /// Everything about one job; `None` if Slurm does not know it (any more).
+    ///
+    /// # Errors
+    /// See [`SlurmError`]; this holds for every method here.
+    fn job(&self, id: JobId) -> Result<Option<JobInfo>, SlurmError>;
+
+    /// All jobs of the cluster that wait, run, or are leaving their nodes. A job that is not in it has ended.
+    fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError>;
+
+    /// All nodes.
+    fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError>;
+
+    /// Sets what features a node offers now. Must be a part of its available features. Running jobs are left alone; the list is lost at a reconfigure.
+    fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError>;
+
+    /// Ends this run and puts the job back into the queue.
+    fn requeue(&self, job: JobId) -> Result<(), SlurmError>;
+
+    /// The same, and held there until [`release`](Slurm::release).
+    fn requeuehold(&self, job: JobId) -> Result<(), SlurmError>;
+
+    /// Holds a waiting job.
+    fn hold(&self, job: JobId) -> Result<(), SlurmError>;
+
+    /// Lets a held job go.
+    fn release(&self, job: JobId) -> Result<(), SlurmError>;
+
+    /// Changes a job, all or nothing.
+    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError>;
+
+    /// Makes a reservation and says which nodes it has. If one of this name is there already with the same users, it is returned as it is.
+    fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError>;
+
+    /// One reservation.
+    fn reservation(&self, name: &str) -> Result<Option<ReservationInfo>, SlurmError>;
+
+    /// All reservations.
+    fn reservations(&self) -> Result<Vec<ReservationInfo>, SlurmError>;
+
+    /// Removes a reservation; `Ok(false)` if there was none.
+    fn delete_reservation(&self, name: &str) -> Result<bool, SlurmError>;
+
+    /// Cancels a job, or with a signal's number sends it to the job's batch script and steps. A job that has ended is not an error.
+    fn cancel(&self, job: JobId, signal: Option<u8>) -> Result<(), SlurmError>;
+
+    /// The configuration as slurmctld has it.
+    fn config(&self) -> Result<SlurmConfig, SlurmError>;
+
+    /// The partitions.
+    fn partitions(&self) -> Result<Vec<PartitionInfo>, SlurmError>;
+
+    /// Does slurmctld answer?
+    fn ping(&self) -> Result<(), SlurmError>;
+}

@@ -708,6 +708,50 @@ fn after_a_hand_over_nothing_is_written_and_sigterm_ends_the_shim_even_without_a
 }
 
 #[test]
+fn an_agent_that_forgot_the_vm_it_handed_over_does_not_end_the_job() {
+    let bench = Bench::new();
+    let shim = Shim::spawn(bench.batch());
+    let mut session = bench.start();
+    session.say(ToShim::HandOver);
+    assert!(matches!(session.message(), ToAgent::HandedOver { .. }));
+    drop(session);
+    bench.accept().say(ToShim::Failed {
+        outcome: 123,
+        why: "no such VM".into(),
+    });
+    // It comes back to ask again, and waits for Slurm.
+    let _session = bench.accept();
+    shim.signal(15);
+    let (status, _, err) = shim.finish();
+    assert_eq!((status.code(), err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn an_agent_that_ignores_the_window_is_made_to_wait() {
+    let bench = Bench::new();
+    let shim = Shim::spawn(bench.batch());
+    let mut session = bench.start();
+    session.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let piece = vec![b'x'; 60_000];
+    let mut sent = 0u64;
+    // Nobody reads the shim's stdout.
+    while write_frame::<ToShim>(
+        &mut session.stream,
+        &Frame::Data {
+            stream: Stream::Stdout,
+            offset: sent,
+            bytes: piece.clone(),
+        },
+    )
+    .is_ok()
+    {
+        sent += 60_000;
+        assert!(sent < 8 << 20, "the shim keeps everything in its memory");
+    }
+    drop(shim);
+}
+
+#[test]
 fn a_move_that_did_not_happen_is_taken_back() {
     for agent_restarts in [false, true] {
         let bench = Bench::new();

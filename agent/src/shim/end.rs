@@ -137,3 +137,14 @@ fn journal(job: u32, text: &str) {
         let _ = socket.send_to(line.as_bytes(), "/dev/log");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_page_explains_every_outcome() {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/outcomes.md")).expect("docs/outcomes.md");
+        for outcome in slurm_vm_api::outcome::OUTCOMES {
+            assert!(page.contains(&format!("| {} | ", outcome.code)), "{}", outcome.code);
+        }
+    }
+}

@@ -708,6 +708,50 @@ fn after_a_hand_over_nothing_is_written_and_sigterm_ends_the_shim_even_without_a
 }
 
 #[test]
+fn an_agent_that_forgot_the_vm_it_handed_over_does_not_end_the_job() {
+    let bench = Bench::new();
+    let shim = Shim::spawn(bench.batch());
+    let mut session = bench.start();
+    session.say(ToShim::HandOver);
+    assert!(matches!(session.message(), ToAgent::HandedOver { .. }));
+    drop(session);
+    bench.accept().say(ToShim::Failed {
+        outcome: 123,
+        why: "no such VM".into(),
+    });
+    // It comes back to ask again, and waits for Slurm.
+    let _session = bench.accept();
+    shim.signal(15);
+    let (status, _, err) = shim.finish();
+    assert_eq!((status.code(), err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn an_agent_that_ignores_the_window_is_made_to_wait() {
+    let bench = Bench::new();
+    let shim = Shim::spawn(bench.batch());
+    let mut session = bench.start();
+    session.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let piece = vec![b'x'; 60_000];
+    let mut sent = 0u64;
+    // Nobody reads the shim's stdout.
+    while write_frame::<ToShim>(
+        &mut session.stream,
+        &Frame::Data {
+            stream: Stream::Stdout,
+            offset: sent,
+            bytes: piece.clone(),
+        },
+    )
+    .is_ok()
+    {
+        sent += 60_000;
+        assert!(sent < 8 << 20, "the shim keeps everything in its memory");
+    }
+    drop(shim);
+}
+
+#[test]
 fn a_move_that_did_not_happen_is_taken_back() {
     for agent_restarts in [false, true] {
         let bench = Bench::new();
@@ -734,7 +778,7 @@ fn a_move_that_did_not_happen_is_taken_back() {
 }
 
 /// A `scontrol` that notes its arguments and ends with a code.
-fn fake_scontrol(bench: &Bench, code: i32) -> String {
+fn fake_scontrol(bench: &Bench, code: i32) -> PathBuf {
     let path = bench.path("scontrol");
     let text = format!(
         "#!/bin/sh\necho \"$@\" > {}/asked\necho 'Requested operation is presently disabled' >&2\nexit {code}\n",
@@ -742,14 +786,16 @@ fn fake_scontrol(bench: &Bench, code: i32) -> String {
     );
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    format!("{}:/usr/bin:/bin", bench.dir.path().display())
+    bench.dir.path().to_owned()
 }
 
 #[test]
 fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
     let bench = Bench::without_agent();
     let mut command = bench.batch();
-    command.env("PATH", fake_scontrol(&bench, 0)).env("SLURM_VM_CONNECT_TIMEOUT", "1");
+    command
+        .env("SLURM_VM_SLURM_BIN", fake_scontrol(&bench, 0))
+        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let shim = Shim::spawn(command);
     let until = Instant::now() + DEADLINE;
     while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold 12\n") {
@@ -765,7 +811,9 @@ fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
 fn a_node_fault_is_told_when_the_job_cannot_be_requeued() {
     let bench = Bench::without_agent();
     let mut command = bench.batch();
-    command.env("PATH", fake_scontrol(&bench, 1)).env("SLURM_VM_CONNECT_TIMEOUT", "1");
+    command
+        .env("SLURM_VM_SLURM_BIN", fake_scontrol(&bench, 1))
+        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let (status, _, err) = Shim::spawn(command).finish();
     assert_eq!(status.code(), Some(125));
     assert!(
@@ -773,7 +821,7 @@ fn a_node_fault_is_told_when_the_job_cannot_be_requeued() {
         "{err}"
     );
     assert!(
-        err.ends_with("(node n1; requeue failed: Requested operation is presently disabled)\n"),
+        err.ends_with("(node n1; the requeue failed to have Slurm accept it: Requested operation is presently disabled)\n"),
         "{err}"
     );
 

@@ -5,6 +5,7 @@
 //! each VM on a thread of its own, [`core`] decides, [`effects`], [`hypervisor`], [`slurm`], [`guest`] and [`peer`] act.
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod controller;

@@ -9,7 +9,7 @@ use crate::{
 use slurm_vm_api::{
     constraint,
     overhead::qemu_overhead_mib,
-    shim::{OPEN_MODE_CONTROL, OpenMode},
+    shim::{CONTROL_PREFIX, OPEN_MODE_CONTROL, OpenMode},
     size,
     spec::{PreemptWay, SpecError, VmOption, VmSpec},
 };
@@ -31,13 +31,18 @@ pub enum Tool {
 /// What is wrong with a request: one line for the user.
 type Refusal = String;
 
-/// Slurm's way to give an option by the environment.
-fn native_variable(prefix: &str, option: VmOption) -> String {
+/// Slurm's way to tell the nodes about an option.
+fn remote_variable(prefix: &str, option: VmOption) -> String {
     let name: String = options::name(prefix, option)
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
         .collect();
-    format!("SLURM_SPANK__SLURM_SPANK_OPTION_vm_{name}")
+    format!("_SLURM_SPANK_OPTION_vm_{name}")
+}
+
+/// Slurm's way to give an option by the environment.
+fn native_variable(prefix: &str, option: VmOption) -> String {
+    format!("{CONTROL_PREFIX}{}", remote_variable(prefix, option))
 }
 
 /// Our own variables for an option, the one that counts first.
@@ -53,9 +58,12 @@ fn own_variables(prefix: &str, option: VmOption, context: Context) -> Vec<String
 
 /// Turns SLURM_VM and its companions into the form that Slurm itself reads, so that it ranks and forwards them like its own variables:
 /// after `#SBATCH` lines, before the command line. Within a job, sbatch and salloc do not take over that job's VM: a new job is a new job.
+/// That needs the variables for the nodes removed too: slurmstepd would find them in the new job's environment.
 pub fn take_environment(settings: &Settings, context: Context) {
     let in_job = env::var_os("SLURM_JOB_ID").is_some();
     for option in VmOption::ALL {
+        // Slurm sets it again after the options are read, if the option is given.
+        os::remove_env(&remote_variable(&settings.prefix, option));
         let native = native_variable(&settings.prefix, option);
         let inherited = env::var_os(&native).is_some();
         if inherited && in_job && context == Context::Local {
@@ -76,12 +84,28 @@ pub fn take_environment(settings: &Settings, context: Context) {
     }
 }
 
-/// The hook `init_post_opt`. On the nodes there is nothing to do.
-pub fn options_known(spank: Handle, args: &PlugArgs) -> c_int {
-    if !slurm::is_client() {
-        return OK;
+/// In slurmstepd: takes the options from the job's environment where Slurm did not. Before `--export=NONE` and `--export=NAME` were mended,
+/// they kept Slurm's variables for the nodes out of the job's environment, and with them the options; the script would run on the host.
+fn options_of_step(spank: Handle, settings: &Settings) -> c_int {
+    let mut given = options::given();
+    for option in VmOption::ALL {
+        if given.texts[option.index()].is_none() {
+            given.texts[option.index()] = slurm::task_env(spank, &native_variable(&settings.prefix, option));
+        }
     }
+    OK
+}
+
+/// The hook `init_post_opt`.
+pub fn options_known(spank: Handle, args: &PlugArgs) -> c_int {
     let settings = Settings::parse(&args.words());
+    if !slurm::is_client() {
+        return if slurm::context() == Context::Remote {
+            options_of_step(spank, &settings)
+        } else {
+            OK
+        };
+    }
     match request(&settings).and_then(|spec| spec.map_or(Ok(false), |spec| complete(spank, &settings, &spec).map(|()| true))) {
         Ok(is_vm) => {
             if is_vm {

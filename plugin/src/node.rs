@@ -118,7 +118,7 @@ pub fn epilog(spank: Handle, args: &PlugArgs) -> c_int {
 }
 
 /// The agent's mark for a job with a domain on this node: beside its socket, wherever that is.
-fn marker(settings: &Settings, job: u32) -> PathBuf {
+pub fn marker(settings: &Settings, job: u32) -> PathBuf {
     settings.socket.with_file_name("jobs").join(job.to_string())
 }
 

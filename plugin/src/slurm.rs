@@ -182,17 +182,17 @@ pub fn item(spank: Handle, item: Item) -> Option<u32> {
     (code == SUCCESS).then_some(number)
 }
 
-/// A variable of the task's environment.
+/// A variable of the task's environment. One that is too long for any use of ours comes as a text that no check lets pass.
 pub fn task_env(spank: Handle, name: &str) -> Option<String> {
     let name = c_string(name);
     let mut buffer = [0_u8; 256];
     let size = c_int::try_from(buffer.len()).ok()?;
     // SAFETY: the buffer has that size and outlives the call.
-    let code = unsafe { sys::spank_getenv(spank, name.as_ptr(), buffer.as_mut_ptr().cast(), size) };
-    if code != SUCCESS {
-        return None;
+    match unsafe { sys::spank_getenv(spank, name.as_ptr(), buffer.as_mut_ptr().cast(), size) } {
+        SUCCESS => Some(CStr::from_bytes_until_nul(&buffer).ok()?.to_string_lossy().into_owned()),
+        sys::slurm_err_t_ESPANK_NOSPACE => Some("(too long)".to_owned()),
+        _ => None,
     }
-    Some(CStr::from_bytes_until_nul(&buffer).ok()?.to_string_lossy().into_owned())
 }
 
 /// Sets a variable of the task's environment.

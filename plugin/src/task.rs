@@ -36,11 +36,13 @@ fn kind_of(step: u32) -> Option<StepKind> {
 
 /// The hook `task_init`.
 pub fn init(spank: Handle, args: &PlugArgs) -> c_int {
-    if !options::asked_for_vm() {
-        return OK;
-    }
     let settings = Settings::parse(&args.words());
-    match become_shim(spank, &settings) {
+    let handed_over = if options::asked_for_vm() {
+        become_shim(spank, &settings)
+    } else {
+        stay_on_host(spank, &settings)
+    };
+    match handed_over {
         Ok(()) => OK,
         Err(why) => {
             // Slurm's log as well as the job's own output: this is the task, its standard error is the user's.
@@ -49,6 +51,20 @@ pub fn init(spank: Handle, args: &PlugArgs) -> c_int {
             FAILED
         }
     }
+}
+
+/// A second guard, should a release or a site's filter lose the options on their way: the agent's mark says that this job has a VM. A job
+/// whose steps only have VMs has no mark yet when its script starts.
+fn stay_on_host(spank: Handle, settings: &Settings) -> Result<(), String> {
+    if slurm::item(spank, Item::Step) != Some(BATCH_STEP) {
+        return Ok(());
+    }
+    let lost = slurm::item(spank, Item::Job).is_some_and(|job| node::marker(settings, job).exists());
+    if !lost {
+        return Ok(());
+    }
+    options::given().texts[0] = Some(String::new());
+    Err("the job asked for a VM, but its options did not reach this step".to_owned())
 }
 
 fn become_shim(spank: Handle, settings: &Settings) -> Result<(), String> {
@@ -69,7 +85,7 @@ fn become_shim(spank: Handle, settings: &Settings) -> Result<(), String> {
         job: slurm::item(spank, Item::Job).ok_or("Slurm does not tell the job")?,
         step,
         task: slurm::item(spank, Item::Task).ok_or("Slurm does not tell the task")?,
-        restart: slurm::item(spank, Item::Restarts).unwrap_or(0),
+        restart: restarts(spank),
         kind,
         open_mode,
         socket: settings.socket.display().to_string(),
@@ -83,6 +99,13 @@ fn become_shim(spank: Handle, settings: &Settings) -> Result<(), String> {
     }
     let program = slurm::replace_program(spank, &settings.run)?;
     slurm::set_task_env(spank, SHIM_ARGS_ENV, &shim.to_env_value(&program))
+}
+
+/// Slurm's restart count. Some releases (22.05) have it in the batch step's environment only, where a user can set it too: it is a hint.
+fn restarts(spank: Handle) -> u32 {
+    let item = slurm::item(spank, Item::Restarts).filter(|n| *n > 0);
+    item.or_else(|| slurm::task_env(spank, "SLURM_RESTART_COUNT")?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// The last word about a task: when the hand-over failed, the program must not run on the host. Slurm fails the task on a negative

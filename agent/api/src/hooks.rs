@@ -8,8 +8,9 @@ use std::time::Duration;
 
 /// The agent's socket.
 pub const AGENT_SOCKET: &str = "/run/slurm-vm/agent.sock";
-/// One empty file for each job that has a domain on this node, named by the job id. The agent makes it before the domain and removes it
-/// after; the epilog hook looks there for jobs whose VM was asked for by a step only.
+/// One empty file for each job that has a domain on this node, named by the job id: the agent makes it when it accepts `ensure`, or before
+/// the domain if a step alone asks for one, and removes it when the domain has left. The epilog hook looks there for jobs without the
+/// option, and a batch step without the option does not start if its job's file is there.
 pub const JOBS_DIR: &str = "/run/slurm-vm/jobs";
 /// The version of these messages.
 pub const HOOK_VERSION: u32 = 1;

@@ -2,8 +2,9 @@
 use std::{
     io::{self, Write},
     os::unix::net::UnixDatagram,
-    process::{Command, Stdio, exit},
-    time::Duration,
+    path::PathBuf,
+    process::exit,
+    time::{Duration, Instant},
 };
 
 use nix::libc;
@@ -13,9 +14,14 @@ use super::{
     relay::RawTerminal,
     signals::{Signals, die_of},
 };
+use crate::slurm::{Slurm, SlurmCommands, SlurmError, SlurmSettings};
 
 /// After a requeue of its own job the shim waits this long for Slurm to end it.
 const REQUEUE_PATIENCE: Duration = Duration::from_secs(120);
+/// Between attempts to requeue while slurmctld does not answer.
+const REQUEUE_RETRY: Duration = Duration::from_secs(5);
+/// Where Slurm's commands are, if in none of the usual directories.
+const PROGRAMS: &str = "SLURM_VM_SLURM_BIN";
 
 /// Why the relay stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,37 +78,54 @@ fn fault(job: u32, batch: bool, why: &str, signals: Option<&Signals>) -> ! {
         ));
         exit(outcome::NODE_FAULT.into());
     }
-    let refusal = match requeue_held(job) {
+    let refusal = match requeue_held(job, signals) {
         Ok(()) => {
             journal(job, &format!("requeued, held: node fault on {node}: {why}"));
-            match signals {
-                Some(signals) => drop(signals.wait_for_term(REQUEUE_PATIENCE)),
-                None => std::thread::sleep(REQUEUE_PATIENCE),
-            }
+            wait_for_term(signals, REQUEUE_PATIENCE);
             exit(0)
         }
         Err(e) => e,
     };
-    journal(job, &format!("node fault on {node}: {why}; requeue failed: {refusal}"));
-    say(&format!("slurm-vm: job {job}: {why} (node {node}; requeue failed: {refusal})"));
+    journal(job, &format!("node fault on {node}: {why}; the requeue failed to {refusal}"));
+    say(&format!(
+        "slurm-vm: job {job}: {why} (node {node}; the requeue failed to {refusal})"
+    ));
     exit(outcome::NODE_FAULT.into())
 }
 
-/// As the job's owner.
-fn requeue_held(job: u32) -> Result<(), String> {
-    let output = Command::new("scontrol")
-        .arg("requeuehold")
-        .arg(job.to_string())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()
-        .map_err(|e| format!("scontrol: {e}"))?;
-    if output.status.success() {
-        return Ok(());
+/// As the job's owner. What broke the node may keep slurmctld from answering as well, so that is waited for; a SIGTERM
+/// meanwhile means that Slurm ends the job by itself.
+fn requeue_held(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError> {
+    let settings = SlurmSettings {
+        conf: std::env::var_os("SLURM_CONF").map(PathBuf::from),
+        programs: std::env::var_os(PROGRAMS).map(PathBuf::from),
+        ..SlurmSettings::default()
+    };
+    let slurm = SlurmCommands::new(settings);
+    let until = Instant::now() + REQUEUE_PATIENCE;
+    loop {
+        match slurm.requeuehold(job) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.is_already_pending() => return Ok(()),
+            Err(e) if e.is_transient() && Instant::now() < until => {
+                if wait_for_term(signals, REQUEUE_RETRY) {
+                    exit(0);
+                }
+            }
+            Err(e) => return Err(e),
+        }
     }
-    let text = String::from_utf8_lossy(&output.stderr);
-    Err(text.lines().next().map_or_else(|| output.status.to_string(), str::to_owned))
+}
+
+fn wait_for_term(signals: Option<&Signals>, at_most: Duration) -> bool {
+    match signals {
+        Some(signals) => signals.wait_for_term(at_most),
+        // Without the descriptor SIGTERM still has its default action: it ends the process, as it should here.
+        None => {
+            std::thread::sleep(at_most);
+            false
+        }
+    }
 }
 
 /// One line for the node's administrator: the agent, which keeps the log otherwise, may be what is broken.
@@ -112,5 +135,16 @@ fn journal(job: u32, text: &str) {
     if let Ok(socket) = UnixDatagram::unbound() {
         let _ = socket.set_nonblocking(true);
         let _ = socket.send_to(line.as_bytes(), "/dev/log");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_page_explains_every_outcome() {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/outcomes.md")).expect("docs/outcomes.md");
+        for outcome in slurm_vm_api::outcome::OUTCOMES {
+            assert!(page.contains(&format!("| {} | ", outcome.code)), "{}", outcome.code);
+        }
     }
 }

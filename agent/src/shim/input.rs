@@ -88,6 +88,11 @@ impl Input {
         self.sent = self.sent.max(self.taken);
     }
 
+    /// What the guest is known to have.
+    pub fn taken_so_far(&self) -> u64 {
+        self.taken
+    }
+
     /// A session begins (again): the guest has everything below this offset and nothing of what follows.
     ///
     /// # Errors

@@ -414,6 +414,8 @@ impl Relay {
             ToShim::StdinTaken { offset } => self.input.taken(offset),
             ToShim::Cause(cause) => self.on_cause(cause),
             ToShim::Exited(ended) => self.ending = Some(End::Program(ended)),
+            // An agent that was restarted while the VM left does not know of it. Ending here would end the job in Slurm.
+            ToShim::Failed { .. } if self.phase == Phase::HandedOver && !self.live => self.lose(io::ErrorKind::ConnectionReset.into()),
             ToShim::Failed { outcome, why } => self.ending = Some(End::Failed(outcome, why)),
             ToShim::HandOver => self.hand_over(),
             ToShim::TakeBack => self.take_back(),
@@ -422,11 +424,13 @@ impl Relay {
 
     fn on_started(&mut self, from: &[StreamStart], resumed: bool) {
         let first = self.phase == Phase::Opening;
+        // What was sent on a connection that broke may be lost, so it is sent again from where the guest has it.
+        let stdin = from
+            .iter()
+            .find(|s| s.stream == Stream::Stdin)
+            .map_or_else(|| self.input.taken_so_far(), |s| s.offset);
+        let _ = self.input.restart(stdin);
         for start in from {
-            if start.stream == Stream::Stdin {
-                let _ = self.input.restart(start.offset);
-                continue;
-            }
             let Some(output) = self.outputs.iter_mut().find(|o| o.stream == start.stream) else {
                 continue;
             };

@@ -142,6 +142,8 @@ fn each_wrong_value_is_refused_with_one_line_that_says_what_is_allowed() {
         ] {
             site.refuses(&format!("{tool} {options} {script}"), &[], message);
         }
+        let het = format!("{tool} --vm=debian-12 : -n2 {script}");
+        site.refuses(&het, &[], "--vm cannot be combined with heterogeneous jobs");
     }
 }
 

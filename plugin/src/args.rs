@@ -119,6 +119,33 @@ mod tests {
     }
 
     #[test]
+    fn the_page_lists_every_key_with_its_default() {
+        let page = include_str!("../../docs/options.md");
+        let section = page.split("plugstack.conf\n").nth(1).expect("the section");
+        let row = |line: &str| {
+            line.strip_prefix("| `")?
+                .split_once("` | ")
+                .map(|(k, r)| (k.to_owned(), r.split(" |").next().unwrap_or_default().replace('`', "")))
+        };
+        let rows: Vec<(String, String)> = section.lines().filter_map(row).collect();
+        let d = Settings::default();
+        let show = |p: &PathBuf| p.display().to_string();
+        let expected = [
+            ("socket", show(&d.socket)),
+            ("run", d.run.clone()),
+            ("prefix", d.prefix.clone()),
+            ("feature", d.feature.clone()),
+            ("images", show(&d.images)),
+            ("log", show(&d.log)),
+            ("preempt", "none".to_owned()),
+            ("notice", d.notice.clone()),
+            ("epilog_wait", d.epilog_wait_s.to_string()),
+        ];
+        assert_eq!(KNOWN.replace(" and ", ", "), expected.clone().map(|(k, _)| k).join(", "));
+        assert_eq!(rows, expected.map(|(k, v)| (k.to_owned(), v)));
+    }
+
+    #[test]
     fn every_key_is_taken() {
         let s = parse("socket=/s run=/r prefix=guest feature=kvm images=/i log=/l preempt=save,requeue notice=50@90 epilog_wait=2:00");
         assert_eq!(s.complaints, Vec::<String>::new());

@@ -138,7 +138,9 @@ fn stop() -> c_int {
 
 /// Reads and checks what was asked for.
 fn request(settings: &Settings) -> Result<Option<VmSpec>, Refusal> {
-    let given = options::given();
+    let mut given = options::given();
+    given.descriptions += 1;
+    let given = &*given;
     let mut texts = [None; 5];
     for (slot, text) in texts.iter_mut().zip(&given.texts) {
         *slot = text.as_deref();
@@ -159,6 +161,10 @@ fn request(settings: &Settings) -> Result<Option<VmSpec>, Refusal> {
         }
     })?;
     if let Some(spec) = &spec {
+        // Slurm keeps plugins' options for the whole command and what is set for one component for the next: they cannot be told apart.
+        if given.descriptions > 1 {
+            return Err(format!("--{} cannot be combined with heterogeneous jobs", settings.prefix));
+        }
         check_image(settings, &spec.image)?;
         check_ways(settings, spec.preempt.as_deref().unwrap_or_default())?;
     }

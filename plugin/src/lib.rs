@@ -18,6 +18,11 @@ mod release;
 mod slurm;
 mod task;
 
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;
+
 use crate::{
     guard::guard,
     slurm::{Handle, PlugArgs},

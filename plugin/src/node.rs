@@ -30,11 +30,12 @@ pub fn request(texts: &[Option<String>; 5], settings: &Settings) -> Result<Optio
     for (slot, text) in borrowed.iter_mut().zip(texts) {
         *slot = text.as_deref();
     }
-    let mut spec = VmSpec::from_options(&borrowed).map_err(|e| e.to_string())?;
+    let refused = |option, why: String| format!("--{}: {why}", options::name(&settings.prefix, option));
+    let mut spec = VmSpec::from_options(&borrowed).map_err(|e| refused(e.option, e.source.to_string()))?;
     if let (Some(spec), Some(site)) = (&mut spec, &settings.preempt) {
         let ways = spec.preempt.get_or_insert_with(|| site.clone());
         if let Some(way) = ways.iter().find(|w| !site.contains(w)) {
-            return Err(format!("--vm-preempt: this site does not allow '{way}'"));
+            return Err(refused(VmOption::Preempt, format!("this site does not allow '{way}'")));
         }
     }
     Ok(spec)

@@ -33,11 +33,14 @@ pub struct Given {
     pub texts: [Option<String>; 5],
     /// The values that came from SLURM_VM_… variables.
     pub from_env: [Option<String>; 5],
+    /// How many job descriptions this command has made: more than one is a heterogeneous job.
+    pub descriptions: u32,
 }
 
 static GIVEN: Mutex<Given> = Mutex::new(Given {
     texts: [const { None }; 5],
     from_env: [const { None }; 5],
+    descriptions: 0,
 });
 
 /// What was given. There is one thread, so the lock is free; after a panic the data are still plain values.

@@ -8,7 +8,7 @@ use std::{
 
 #[expect(non_camel_case_types, non_upper_case_globals, dead_code, reason = "made by bindgen")]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, reason = "made by bindgen")]
-mod sys {
+pub(crate) mod sys {
     include!(concat!(env!("OUT_DIR"), "/spank.rs"));
 }
 

@@ -13,7 +13,7 @@ use slurm_vm_api::{
 use std::{
     ffi::c_int,
     fs::{DirBuilder, OpenOptions},
-    io::{self, Write},
+    io,
     os::{
         fd::AsFd,
         unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -45,9 +45,8 @@ pub fn init(spank: Handle, args: &PlugArgs) -> c_int {
     match handed_over {
         Ok(()) => OK,
         Err(why) => {
-            // Slurm's log as well as the job's own output: this is the task, its standard error is the user's.
-            slurm::error(&format!("vm: the task cannot be handed over: {why}"));
-            let _ = writeln!(io::stderr(), "slurm-vm: the program was not started: {why}");
+            // This is the task: Slurm writes its errors to the job's own standard error as well as to its log.
+            slurm::error(&format!("vm: the program was not started: {why}"));
             FAILED
         }
     }

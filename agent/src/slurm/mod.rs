@@ -19,6 +19,9 @@ mod parse_admin;
 mod run;
 mod types;
 
+#[cfg(test)]
+mod tests;
+
 pub use commands::{SlurmCommands, SlurmSettings};
 pub use error::SlurmError;
 pub use fake::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, FakeSlurm, Fault};

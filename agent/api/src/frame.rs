@@ -71,6 +71,8 @@ pub struct Frame<'a> {
     pub channel: u32,
     /// The body, at most [`MAX_BODY_BYTES`].
     pub body: &'a [u8],
+    /// How many frames were dropped before this one, as [`Decoder::bad_frames`].
+    pub bad_before: u64,
 }
 
 /// The body of a frame would be longer than [`MAX_BODY_BYTES`].
@@ -263,6 +265,7 @@ impl Decoder {
             kind,
             channel,
             body: &self.buf[HEADER_BYTES..len],
+            bad_before: self.bad,
         })
     }
 

@@ -71,6 +71,8 @@ pub struct Frame<'a> {
     pub channel: u32,
     /// The body, at most [`MAX_BODY_BYTES`].
     pub body: &'a [u8],
+    /// How many frames were dropped before this one, as [`Decoder::bad_frames`].
+    pub bad_before: u64,
 }
 
 /// The body of a frame would be longer than [`MAX_BODY_BYTES`].
@@ -153,6 +155,11 @@ impl<'a> Stuffer<'a> {
                 self.out.extend_from_slice(&window[..zero]);
                 self.close_run(false);
                 data = &data[zero + 1..];
+                // Output is often full of zeros: each further one is a run by itself, and the open one is the last of them.
+                let more = data.iter().position(|byte| *byte != 0).unwrap_or(data.len());
+                self.out.resize(self.out.len() + more, 1);
+                self.code_at += more;
+                data = &data[more..];
             } else {
                 self.out.extend_from_slice(window);
                 data = &data[window.len()..];
@@ -177,6 +184,15 @@ impl<'a> Stuffer<'a> {
 fn unstuff(buf: &mut [u8]) -> Option<usize> {
     let (mut from, mut to) = (0, 0);
     while from < buf.len() {
+        let zeros = buf[from..].iter().position(|code| *code != 1).unwrap_or(buf.len() - from);
+        if zeros > 0 {
+            // Empty runs stand for a zero each, but for the one that ends the frame.
+            from += zeros;
+            let zeros = zeros - usize::from(from == buf.len());
+            buf[to..to + zeros].fill(0);
+            to += zeros;
+            continue;
+        }
         let code = usize::from(buf[from]);
         let end = from + code;
         if code == 0 || end > buf.len() {
@@ -263,6 +279,7 @@ impl Decoder {
             kind,
             channel,
             body: &self.buf[HEADER_BYTES..len],
+            bad_before: self.bad,
         })
     }
 

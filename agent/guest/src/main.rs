@@ -91,6 +91,7 @@ fn run(arguments: Arguments) -> std::io::Result<()> {
 }
 
 fn main() -> ExitCode {
+    spawn::close_inherited();
     reserve_standard_descriptors();
     let arguments = match parse(std::env::args_os().skip(1)) {
         Ok(arguments) => arguments,

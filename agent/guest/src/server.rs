@@ -68,6 +68,7 @@ pub struct Server {
     port: Port,
     signals: SignalFd,
     decoder: Decoder,
+    bad_frames: u64,
     bad_frames_told: u64,
     inbuf: Box<[u8]>,
     outbox: Vec<u8>,
@@ -102,6 +103,7 @@ impl Server {
             port,
             signals: SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
             decoder: Decoder::new(),
+            bad_frames: 0,
             bad_frames_told: 0,
             inbuf: vec![0; 64 * 1024].into_boxed_slice(),
             outbox: Vec::with_capacity(OUTBOX_BYTES + 40 * 1024),
@@ -272,14 +274,16 @@ impl Server {
             };
             let mut input = &buf[..read];
             while let Some(frame) = decoder.next(&mut input) {
+                self.bad_frames = frame.bad_before;
                 self.take(frame, now);
             }
+            self.bad_frames = decoder.bad_frames();
             if read < buf.len() || self.answers.len() >= MAX_ANSWERS {
                 break;
             }
         }
-        if self.session && decoder.bad_frames() > self.bad_frames_told {
-            self.bad_frames_told = decoder.bad_frames();
+        if self.session && self.bad_frames > self.bad_frames_told {
+            self.bad_frames_told = self.bad_frames;
             self.answers.push_back(ToHost::Resync {
                 bad_frames: self.bad_frames_told,
             });
@@ -340,7 +344,7 @@ impl Server {
     fn hello(&mut self, protocol: u32, nonce: u64) {
         self.end_session();
         self.session = true;
-        self.bad_frames_told = self.decoder.bad_frames();
+        self.bad_frames_told = self.bad_frames;
         // What was cut off in the outbox is ended here, so that the answer begins on a frame's boundary.
         self.outbox.push(slurm_vm_api::frame::DELIMITER);
         self.answers.push_back(ToHost::Hello(GuestHello {

@@ -12,6 +12,17 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use slurm_vm_api::guest::{ExecStep, ExitStatus};
 
+/// Closes what an init or a shell has left open for us: our programs would inherit it.
+pub fn close_inherited() {
+    let Ok(dir) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<i32> = dir.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // SAFETY: called first thing in main(), before anything in this process owns a descriptor above 2; the one of the directory just
+        // read is closed already, so that closing it again fails harmlessly.
+        unsafe { libc::close(fd) };
+    }
+}
+
 /// What a child is made of.
 #[derive(Debug)]
 pub struct Prepared {
@@ -125,7 +136,7 @@ fn become_program(
 ) -> (ExecStep, i32) {
     let fail = |step| (step, Errno::last_raw());
     // SAFETY: plain system calls on values; the pointers handed over are to data that `prepared` owns and that outlives the calls, the arrays
-    // `argv` and `env` end in null (made by `pointers`), and `action` is a zeroed struct, which is a valid sigaction with SIG_DFL.
+    // `argv` and `env` end in null (made by `pointers`), and `default` is as large as the kernel's sigaction, for which zero is SIG_DFL.
     unsafe {
         if libc::setsid() < 0 {
             return fail(ExecStep::Session);
@@ -165,9 +176,10 @@ fn become_program(
                 return fail(ExecStep::Directory);
             }
         }
-        let action: libc::sigaction = std::mem::zeroed();
+        // Past the C library, which keeps signals 32 and 33 to itself and would leave them as they were inherited.
+        let default = [0u64; 4];
         for signo in 1..=64 {
-            libc::sigaction(signo, &raw const action, ptr::null_mut());
+            libc::syscall(libc::SYS_rt_sigaction, signo, default.as_ptr(), ptr::null_mut::<u64>(), 8);
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);

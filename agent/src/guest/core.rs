@@ -22,6 +22,8 @@ use slurm_vm_api::guest::{
 /// Bytes to keep ready for the socket.
 const OUTBOX_BYTES: usize = 64 * 1024;
 const HELLO_RETRY: Duration = Duration::from_secs(1);
+/// Between two sessions on one connection.
+const HELLO_PAUSE: Duration = Duration::from_millis(20);
 const HELLO_RETRY_MAX: Duration = Duration::from_secs(5);
 /// An upload that arrives damaged is sent so often.
 const UPLOAD_ATTEMPTS: u32 = 3;
@@ -362,6 +364,7 @@ pub struct LinkCore {
     bad_seen: u64,
     ids: u64,
     nonce: u64,
+    greeted: Option<Instant>,
     controls: VecDeque<ToGuest>,
     programs: BTreeMap<u32, Program>,
     pending: BTreeMap<u64, (u64, Action)>,
@@ -379,6 +382,7 @@ impl LinkCore {
             bad_seen: 0,
             ids: seed.rotate_left(32),
             nonce: seed,
+            greeted: None,
             controls: VecDeque::new(),
             programs: BTreeMap::new(),
             pending: BTreeMap::new(),
@@ -435,9 +439,12 @@ impl LinkCore {
     fn greet(&mut self, now: Instant) {
         self.nonce = self.nonce.wrapping_add(1);
         self.controls.clear();
+        // A guest that sends nothing but rubbish must not keep this thread busy.
+        let again_at = self.greeted.map_or(now, |last| now.max(last + HELLO_PAUSE));
+        self.greeted = Some(again_at);
         self.phase = Phase::Greeting {
             nonce: self.nonce,
-            again_at: now,
+            again_at,
             wait: HELLO_RETRY,
         };
     }

@@ -448,15 +448,12 @@ impl Node {
                 DomainEvent::Panicked { name, .. } => {
                     panicked.insert(name, "its kernel panicked");
                 }
-                DomainEvent::Rebooted { name, .. } => {
-                    panicked.insert(name, "it was rebooted");
-                }
                 DomainEvent::Stopped { name, reason, .. } => {
                     let how = panicked.remove(&name).unwrap_or(match reason {
-                        StopReason::Shutdown => "it powered off",
+                        StopReason::Shutdown => "it powered off or rebooted",
                         StopReason::Destroyed => "its domain was destroyed",
                         StopReason::Crashed => "QEMU died",
-                        StopReason::Failed => "QEMU failed",
+                        StopReason::Failed => "QEMU was ended",
                         StopReason::Migrated | StopReason::Saved => continue,
                         StopReason::Other => "its domain ended",
                     });

@@ -17,7 +17,7 @@ use slurm_vm::{
 
 /// The agent of slurm-vm: runs the virtual machines of this node's jobs, and the cluster's moves where it is the controller.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "slurm-vmd", version)]
 struct Arguments {
     /// Configuration file.
     #[arg(long, default_value = config::DEFAULT_PATH)]

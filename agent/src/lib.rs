@@ -1,3 +1,4 @@
 //! The agent.
 
+pub mod peer;
 pub mod slurm;

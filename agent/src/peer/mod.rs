@@ -16,6 +16,7 @@ mod credentials;
 mod error;
 mod frame;
 mod moves;
+#[expect(unsafe_code, reason = "the FFI of libmunge")]
 mod munge_ffi;
 mod pump;
 mod relay;

@@ -215,7 +215,7 @@ pub(super) fn carry(stream: TlsStream, local: UnixStream, encrypt: bool, count: 
     let result = if encrypt {
         pump::encrypted(conn, tcp, local, count)
     } else {
-        pump::plain(tcp, local, count)
+        pump::plain(&tcp, &local, count)
     };
     result.map_err(|source| PeerError::Io {
         what: "carry a stream to its end",

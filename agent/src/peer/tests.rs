@@ -193,9 +193,11 @@ impl Credentials for Forger {
     }
 }
 
+type Edit = fn(&mut serde_json::Value);
+
 #[test]
 fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
-    let edits: [(&str, fn(&mut serde_json::Value)); 9] = [
+    let edits: [(&str, Edit); 9] = [
         ("fingerprint", |c| c["client_fingerprint"] = hex(&Sha256::digest("mine")).into()),
         ("fingerprint", |c| c["server_fingerprint"] = hex(&Sha256::digest("mine")).into()),
         ("nonce", |c| c["client_nonce"] = "00".repeat(32).into()),
@@ -203,7 +205,7 @@ fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
         ("channel", |c| c["channel"] = "00".repeat(32).into()),
         ("purpose", |c| c["purpose"] = "relay".into()),
         ("side", |c| {
-            c["side"] = if c["side"] == "client" { "server" } else { "client" }.into()
+            c["side"] = if c["side"] == "client" { "server" } else { "client" }.into();
         }),
         ("node or role", |c| c["client_node"] = "n9".into()),
         ("protocol", |c| c["version"] = 7.into()),
@@ -221,7 +223,7 @@ fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
             other => panic!("{what}: the client must refuse: {other:?}"),
         }
     }
-    let garbage: fn(&mut serde_json::Value) = |c| *c = "a credential for some other service".into();
+    let garbage: Edit = |c| *c = "a credential for some other service".into();
     assert!(matches!(
         ask(&peer_with(settings("n1"), Forger::new(garbage)), &n2.at, "hello"),
         Err(PeerError::Refused { .. })

@@ -711,6 +711,45 @@ fn a_move_directory_is_private_and_a_stale_one_is_replaced() {
 }
 
 #[test]
+fn the_sockets_of_a_move_belong_to_qemu_and_nobody_else_gets_in() {
+    use std::os::unix::fs::MetadataExt;
+    if !nix::unistd::geteuid().is_root() {
+        return println!("not root: owners cannot be set");
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let access = Access {
+        uid: Some(64055),
+        gid: Some(64056),
+        ..Access::default()
+    };
+    let to = PeerAddress {
+        node: "n2".into(),
+        host: "127.0.0.1".into(),
+        port: 1,
+    };
+    let spec = RelaySpec {
+        id: "job-7".into(),
+        token: String::new(),
+        to,
+        root: temp.path().into(),
+        access,
+        encrypt: true,
+    };
+    let relay = RelayListener::open(peer("n1"), spec).unwrap();
+    let of = |p: &Path| std::fs::symlink_metadata(p).map(|m| (m.uid(), m.gid(), m.mode() & 0o777)).unwrap();
+    assert_eq!(of(&temp.path().join("job-7")), (64055, 64056, 0o700));
+    for kind in StreamKind::ALL {
+        assert_eq!(of(&relay.socket(kind)), (64055, 64056, 0o600));
+    }
+    // The peer is not there: the local connection ends, and the relay lives on.
+    let mut s = UnixStream::connect(relay.socket(StreamKind::Migration)).unwrap();
+    s.set_read_timeout(Some(SOON)).unwrap();
+    assert_eq!(s.read(&mut [0]).unwrap_or(0), 0);
+    drop(relay);
+    assert!(!temp.path().join("job-7").exists());
+}
+
+#[test]
 fn munge_itself_vouches_for_us_where_a_daemon_runs() {
     // SLURM_VM_TEST_MUNGE names the socket of a munged; without one there is nothing to test against here.
     let Some(socket) = std::env::var_os("SLURM_VM_TEST_MUNGE") else {

@@ -62,7 +62,8 @@ fn samples() -> impl Iterator<Item = Samples> {
             } else {
                 let sample = all.get_mut(&name).expect("a header first");
                 let to = if in_err { &mut sample.err } else { &mut sample.out };
-                to.push_str(line);
+                // Shown as symbols in the files.
+                to.push_str(&line.replace('␟', "\x1f").replace('␞', "\x1e"));
                 to.push('\n');
             }
         }
@@ -411,10 +412,17 @@ fn answers_that_are_not_understood_are_errors() {
         "1|2|3",
         &good.replacen("2001", "alice", 1),
         &good[..good.len() / 2],
-        &good.replace("n1|n1", "n1|n[1-"),
+        &good.replace("n1\x1fn1", "n1\x1fn[1-"),
     ] {
         assert!(matches!(parse::briefs(bad), Err(SlurmError::Parse { .. })), "{bad}");
     }
+    let odd = good.replacen("None", "a plugin said: |\n\u{1e}no", 1);
+    assert_eq!(
+        parse::briefs(&odd).unwrap()[0].reason,
+        "a plugin said: |\n\u{1e}no",
+        "a reason moves nothing"
+    );
+    assert!(parse::briefs("").unwrap().is_empty());
     assert!(parse_admin::nodes("NodeName=n1 State=IDLE\n").is_err());
     assert!(parse_admin::config("ClusterName = x\n").is_err());
 }

@@ -34,11 +34,12 @@ pub fn image<'a>(config: &'a Config, name: &str) -> Result<&'a ImageConfig, Fail
     })
 }
 
-/// Where a VM's overlay is: on shared storage when there is some.
+/// Where a VM's overlay is: on shared storage when there is some. Every run has its own, so that what a node removes late
+/// is never another node's.
 #[must_use]
-pub fn overlay_path(config: &Config, vm_dir: &Path, domain: &str) -> (PathBuf, bool) {
+pub fn overlay_path(config: &Config, vm_dir: &Path, record: &Record) -> (PathBuf, bool) {
     match &config.shared_dir {
-        Some(shared) => (shared.join("overlays").join(format!("{domain}.qcow2")), true),
+        Some(shared) => (shared.join("overlays").join(format!("{}.{}.{}.qcow2", record.domain(), record.node, record.run)), true),
         None => (vm_dir.join("overlay.qcow2"), false),
     }
 }
@@ -92,7 +93,7 @@ pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: 
         if let Some(wanted) = image.sha256.as_ref().filter(|w| !w.eq_ignore_ascii_case(&base.sha256)) {
             return Err(Failure::Request(format!("image file {}: its SHA-256 is {}, the catalogue says {wanted}", disk.display(), base.sha256)));
         }
-        let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), &record.domain());
+        let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), record);
         world.disks.make_overlay(&overlay, disk, &image.disk_format)?;
         plan.overlay = Some(overlay);
         plan.overlay_shared = shared;

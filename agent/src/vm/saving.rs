@@ -165,6 +165,12 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32,
     node.world.faults.pass("restore.before")?;
     let Life::Restoring { from: dir } = &record.life else { return Err("the VM is not being restored".into()) };
     let begun = Instant::now();
+    // The job may have been cancelled, or requeued to another node, while its last run's VM was on its way out here.
+    match node.job_here(record.job) {
+        Some(true) => {}
+        Some(false) => return Err(format!("Slurm does not run job {} here", record.job)),
+        None => return Err(format!("Slurm does not say whether job {} runs here", record.job)),
+    }
     let manifest = read(&dir.join(MANIFEST)).or_else(|| read(&dir.join(USED))).ok_or_else(|| format!("{} has no manifest", dir.display()))?;
     let domain = record.domain();
     make_run_dir(&node.config, &domain)?;

@@ -193,7 +193,7 @@ impl Cluster {
     }
 
     pub fn say(&mut self, line: String) {
-        if self.trace.len() > 600 {
+        if self.trace.len() > 20_000 {
             self.trace.pop_front();
         }
         self.trace.push_back(format!("{:>8.3} {line}", (self.now - 1_000_000) as f64 / 1000.0));
@@ -327,6 +327,9 @@ impl Cluster {
             let id = self.id();
             self.say(format!("{order:?} {job} on {node}"));
             if matches!(order, Order::GiveUp) {
+                if self.job_here(&node, job) != Some(true) {
+                    return;
+                }
                 let _ = self.slurm.requeue(job);
             }
             self.at(10, Message::Order { node, job, id, order });
@@ -393,6 +396,7 @@ impl Cluster {
     fn kill(&mut self, name: &str) {
         self.say(format!("{name}: agent killed"));
         self.count("agents killed");
+        self.break_relays(name);
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.alive = false;
         node.epoch += 1;
@@ -861,7 +865,7 @@ impl Cluster {
             ("epilogs", self.epilogs.len()),
             ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
         ];
-        left.iter().find(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what} left"))
+        left.iter().find(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what} left ({:?}, {:?})", self.overlays, self.saves))
     }
 }
 

@@ -151,6 +151,7 @@ impl Vm {
                 Event::JobHere { run },
             ) => {
                 self.record.run = run;
+                self.job_unsure = false;
                 // A move that fails from here on leaves the VM where its job is.
                 self.record.await_until_ms = None;
                 vec![Do::Persist]
@@ -484,8 +485,11 @@ impl Vm {
             (Life::Stopping { .. }, Event::Tick) if self.busy.is_none() && now_ms >= self.retry_at_ms => vec![self.begin(Busy::Destroy)],
             (Life::Gone { .. } | Life::Saved { .. } | Life::Stopped { .. }, Event::Release) => vec![Do::AnswerRelease(Ok(()))],
 
-            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::Tick) if self.look(now_ms) => {
-                vec![self.ask(Do::AskDomain)]
+            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::Tick) => self.look(now_ms).into_iter().collect(),
+            (Life::Booting { .. } | Life::Running, Event::JobIs(here)) if self.asking => {
+                self.asking = false;
+                self.job_unsure &= here.is_none();
+                if here == Some(false) { self.stop(End::Released) } else { vec![] }
             }
 
             // What comes too late, too early or twice changes nothing.

@@ -20,6 +20,8 @@ pub struct Vm {
     pub(super) then: Option<End>,
     /// It is said that the guest was lost; libvirt is asked whether it is so.
     pub(super) lost: Option<String>,
+    /// Slurm has not said since the agent's restart whether the job is still here: its epilog may have been missed.
+    pub(super) job_unsure: bool,
     /// When libvirt is asked for the domain next.
     pub(super) look_at_ms: u64,
     /// The move is to be given up.
@@ -87,6 +89,7 @@ impl Vm {
             asking: false,
             then: None,
             lost: None,
+            job_unsure: false,
             look_at_ms: 0,
             cancelled: false,
             failures: 0,
@@ -210,16 +213,18 @@ impl Vm {
         effects
     }
 
-    /// The domain should be there: time to ask libvirt for it.
-    pub(super) fn look(&mut self, now_ms: u64) -> bool {
+    /// What is to be asked of libvirt or Slurm about a VM that should run, if it is time.
+    pub(super) fn look(&mut self, now_ms: u64) -> Option<Effect> {
+        let pause = if self.lost.is_some() || self.job_unsure { RETRY_MS } else { LOOK_MS };
         if self.look_at_ms == 0 {
-            self.look_at_ms = now_ms + LOOK_MS;
+            self.look_at_ms = now_ms + pause;
         }
-        let due = !self.asking && self.busy.is_none() && now_ms >= self.look_at_ms;
-        if due {
-            self.look_at_ms = now_ms + if self.lost.is_some() { RETRY_MS } else { LOOK_MS };
+        if self.asking || self.busy.is_some() || now_ms < self.look_at_ms {
+            return None;
         }
-        due
+        self.look_at_ms = now_ms + pause;
+        let slurm = self.job_unsure && self.lost.is_none();
+        Some(self.ask(if slurm { Effect::AskJob } else { Effect::AskDomain }))
     }
 
     /// If the guest is said to be lost, libvirt is asked.

@@ -838,7 +838,9 @@ impl Cluster {
                 return Err(what);
             }
         }
-        if let Some(what) = self.slurm.breach() {
+        if about.is_none()
+            && let Some(what) = self.slurm.breach()
+        {
             return Err(what);
         }
         for (name, node) in &self.nodes {

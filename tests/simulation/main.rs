@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{Cluster, Mood};
 
 /// Seeds in a plain `cargo test`.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 200;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is not a number")))

@@ -212,6 +212,21 @@ impl Node {
         }
     }
 
+    /// Which of its job's VMs the one on this node is: the node's place in the job's node list. Domains and overlays of a
+    /// job on several nodes are told apart by it.
+    #[must_use]
+    pub fn place_in(&self, job: u32) -> u32 {
+        let nodes = match self.world.slurm.job(job) {
+            Ok(Some(info)) => info.brief.nodes,
+            Ok(None) => Vec::new(),
+            Err(e) => {
+                log::warn!("job {job}: cannot ask Slurm for its nodes: {e}");
+                Vec::new()
+            }
+        };
+        nodes.iter().position(|n| *n == self.name).and_then(|k| u32::try_from(k).ok()).unwrap_or(0)
+    }
+
     /// A record for a new VM, or the one of a save that waits on shared storage.
     fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
         let now = self.world.clock.now_ms();
@@ -278,7 +293,7 @@ impl Node {
         if let Ok(outcome) = answer.recv_timeout(wait) {
             return outcome;
         }
-        let domain = domain_name(job, 0);
+        let domain = self.record(job).map_or_else(|| domain_name(job, 0), |r| r.domain());
         log::warn!("job {job}: its VM did not leave within {} s: ending {domain}", wait.as_secs());
         let (reply, answer) = bounded(1);
         let _ = tx.send(Request::Release(reply));
@@ -525,11 +540,11 @@ impl Node {
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
-        let jobs: Vec<(u32, Sender<Request>)> =
-            self.vms().iter().filter_map(|(j, e)| if let Entry::Live(tx) = e { Some((*j, tx.clone())) } else { None }).collect();
-        for (job, tx) in jobs {
+        let owners: Vec<Sender<Request>> =
+            self.vms().values().filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None }).collect();
+        for tx in owners {
             let Some(record) = self.ask(&tx, Request::Record) else { continue };
-            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == domain_name(job, 0)) {
+            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == record.domain()) {
                 let _ = tx.send(Request::Core(crate::core::Event::DomainEnded { how: "it ended while libvirt was away".into() }));
             }
         }

@@ -87,7 +87,10 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
         let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
-            Birth::New(record) => Vm::new(record),
+            Birth::New(mut record) => {
+                record.k = node.place_in(job);
+                Vm::new(record)
+            }
             Birth::Expected(record) => Vm::expected(record),
             Birth::Recovered { record, domain_here, job_here } => Vm::recovered(record, domain_here, job_here),
         };
@@ -318,10 +321,11 @@ impl Owner {
         let (node, job) = (self.node.clone(), record.job);
         let restarts = self.restart;
         let to = self.programs.sender(session);
+        let domain = self.domain.clone();
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
-            node.world.store.journal(&crate::core::record::domain_name(job, 0), node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
+            node.world.store.journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
             if let Some(to) = to {
                 let _ = to.send(Frame::Control(ToShim::Cause(cause)));
             }

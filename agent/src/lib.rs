@@ -16,6 +16,7 @@ pub mod health;
 pub mod hypervisor;
 pub mod logging;
 pub mod node;
+pub mod peer;
 pub mod probe;
 pub mod server;
 pub mod shim;

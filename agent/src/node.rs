@@ -45,7 +45,7 @@ pub struct Node {
     /// Other nodes' agents.
     pub peers: Arc<dyn Peers>,
     /// Moves of which this node is an end.
-    pub moves: vm::moving::OpenMoves,
+    pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
 }
@@ -60,7 +60,7 @@ impl Node {
             name,
             world,
             peers,
-            moves: vm::moving::OpenMoves::default(),
+            moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
         })
@@ -203,11 +203,14 @@ impl Node {
     /// A record for a new VM, or the one of a save that waits on shared storage.
     fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
         let now = self.world.clock.now_ms();
-        if let Some(saved) = vm::moving::find_save(self, job, user.uid) {
+        if let Some(saved) = vm::saving::find(self, job, user.uid) {
             let mut record = saved;
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
             record.generation += 1;
+            if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
+                plan.layers.insert(0, from.join("overlay.qcow2"));
+            }
             return Birth::Expected(record);
         }
         Birth::New(Record {

@@ -67,7 +67,7 @@ impl SlurmError {
         self.refused_with("pending execution")
     }
 
-    /// An order to a job that has ended.
+    /// An order to a job that has ended. Slurm says the same of a new time limit for a job that runs on in its grace time.
     #[must_use]
     pub fn is_already_finished(&self) -> bool {
         self.refused_with("already finished") || self.refused_with("already completed")

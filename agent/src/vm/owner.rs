@@ -17,7 +17,7 @@ use super::{
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
-    view,
+    saving, view,
 };
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
@@ -200,18 +200,23 @@ impl Owner {
                 self.move_reply = Some(reply);
                 self.core(event);
             }
-            Request::Save { at, cause, reply } => {
+            Request::Save { cause, reply } => {
                 if self.move_reply.is_some() {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
                 }
-                self.move_reply = Some(reply);
-                self.core(Event::Save { at, cause });
-            }
-            Request::TookOver { programs, moves, spools, reply } => {
-                for (program, stream, offset, bytes) in spools {
-                    self.programs.take_spool(program, stream, offset, &bytes);
+                match saving::fits(&self.node, &self.vm.record) {
+                    Ok(at) => {
+                        self.move_reply = Some(reply);
+                        self.core(Event::Save { at, cause });
+                    }
+                    Err(why) => {
+                        let _ = reply.send(Err(why));
+                    }
                 }
+            }
+            Request::Kept { program, stream, offset, bytes } => self.programs.take_spool(program, stream, offset, &bytes),
+            Request::TookOver { programs, moves, reply } => {
                 for p in &programs {
                     self.programs.adopt(p);
                 }
@@ -489,8 +494,11 @@ impl Owner {
             Effect::AskOwner => {
                 let order = self.order.clone();
                 worker(job, "owner", move || {
-                    let there = moving::runs_there(&node, &record, order.as_ref());
-                    let _ = tx.send(Request::Core(Event::OwnerIs { there }));
+                    let found = moving::find_guest(&node, &record, order.as_ref());
+                    let _ = tx.send(Request::Core(Event::OwnerIs { there: found == moving::Found::There }));
+                    if found == moving::Found::Nowhere {
+                        let _ = tx.send(Request::Core(Event::DomainEnded { how: "it was lost in a move".into() }));
+                    }
                 });
             }
             Effect::AbandonDestination => {
@@ -512,8 +520,13 @@ impl Owner {
                 }
             }),
             Effect::Restore => worker(job, "restore", move || {
-                let done = moving::restore(&node, &record);
-                let _ = tx.send(Request::Core(Event::Restored(done.map(Box::new))));
+                let done = saving::restore(&node, &record).map(|(done, kept)| {
+                    for (program, stream, offset, bytes) in kept {
+                        let _ = tx.send(Request::Kept { program, stream, offset, bytes });
+                    }
+                    Box::new(done)
+                });
+                let _ = tx.send(Request::Core(Event::Restored(done)));
             }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
@@ -578,12 +591,12 @@ impl Owner {
         let spools = self.programs.spools();
         if h.save {
             worker(job, "save", move || {
-                let done = moving::save(&node, &record, &spools);
+                let done = saving::save(&node, &record, &spools);
                 let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
             });
         } else {
             worker(job, "hand-over", move || {
-                let done = moving::hand_over(&node, &record, order.as_ref(), spools);
+                let done = moving::hand_over(&node, &record, order.as_ref(), &spools);
                 let _ = tx.send(Request::Core(Event::HandedOver(done)));
             });
         }

@@ -180,7 +180,10 @@ impl Programs {
             for i in 0..2 {
                 let o = &mut mine.outputs[i];
                 o.wrote = o.wrote.max(r.wrote[i]);
+                o.pumped = o.wrote;
+                o.received = o.received.max(o.wrote).max(o.spool.end());
             }
+            mine.ended = mine.ended.take().or_else(|| r.ended.clone());
             return;
         }
         let output = |i: usize| {
@@ -525,11 +528,13 @@ impl Programs {
         kept
     }
 
-    /// Takes in kept output that came with a move; before [`Programs::adopt`] of the same program.
+    /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets.
     pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
-        let mut spool = Spool::open(&self.dir, program, stream, self.spool_limit);
-        spool.clear();
-        spool.append(offset, bytes);
+        let Some(o) = self.list.iter_mut().find(|p| p.record.id == program).and_then(|p| p.outputs.get_mut(stream)) else { return };
+        if o.spool.end() != offset {
+            o.spool.clear();
+        }
+        o.spool.append(offset, bytes);
     }
 
     /// Sessions attached now.

@@ -267,7 +267,7 @@ impl Model {
             return Err(refused("Requested reservation is invalid"));
         }
         if update.time_limit_min.is_some() && job.preempt.is_some() {
-            return Err(refused("Requested operation is presently disabled"));
+            return Err(refused("Job has already finished"));
         }
         if job.state == JobState::Running && (update.req_nodes.is_some() || update.features.is_some() || update.exclude_nodes.is_some()) {
             return Err(refused("Job is no longer pending execution"));

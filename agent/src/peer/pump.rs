@@ -1,0 +1,320 @@
+//! Carries bytes between a local UNIX socket and a peer, both ways, until both directions have ended.
+//!
+//! An end of one direction is passed on as such (half-close): over TLS as `close_notify`, in the clear as TCP's FIN. A TLS stream that ends without `close_notify`
+//! was cut, and the local socket is closed whole then, so that nobody takes the cut for an end. In the clear the two cannot be told apart when a peer's process
+//! dies; QEMU's and libvirt's own framing notices.
+
+use super::moves::Count;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustls::Connection;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+/// Large enough that system calls do not count, small enough that 64 streams do not matter.
+const BUFFER: usize = 256 << 10;
+
+/// Without encryption: one thread for each direction.
+pub(super) fn plain(tcp: TcpStream, local: UnixStream, count: &Arc<Count>) -> io::Result<()> {
+    tcp.set_nonblocking(false)?;
+    tcp.set_read_timeout(None)?;
+    tcp.set_write_timeout(None)?;
+    local.set_nonblocking(false)?;
+    let (tcp_out, local_out) = (tcp.try_clone()?, local.try_clone()?);
+    let counter = Arc::clone(count);
+    let outward = thread::Builder::new().name("relay-out".into()).spawn(move || {
+        let result = one_way(&local_out, &tcp_out, |n| _ = counter.sent.fetch_add(n, Ordering::Relaxed));
+        finish(result, &tcp_out, &local_out, |t, _| t.shutdown(Shutdown::Write))
+    })?;
+    let inward = one_way(&tcp, &local, |n| _ = count.received.fetch_add(n, Ordering::Relaxed));
+    let inward = finish(inward, &tcp, &local, |_, l| l.shutdown(Shutdown::Write));
+    let outward = outward
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the other direction panicked")));
+    inward.and(outward)
+}
+
+fn one_way(mut from: impl Read, mut to: impl Write, count: impl Fn(u64)) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                to.write_all(&buffer[..n])?;
+                count(n as u64);
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Passes an end on as an end, and an error as a cut of both.
+fn finish(
+    result: io::Result<()>,
+    tcp: &TcpStream,
+    local: &UnixStream,
+    end: impl Fn(&TcpStream, &UnixStream) -> io::Result<()>,
+) -> io::Result<()> {
+    if result.is_ok() {
+        // The other end may be gone altogether, which is an end too.
+        let _ = end(tcp, local);
+    } else {
+        let _ = tcp.shutdown(Shutdown::Both);
+        let _ = local.shutdown(Shutdown::Both);
+    }
+    result
+}
+
+/// With TLS: one thread, because a TLS session cannot be split.
+pub(super) fn encrypted(conn: Connection, tcp: TcpStream, local: UnixStream, count: &Count) -> io::Result<()> {
+    tcp.set_nonblocking(true)?;
+    local.set_nonblocking(true)?;
+    let mut pump = Pump {
+        conn,
+        tcp,
+        local,
+        count,
+        wire: Chunk::new(),
+        inward: Chunk::new(),
+        scratch: vec![0; BUFFER / 2].into_boxed_slice(),
+        local_ended: false,
+        local_gone: false,
+        peer_ended: false,
+        end_passed_on: false,
+    };
+    pump.conn.set_buffer_limit(None);
+    let result = pump.run();
+    if result.is_err() {
+        let _ = pump.tcp.shutdown(Shutdown::Both);
+        let _ = pump.local.shutdown(Shutdown::Both);
+    }
+    result
+}
+
+/// Bytes that wait to go on.
+struct Chunk {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Chunk {
+    fn new() -> Self {
+        Self {
+            bytes: vec![0; BUFFER].into_boxed_slice(),
+            start: 0,
+            end: 0,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    fn waiting(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    fn take(&mut self, n: usize) {
+        self.start += n;
+        if self.is_empty() {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+}
+
+struct Pump<'a> {
+    conn: Connection,
+    tcp: TcpStream,
+    local: UnixStream,
+    count: &'a Count,
+    /// Ciphertext from the peer that TLS has not taken yet.
+    wire: Chunk,
+    /// Plaintext from the peer for the local socket.
+    inward: Chunk,
+    scratch: Box<[u8]>,
+    /// Nothing more comes from the local socket; `close_notify` was queued.
+    local_ended: bool,
+    /// Nobody reads from the local socket any more; what still comes is dropped.
+    local_gone: bool,
+    /// The peer sent `close_notify`.
+    peer_ended: bool,
+    /// The local socket knows of it.
+    end_passed_on: bool,
+}
+
+/// What came of one attempt on a nonblocking socket.
+enum Try {
+    Bytes(usize),
+    NotNow,
+}
+
+fn attempt(result: io::Result<usize>) -> io::Result<Try> {
+    match result {
+        Ok(n) => Ok(Try::Bytes(n)),
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(Try::NotNow),
+        Err(e) => Err(e),
+    }
+}
+
+impl Pump<'_> {
+    fn run(&mut self) -> io::Result<()> {
+        self.drain_tls()?;
+        loop {
+            let mut moved = false;
+            moved |= self.from_peer()?;
+            moved |= self.to_local()?;
+            moved |= self.from_local()?;
+            moved |= self.to_peer()?;
+            if self.local_ended && self.end_passed_on && !self.conn.wants_write() {
+                return Ok(());
+            }
+            if !moved {
+                self.wait()?;
+            }
+        }
+    }
+
+    fn from_peer(&mut self) -> io::Result<bool> {
+        let mut moved = false;
+        if self.wants_wire() {
+            match attempt((&self.tcp).read(&mut self.wire.bytes))? {
+                Try::Bytes(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Try::Bytes(n) => {
+                    self.wire.end = n;
+                    moved = true;
+                }
+                Try::NotNow => {}
+            }
+        }
+        // A record holds at most 16 KiB: with that much room left nothing has to stay inside TLS.
+        while !self.wire.is_empty() && self.room() >= 32 << 10 {
+            let mut rest = self.wire.waiting();
+            let before = rest.len();
+            self.conn.read_tls(&mut rest)?;
+            let taken = before - rest.len();
+            self.wire.take(taken);
+            self.drain_tls()?;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    fn wants_wire(&self) -> bool {
+        !self.peer_ended && self.wire.is_empty() && self.room() >= 32 << 10
+    }
+
+    fn room(&self) -> usize {
+        self.inward.bytes.len() - self.inward.end
+    }
+
+    /// Takes the plaintext out of TLS.
+    fn drain_tls(&mut self) -> io::Result<()> {
+        let state = self
+            .conn
+            .process_new_packets()
+            .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+        let mut left = state.plaintext_bytes_to_read();
+        while left > 0 {
+            let n = self.conn.reader().read(&mut self.inward.bytes[self.inward.end..])?;
+            if n == 0 {
+                return Err(io::Error::other("more came out of a TLS record than it can hold"));
+            }
+            self.inward.end += n;
+            left -= n.min(left);
+        }
+        self.peer_ended |= state.peer_has_closed();
+        Ok(())
+    }
+
+    fn to_local(&mut self) -> io::Result<bool> {
+        let mut moved = false;
+        if self.local_gone {
+            self.inward.take(self.inward.end - self.inward.start);
+        }
+        if !self.inward.is_empty() {
+            match attempt((&self.local).write(self.inward.waiting())) {
+                Ok(Try::Bytes(n)) => {
+                    self.inward.take(n);
+                    self.count.received.fetch_add(n as u64, Ordering::Relaxed);
+                    moved = true;
+                }
+                Ok(Try::NotNow) => {}
+                Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                    self.local_gone = true;
+                    moved = true;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        if self.peer_ended && self.inward.is_empty() && self.wire.is_empty() && !self.end_passed_on {
+            let _ = self.local.shutdown(Shutdown::Write);
+            self.end_passed_on = true;
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    fn from_local(&mut self) -> io::Result<bool> {
+        if self.local_ended || self.conn.wants_write() {
+            return Ok(false);
+        }
+        let n = match attempt((&self.local).read(&mut self.scratch)) {
+            Ok(Try::NotNow) => return Ok(false),
+            Ok(Try::Bytes(n)) => n,
+            // Closed over there with something of ours unread: an end, and nobody listens.
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => {
+                self.local_gone = true;
+                0
+            }
+            Err(e) => return Err(e),
+        };
+        if n == 0 {
+            self.local_ended = true;
+            self.conn.send_close_notify();
+        } else {
+            self.conn.writer().write_all(&self.scratch[..n])?;
+            self.count.sent.fetch_add(n as u64, Ordering::Relaxed);
+        }
+        Ok(true)
+    }
+
+    fn to_peer(&mut self) -> io::Result<bool> {
+        let mut moved = false;
+        while self.conn.wants_write() {
+            match attempt(self.conn.write_tls(&mut self.tcp))? {
+                Try::Bytes(_) => moved = true,
+                Try::NotNow => break,
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Waits until one of the sockets can do what it is wanted for. A socket that is wanted for nothing is left out: a hang-up would wake us for ever.
+    fn wait(&self) -> io::Result<()> {
+        let flags = |read: bool, write: bool| {
+            let mut f = PollFlags::empty();
+            f.set(PollFlags::POLLIN, read);
+            f.set(PollFlags::POLLOUT, write);
+            f
+        };
+        let tcp = flags(self.wants_wire(), self.conn.wants_write());
+        let local = flags(!self.local_ended && !self.conn.wants_write(), !self.inward.is_empty());
+        let mut fds = Vec::with_capacity(2);
+        if !tcp.is_empty() {
+            fds.push(PollFd::new(self.tcp.as_fd(), tcp));
+        }
+        if !local.is_empty() {
+            fds.push(PollFd::new(self.local.as_fd(), local));
+        }
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}

@@ -59,6 +59,13 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
+    /// Controller: the job is to move (`preempted`: its grace time has begun); answered with the ways that it allows.
+    Grace {
+        /// Job id.
+        job: u32,
+        /// It is being preempted: should it end now, that must be remembered, Slurm requeues it all the same.
+        preempted: bool,
+    },
     /// Controller: stop the VM so that the job can start over.
     GiveUp {
         /// Job id.
@@ -170,6 +177,8 @@ pub enum PeerReply {
         /// Overlay, base and the base's format; `None` without a disk.
         disk: Option<(PathBuf, PathBuf, String)>,
     },
+    /// To `Grace`.
+    Ways(Vec<slurm_vm_api::spec::PreemptWay>),
     /// To `Progress`.
     Progress(Option<String>),
     /// To `RunsHere`.

@@ -48,6 +48,15 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             moved(node, job, |reply| Request::MoveOut { order, reply })
         }
         PeerRequest::Save { job, cause } => moved(node, job, |reply| Request::Save { cause, reply }),
+        PeerRequest::Grace { job, preempted } => match node.record(job) {
+            Some(record) => {
+                if let Some(owner) = node.owner(job).filter(|_| preempted) {
+                    let _ = owner.send(Request::Grace);
+                }
+                PeerReply::Ways(moving::ways(&node.config, &record))
+            }
+            None => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
+        },
         PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
         PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
         PeerRequest::Release { job } => tell(node, job, Event::Release),

@@ -87,6 +87,8 @@ pub enum Request {
     },
     /// Progress of the move that is under way, as one line; `None` when there is none.
     Progress(Sender<Option<String>>),
+    /// The job is being preempted: should its script end now, that is put on record before Slurm learns of it.
+    Grace,
     /// What the controller thinks a preemption would do.
     Verdict(String),
 }

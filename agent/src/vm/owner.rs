@@ -64,6 +64,8 @@ struct Owner {
     verdict: Option<String>,
     /// Slurm's restart count as the shims report it.
     restart: u32,
+    /// The job is being preempted.
+    in_grace: bool,
     started_at: Instant,
 }
 
@@ -107,6 +109,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             next_request: 1,
             verdict: None,
             restart: 0,
+            in_grace: false,
             started_at: Instant::now(),
         };
         owner.carry_out(effects);
@@ -228,6 +231,7 @@ impl Owner {
                     .then(|| moving::progress_line(&self.node.world, &self.domain, &self.vm.record.life));
                 let _ = reply.send(text);
             }
+            Request::Grace => self.in_grace = true,
             Request::Verdict(text) => self.verdict = Some(text),
         }
     }
@@ -328,7 +332,9 @@ impl Owner {
         match event {
             LinkEvent::Up { hello } => {
                 let requests = self.programs.guest_up(&hello.programs);
-                self.core(Event::GuestUp { boot_id: hello.boot_id });
+                self.core(Event::GuestUp { boot_id: hello.boot_id.clone() });
+                // A guest that was moved or restored has lost time.
+                self.effect(Effect::SetClock);
                 self.to_guest(requests);
                 self.sync_programs();
             }
@@ -355,6 +361,9 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
+                if self.in_grace && self.programs.is_batch(program) {
+                    self.node.keep_completion(&self.vm.record, &status);
+                }
                 let requests = self.programs.exited(program, status, &ends);
                 self.to_guest(requests);
                 self.sync_programs();

@@ -222,6 +222,12 @@ impl Programs {
         !self.sessions.is_empty()
     }
 
+    /// The program is the batch script.
+    #[must_use]
+    pub fn is_batch(&self, program: u32) -> bool {
+        self.list.iter().any(|p| p.record.id == program && p.batch)
+    }
+
     /// How the batch script ended, if it has.
     #[must_use]
     pub fn batch_ended(&self) -> Option<Ended> {
@@ -593,12 +599,18 @@ impl Programs {
     }
 }
 
-fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
-    p.ended = Some(match status {
+/// A guest's exit status as a shim is told.
+#[must_use]
+pub fn ended(status: ExitStatus, argv0: &str) -> Ended {
+    match status {
         ExitStatus::Code { code } => Ended::Code(code),
         ExitStatus::Signal { signo, .. } => Ended::Signal(signo),
-        ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: p.argv0.clone() },
-    });
+        ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: argv0.into() },
+    }
+}
+
+fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
+    p.ended = Some(ended(status, &p.argv0));
     for (stream, end) in ends {
         if let Some(i) = index(*stream) {
             p.outputs[i].end = Some(*end);

@@ -10,6 +10,7 @@ use slurm_vm::{
     hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
     logging,
     node::Node,
+    peer::Role,
     server::{self, Roles},
     slurm::{Slurm, SlurmCommands, SlurmSettings},
     text::chain,
@@ -66,10 +67,15 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         faults: Faults::from_environment()?,
     };
     let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
-    let peers = TlsPeers::new(&config, &operators)?;
+    let peers = TlsPeers::new(&config, &operators, Role::Node)?;
     let as_peers: Arc<dyn Peers> = peers.clone();
-    let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers.clone()));
-    let controller = config.controller.enabled.then(|| Controller::new(config.clone(), world.clone(), as_peers));
+    let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
+    let controller = if config.controller.enabled {
+        // A key of its own: what an agent may order depends on the role it proves.
+        Some(Controller::new(config.clone(), world.clone(), TlsPeers::new(&config, &operators, Role::Controller)?))
+    } else {
+        None
+    };
     if let Some(node) = &node {
         if let Some(shared) = &config.shared_dir {
             for dir in ["overlays", "saves"] {

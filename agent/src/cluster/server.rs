@@ -8,7 +8,7 @@ use crate::{
     core::{Event, Life},
     health,
     node::Node,
-    peer::Who,
+    peer::{Role, Who},
     server::log_text,
     vm::{
         Request,
@@ -22,6 +22,10 @@ const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 /// Answers one request of an authenticated agent; may block as long as a move takes.
 #[must_use]
 pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
+    if !allowed(from.role, &request) {
+        log::warn!("{} ({:?}) asked what its role may not: {request:?}", from.node, from.role);
+        return PeerReply::Refused(format!("a {:?} may not ask this", from.role));
+    }
     match request {
         PeerRequest::Status => {
             let vms = node.views();
@@ -87,6 +91,24 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
         PeerRequest::RunsHere { job } => PeerReply::RunsHere(moving::runs_here(node, job)),
+    }
+}
+
+/// Orders come from the controller, the steps of a move from the other node.
+fn allowed(role: Role, request: &PeerRequest) -> bool {
+    match request {
+        PeerRequest::Status | PeerRequest::Show { .. } | PeerRequest::Log { .. } | PeerRequest::Progress { .. } => true,
+        PeerRequest::RunsHere { .. }
+        | PeerRequest::Import { .. }
+        | PeerRequest::Kept { .. }
+        | PeerRequest::TakeOver { .. }
+        | PeerRequest::Abandon { .. } => role == Role::Node,
+        PeerRequest::MoveOut { .. }
+        | PeerRequest::Save { .. }
+        | PeerRequest::CancelMove { .. }
+        | PeerRequest::Grace { .. }
+        | PeerRequest::GiveUp { .. }
+        | PeerRequest::Release { .. } => role == Role::Controller,
     }
 }
 

@@ -43,15 +43,14 @@ impl<F: Fn(&Who, PeerRequest) -> PeerReply + Send + Sync + 'static> Handler for 
 }
 
 impl TlsPeers {
-    /// Makes key and certificate of this process. `operators`: SlurmUser beside root.
+    /// Makes key and certificate of this role of the process. `operators`: SlurmUser beside root.
     ///
     /// # Errors
     /// A line for the administrator.
-    pub fn new(config: &Config, operators: &[u32]) -> Result<Arc<Self>, String> {
+    pub fn new(config: &Config, operators: &[u32], role: Role) -> Result<Arc<Self>, String> {
         let mut allowed = vec![0, nix::unistd::getuid().as_raw()];
         allowed.extend(operators);
         allowed.dedup();
-        let role = if config.controller.enabled && !config.node.enabled { Role::Controller } else { Role::Node };
         let settings =
             PeerSettings { allow_plain: !config.peer.encrypt_migration, max_message: 4 << 20, ..PeerSettings::new(&config.node(), role, allowed) };
         let user = nix::unistd::User::from_name(&config.peer.qemu_user).ok().flatten();

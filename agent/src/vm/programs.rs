@@ -562,7 +562,9 @@ impl Programs {
             let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else { continue };
             if !p.told_start && (p.started || p.ended.is_some()) {
                 let sinks = [p.record.stdout.clone(), p.record.stderr.clone()];
-                let from = (0..2)
+                // Merged streams have one file: stderr's offset 0 there would cut it to nothing.
+                let streams = if p.record.merged || p.record.terminal { 1 } else { 2 };
+                let from = (0..streams)
                     .map(|i| StreamStart { stream: to_session(i), offset: p.outputs[i].pumped, sink: sinks[i].clone() })
                     .collect();
                 let _ = to.send(Frame::Control(ToShim::Started { from, resumed }));

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apt;
+pub mod bench;
 pub mod error;
 pub mod image;
 pub mod lab;

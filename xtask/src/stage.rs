@@ -36,7 +36,7 @@ pub(crate) fn build_lock() -> Result<Flock<fs::File>> {
     }
 }
 
-fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(args).current_dir(paths::project());

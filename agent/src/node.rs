@@ -33,6 +33,14 @@ enum Entry {
     Over(Box<Record>),
 }
 
+/// A script that ended within its grace time.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Completion {
+    v: u32,
+    uid: u32,
+    ended: slurm_vm_api::session::Ended,
+}
+
 /// The node role of an agent.
 #[derive(Debug)]
 pub struct Node {
@@ -45,7 +53,7 @@ pub struct Node {
     /// Other nodes' agents.
     pub peers: Arc<dyn Peers>,
     /// Moves of which this node is an end.
-    pub moves: vm::moving::OpenMoves,
+    pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
 }
@@ -60,7 +68,7 @@ impl Node {
             name,
             world,
             peers,
-            moves: vm::moving::OpenMoves::default(),
+            moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
         })
@@ -149,6 +157,10 @@ impl Node {
     /// # Errors
     /// A fragment for the log.
     pub fn ensure(self: &Arc<Self>, job: u32, user: UserEntry, spec: VmSpec) -> Result<u64, String> {
+        if self.completion(job, user.uid).is_some() {
+            log::info!("job {job}: its script ended within its grace time: it is not run again");
+            return Ok(0);
+        }
         for _ in 0..2 {
             let mut vms = self.vms();
             let run = match vms.get(&job) {
@@ -203,11 +215,14 @@ impl Node {
     /// A record for a new VM, or the one of a save that waits on shared storage.
     fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
         let now = self.world.clock.now_ms();
-        if let Some(saved) = vm::moving::find_save(self, job, user.uid) {
+        if let Some(saved) = vm::saving::find(self, job, user.uid) {
             let mut record = saved;
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
             record.generation += 1;
+            if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
+                plan.layers.insert(0, from.join("overlay.qcow2"));
+            }
             return Birth::Expected(record);
         }
         Birth::New(Record {
@@ -283,6 +298,15 @@ impl Node {
         let refuse = |outcome: u8, why: String| {
             let _ = attach.to.send(Frame::Control(ToShim::Failed { outcome: outcome.into(), why }));
         };
+        if attach.open.step == slurm_vm_api::session::BATCH_STEP
+            && attach.open.restart > 0
+            && let Some(ended) = self.completion(job, attach.open.user.uid)
+        {
+            let _ = attach.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+            let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
+            let _ = std::fs::remove_file(self.completion_path(job));
+            return;
+        }
         let known = match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Some(tx.clone()),
             Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
@@ -433,6 +457,31 @@ impl Node {
 
     fn marker(&self, job: u32) -> PathBuf {
         self.config.run_dir.join("jobs").join(job.to_string())
+    }
+
+    /// Puts on record that a job's script ended within its grace time: Slurm >= 24.05 requeues such a job, and it is not
+    /// to run again. On shared storage where there is some, so that every node knows.
+    pub fn keep_completion(&self, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
+        let path = self.completion_path(record.job);
+        let done = Completion { v: 1, uid: record.user.uid, ended: vm::programs::ended(*status, "") };
+        let write = || {
+            std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
+            crate::effects::store::write_durably(&path, &serde_json::to_vec(&done)?)
+        };
+        if let Err(e) = write() {
+            log::error!("job {}: {}: {e}", record.job, path.display());
+        }
+    }
+
+    fn completion_path(&self, job: u32) -> PathBuf {
+        self.config.shared_dir.as_ref().unwrap_or(&self.config.state_dir).join("done").join(format!("{job}.json"))
+    }
+
+    /// How a job's script ended within the grace time of an earlier run.
+    fn completion(&self, job: u32, uid: u32) -> Option<slurm_vm_api::session::Ended> {
+        let bytes = std::fs::read(self.completion_path(job)).ok()?;
+        let done: Completion = serde_json::from_slice(&bytes).ok()?;
+        (done.uid == uid).then_some(done.ended)
     }
 
     /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.

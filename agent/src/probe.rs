@@ -62,6 +62,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             domain_type: "kvm".into(),
             overlay: None,
             overlay_shared: false,
+        layers: vec![],
             base_sha256: None,
         }),
         programs: vec![],

@@ -10,6 +10,7 @@ use slurm_vm::{
     hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
     logging,
     node::Node,
+    peer::Role,
     server::{self, Roles},
     slurm::{Slurm, SlurmCommands, SlurmSettings},
     text::chain,
@@ -65,10 +66,16 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         slurm: slurm.clone(),
         faults: Faults::from_environment()?,
     };
-    let peers = TlsPeers::new(&config)?;
+    let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
+    let peers = TlsPeers::new(&config, &operators, Role::Node)?;
     let as_peers: Arc<dyn Peers> = peers.clone();
-    let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers.clone()));
-    let controller = config.controller.enabled.then(|| Controller::new(config.clone(), world.clone(), as_peers));
+    let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
+    let controller = if config.controller.enabled {
+        // A key of its own: what an agent may order depends on the role it proves.
+        Some(Controller::new(config.clone(), world.clone(), TlsPeers::new(&config, &operators, Role::Controller)?))
+    } else {
+        None
+    };
     if let Some(node) = &node {
         if let Some(shared) = &config.shared_dir {
             for dir in ["overlays", "saves"] {
@@ -87,13 +94,12 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             })
             .map_err(|e| e.to_string())?;
         let serving = node.clone();
-        peers.serve(&config, move |request| cluster::answer(&serving, request))?;
+        peers.serve(&config, move |from, request| cluster::answer(&serving, from, request))?;
     }
     if let Some(controller) = &controller {
         let controller = controller.clone();
         thread::Builder::new().name("controller".into()).spawn(move || controller.run()).map_err(|e| e.to_string())?;
     }
-    let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
     let listener = server::bind(&config.socket).map_err(|e| format!("cannot listen on {}: {e}", config.socket.display()))?;
     log::info!("slurm-vmd {} on {}: ready", env!("CARGO_PKG_VERSION"), config.node());
     // Without systemd there is nobody to notify, and that is no fault.

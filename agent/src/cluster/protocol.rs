@@ -1,4 +1,6 @@
 //! What agents say to each other, over the authenticated channel of [`crate::peer`]: one request, one reply.
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
@@ -57,6 +59,13 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
+    /// Controller: the job is to move (`preempted`: its grace time has begun); answered with the ways that it allows.
+    Grace {
+        /// Job id.
+        job: u32,
+        /// It is being preempted: should it end now, that must be remembered, Slurm requeues it all the same.
+        preempted: bool,
+    },
     /// Controller: stop the VM so that the job can start over.
     GiveUp {
         /// Job id.
@@ -77,6 +86,8 @@ pub enum PeerRequest {
         token: String,
         /// Size in bytes of an overlay that is copied along; `None` when storage is shared.
         copy_overlay: Option<u64>,
+        /// Where the source's overlay and base are, in its own words.
+        overlay: Option<PathBuf>,
         /// CPU model, QEMU and libvirt of the source, for the compatibility check.
         host: HostFacts,
     },
@@ -90,8 +101,19 @@ pub enum PeerRequest {
         programs: Vec<ProgramRecord>,
         /// History.
         moves: Vec<MoveView>,
-        /// Kept output: program, stream index, offset, bytes in base 16.
-        spools: Vec<(u32, usize, u64, String)>,
+    },
+    /// Source, before `TakeOver`: output that was kept for a shim, a piece at a time.
+    Kept {
+        /// Job id.
+        job: u32,
+        /// Program.
+        program: u32,
+        /// 0 stdout, 1 stderr.
+        stream: usize,
+        /// Offset of the first byte.
+        offset: u64,
+        /// The bytes in hexadecimal.
+        hex: String,
     },
     /// Source: the move was given up.
     Abandon {
@@ -150,6 +172,13 @@ pub enum PeerReply {
     },
     /// To `MoveOut` and `Save`.
     Moved(Box<MoveView>),
+    /// To `Import`: what the domain's disk is made of at the destination.
+    Ready {
+        /// Overlay, base and the base's format; `None` without a disk.
+        disk: Option<(PathBuf, PathBuf, String)>,
+    },
+    /// To `Grace`.
+    Ways(Vec<slurm_vm_api::spec::PreemptWay>),
     /// To `Progress`.
     Progress(Option<String>),
     /// To `RunsHere`.

@@ -1,12 +1,31 @@
 //! The node role's answers to other agents.
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use crossbeam_channel::bounded;
 
 use super::protocol::{PeerReply, PeerRequest};
-use crate::{health, node::Node, server::log_text, vm::Request};
+use crate::{
+    core::{Event, Life},
+    health,
+    node::Node,
+    peer::{Role, Who},
+    server::log_text,
+    vm::{
+        Request,
+        moving::{self, MoveOrder},
+    },
+};
+
+/// Longest time for one move or save; the controller's own deadlines are shorter.
+const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 
 /// Answers one request of an authenticated agent; may block as long as a move takes.
 #[must_use]
-pub fn answer(node: &Arc<Node>, request: PeerRequest) -> PeerReply {
+pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
+    if !allowed(from.role, &request) {
+        log::warn!("{} ({:?}) asked what its role may not: {request:?}", from.node, from.role);
+        return PeerReply::Refused(format!("a {:?} may not ask this", from.role));
+    }
     match request {
         PeerRequest::Status => {
             let vms = node.views();
@@ -27,14 +46,91 @@ pub fn answer(node: &Arc<Node>, request: PeerRequest) -> PeerReply {
         PeerRequest::Progress { job } => {
             PeerReply::Progress(node.owner(job).and_then(|owner| node.ask(&owner, Request::Progress)).flatten())
         }
-        PeerRequest::GiveUp { job } => tell(node, job, crate::core::Event::GiveUp),
-        PeerRequest::CancelMove { job } => tell(node, job, crate::core::Event::CancelMove),
-        PeerRequest::Release { job } => tell(node, job, crate::core::Event::Release),
-        other => PeerReply::Refused(format!("not possible yet: {other:?}")),
+        PeerRequest::MoveOut { job, to, address, cause, deadline_ms } => {
+            let move_id = format!("{job}-{}-{}", node.name, node.world.clock.now_ms());
+            let order = MoveOrder { move_id, to, address, cause, deadline_ms };
+            moved(node, job, |reply| Request::MoveOut { order, reply })
+        }
+        PeerRequest::Save { job, cause } => moved(node, job, |reply| Request::Save { cause, reply }),
+        PeerRequest::Grace { job, preempted } => match node.record(job) {
+            Some(record) => {
+                if let Some(owner) = node.owner(job).filter(|_| preempted) {
+                    let _ = owner.send(Request::Grace);
+                }
+                PeerReply::Ways(moving::ways(&node.config, &record))
+            }
+            None => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
+        },
+        PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
+        PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
+        PeerRequest::Release { job } => tell(node, job, Event::Release),
+        PeerRequest::Import { move_id, record, token, copy_overlay, overlay: _, host } => {
+            match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
+                Ok(reply) => reply,
+                Err(why) => PeerReply::Refused(why),
+            }
+        }
+        PeerRequest::Kept { job, program, stream, offset, hex } => {
+            let sent = node.owner(job).zip(crate::text::unhex(&hex)).map(|(o, bytes)| o.send(Request::Kept { program, stream, offset, bytes }));
+            if matches!(sent, Some(Ok(()))) { PeerReply::Ok } else { PeerReply::Refused(format!("job {job} has no VM on {}", node.name)) }
+        }
+        PeerRequest::TakeOver { move_id, job, programs, moves } => {
+            let (reply, answer) = bounded(1);
+            let asked = node.owner(job).is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
+            node.moves.close_arrival(&move_id);
+            if asked && answer.recv_timeout(Duration::from_secs(10)).is_ok() {
+                PeerReply::Ok
+            } else {
+                PeerReply::Refused(format!("job {job} has no VM on {}", node.name))
+            }
+        }
+        PeerRequest::Abandon { move_id, job } => {
+            node.moves.close_arrival(&move_id);
+            // Only a VM that is still expected by this very move is forgotten.
+            let waits = node.record(job).is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
+            if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
+        }
+        PeerRequest::RunsHere { job } => PeerReply::RunsHere(moving::runs_here(node, job)),
     }
 }
 
-fn tell(node: &Arc<Node>, job: u32, event: crate::core::Event) -> PeerReply {
+/// Orders come from the controller, the steps of a move from the other node.
+fn allowed(role: Role, request: &PeerRequest) -> bool {
+    match request {
+        PeerRequest::Status | PeerRequest::Show { .. } | PeerRequest::Log { .. } | PeerRequest::Progress { .. } => true,
+        PeerRequest::RunsHere { .. }
+        | PeerRequest::Import { .. }
+        | PeerRequest::Kept { .. }
+        | PeerRequest::TakeOver { .. }
+        | PeerRequest::Abandon { .. } => role == Role::Node,
+        PeerRequest::MoveOut { .. }
+        | PeerRequest::Save { .. }
+        | PeerRequest::CancelMove { .. }
+        | PeerRequest::Grace { .. }
+        | PeerRequest::GiveUp { .. }
+        | PeerRequest::Release { .. } => role == Role::Controller,
+    }
+}
+
+fn moved(
+    node: &Arc<Node>, job: u32,
+    request: impl FnOnce(crossbeam_channel::Sender<Result<slurm_vm_api::query::MoveView, String>>) -> Request,
+) -> PeerReply {
+    let Some(owner) = node.owner(job) else {
+        return PeerReply::Refused(format!("job {job} has no VM on {}", node.name));
+    };
+    let (reply, answer) = bounded(1);
+    if owner.send(request(reply)).is_err() {
+        return PeerReply::Refused(format!("the VM of job {job} has just ended"));
+    }
+    match answer.recv_timeout(MOVE_WITHIN) {
+        Ok(Ok(done)) => PeerReply::Moved(Box::new(done)),
+        Ok(Err(why)) => PeerReply::Refused(why),
+        Err(_) => PeerReply::Refused(format!("the VM of job {job} ended while it was to move")),
+    }
+}
+
+fn tell(node: &Arc<Node>, job: u32, event: Event) -> PeerReply {
     match node.owner(job) {
         Some(owner) if owner.send(Request::Core(event)).is_ok() => PeerReply::Ok,
         _ => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),

@@ -1,9 +1,9 @@
 //! `svm` for the whole cluster.
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use slurm_vm_api::query::{Answer, Ask, Totals, VmView};
 
-use super::{Controller, health};
+use super::{Controller, health, moves};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     server::{asks::Refusal, prefixed},
@@ -16,7 +16,7 @@ impl Controller {
     ///
     /// # Errors
     /// A line for the asker, or that he is gone.
-    pub fn answer(&self, ask: &Ask, uid: u32, operator: bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+    pub fn answer(self: &Arc<Self>, ask: &Ask, uid: u32, operator: bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
         let may_see = |v: &VmView| operator || v.uid == uid;
         match ask {
             Ask::List => {
@@ -46,9 +46,64 @@ impl Controller {
                     say(Answer::Node(n))?;
                 }
             }
-            Ask::Migrate { .. } | Ask::CancelMigration { .. } | Ask::Check => return Err("not possible yet".to_owned().into()),
+            Ask::Migrate { job, to } => {
+                let view = self.find(*job, &may_see)?;
+                self.migrate(&view, to.clone())?;
+                self.follow_move(&view, say)?;
+            }
+            Ask::CancelMigration { job } => {
+                let view = self.find(*job, &may_see)?;
+                let from = self.cluster().moves.get(job).map(|m| m.from.clone()).ok_or_else(|| format!("job {job} is not moving"))?;
+                match self.peers.request(&from, &self.address(&from), &PeerRequest::CancelMove { job: view.job }, PEER) {
+                    Ok(PeerReply::Ok) => {}
+                    Ok(PeerReply::Refused(why)) => return Err(why.into()),
+                    other => return Err(format!("{from}: {other:?}").into()),
+                }
+            }
+            Ask::Check => {
+                for f in self.check()? {
+                    say(Answer::Finding(f))?;
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Tells how a move by hand goes until it has ended.
+    fn follow_move(&self, view: &VmView, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+        let job = view.job;
+        let mut last = String::new();
+        loop {
+            let (running, result) = {
+                let cluster = self.cluster();
+                (cluster.moves.get(&job).cloned(), cluster.results.get(&job).cloned())
+            };
+            let Some(m) = running else {
+                return match result {
+                    Some((Ok(line), _)) => Ok(say(Answer::Text(format!("job {job}: {line}\n")))?),
+                    Some((Err(line), _)) => Err(line.into()),
+                    None => Err(format!("job {job}: its move ended, and the job with it").into()),
+                };
+            };
+            let line = match m.step {
+                moves::Step::Planned => {
+                    let progress = self.peers.request(&m.from, &self.address(&m.from), &PeerRequest::Progress { job }, PEER);
+                    match (progress, &m.to) {
+                        (Ok(PeerReply::Progress(Some(text))), _) => text,
+                        (_, Some(to)) => format!("{to} is reserved"),
+                        _ => "looking for a node".to_owned(),
+                    }
+                }
+                moves::Step::Moved => "the guest runs there; the job is put back into the queue".to_owned(),
+                moves::Step::Requeued | moves::Step::Released => "the job is on its way to its VM".to_owned(),
+                moves::Step::Landed => "the job is back with its VM".to_owned(),
+            };
+            if line != last {
+                say(Answer::Text(format!("job {job}: {line}\n")))?;
+                last = line;
+            }
+            self.world.clock.sleep(Duration::from_millis(250));
+        }
     }
 
     /// VMs of the cluster, one line per job: where a job was on several nodes, the one that has it now.

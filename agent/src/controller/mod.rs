@@ -6,8 +6,12 @@
 //! write into [`Cluster`] behind one lock that is never held over a call to the outside. Everything that must survive a
 //! restart is in Slurm (features, reservations, job fields) or in the ledger of the moves.
 mod asks;
+mod check;
+mod destination;
 mod faulty;
 mod health;
+mod moves;
+mod watch;
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +20,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use slurm_vm_api::query::{NodeHealth, Totals, VmView};
+pub use moves::{JobMove, Step};
+use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
 use crate::{
     cluster::{PeerReply, PeerRequest, Peers},
@@ -49,6 +54,16 @@ pub struct Cluster {
     pub jobs: Vec<JobBrief>,
     /// Node on which a job was last seen running, for jobs that met a broken node.
     pub last_node: BTreeMap<u32, String>,
+    /// Moves under way.
+    pub moves: BTreeMap<u32, JobMove>,
+    /// How a job's last move ended, and what the agents reported of it.
+    pub results: BTreeMap<u32, (Result<String, String>, Option<MoveView>)>,
+    /// When a job's last move failed.
+    pub failed: BTreeMap<u32, Instant>,
+    /// Preemptions that have been acted on: job and its restart count.
+    pub handled: BTreeMap<u32, u32>,
+    /// Node lists of users to be put back when their jobs wait again.
+    pub req_nodes: BTreeMap<u32, Vec<String>>,
 }
 
 /// The controller role.
@@ -85,6 +100,7 @@ impl Controller {
     pub fn run(self: &Arc<Self>) {
         let poll = Duration::from_millis(self.config.controller.poll_ms);
         let mut failing = false;
+        self.recover_moves();
         loop {
             let begun = Instant::now();
             match self.poll() {
@@ -120,6 +136,10 @@ impl Controller {
             }
             let known: Vec<u32> = jobs.iter().map(|j| j.id).collect();
             cluster.last_node.retain(|job, _| known.contains(job));
+            cluster.results.retain(|job, _| known.contains(job));
+            cluster.failed.retain(|job, _| known.contains(job));
+            cluster.handled.retain(|job, _| known.contains(job));
+            cluster.req_nodes.retain(|job, _| known.contains(job));
             cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
             cluster.jobs = jobs;
         }
@@ -128,6 +148,7 @@ impl Controller {
         }
         self.keep_features(&vm_nodes);
         self.retry_faulty();
+        self.start_moves();
         Ok(())
     }
 

@@ -170,6 +170,9 @@ pub struct Vm {
     released: bool,
     /// How often ending the domain has failed.
     destroy_failures: u32,
+    /// Arrived by a live move, and the source has not handed over the output offsets yet: until it has (or the job is
+    /// here), the guest's output is left in its rings.
+    offsets_pending: bool,
 }
 
 /// How often ending a domain is tried before the epilog is told.
@@ -180,7 +183,7 @@ impl Vm {
     #[must_use]
     pub fn new(record: Record) -> (Self, Vec<Effect>) {
         let line = format!("run {} of job {} for {}: preparing image {}", record.run, record.job, record.user.name, record.spec.image);
-        (Self { record, released: false, destroy_failures: 0 }, vec![Effect::Persist, Effect::Journal(line), Effect::Prepare])
+        (Self { record, released: false, destroy_failures: 0, offsets_pending: false }, vec![Effect::Persist, Effect::Journal(line), Effect::Prepare])
     }
 
     /// A VM that is expected from another node, or comes from a save: `record.life` says which.
@@ -195,14 +198,14 @@ impl Vm {
             Life::Arriving { from, .. } => effects.push(Effect::Journal(format!("expecting the VM from {from}"))),
             _ => {}
         }
-        (Self { record, released: false, destroy_failures: 0 }, effects)
+        (Self { record, released: false, destroy_failures: 0, offsets_pending: false }, effects)
     }
 
     /// A VM found in the ledger when the agent starts. `runs_here`: libvirt has its domain running.
     /// `job_here`: Slurm says that this node runs the job (`None`: Slurm could not be asked).
     #[must_use]
     pub fn recovered(record: Record, domain_here: bool, job_here: Option<bool>) -> (Self, Vec<Effect>) {
-        let mut vm = Self { record, released: false, destroy_failures: 0 };
+        let mut vm = Self { record, released: false, destroy_failures: 0, offsets_pending: false };
         let effects = match vm.record.life.clone() {
             Life::Stopped { .. } | Life::Gone { .. } | Life::Saved { .. } => vec![],
             Life::Stopping { .. } => vec![Effect::Destroy],
@@ -303,7 +306,9 @@ impl Vm {
             }
             (Life::AwaitingJob { .. }, Event::JobHere { run }) => {
                 self.record.run = run;
-                self.run_on(format!("run {run}: the job is back with its VM"))
+                let mut effects = self.run_on(format!("run {run}: the job is back with its VM"));
+                effects.extend(self.open_guest());
+                effects
             }
             (_, Event::JobHere { run }) => {
                 self.record.run = run;
@@ -494,7 +499,8 @@ impl Vm {
     fn arrive(&mut self, now_ms: u64, await_job_ms: u64) -> Vec<Effect> {
         self.record.life = Life::AwaitingJob { deadline_ms: now_ms + await_job_ms };
         self.record.generation += 1;
-        vec![Effect::Persist, Effect::Journal("the guest runs here; waiting for its job".into()), Effect::OpenGuest, Effect::SetClock]
+        self.offsets_pending = true;
+        vec![Effect::Persist, Effect::Journal("the guest runs here; waiting for its job".into())]
     }
 
     fn take_over(&mut self, programs: Vec<ProgramRecord>, moves: Vec<MoveView>) -> Vec<Effect> {
@@ -508,7 +514,13 @@ impl Vm {
             }
         }
         self.record.moves = moves;
-        vec![Effect::Persist]
+        let mut effects = vec![Effect::Persist];
+        effects.extend(self.open_guest());
+        effects
+    }
+
+    fn open_guest(&mut self) -> Vec<Effect> {
+        if std::mem::take(&mut self.offsets_pending) { vec![Effect::OpenGuest, Effect::SetClock] } else { vec![] }
     }
 
     /// How often ending the domain has failed so far.

@@ -76,6 +76,9 @@ pub struct Plan {
     pub overlay: Option<PathBuf>,
     /// The overlay is on storage that every node sees.
     pub overlay_shared: bool,
+    /// Overlays of earlier saves that this one stands on, nearest first; empty for a VM that was never restored.
+    #[serde(default)]
+    pub layers: Vec<PathBuf>,
     /// SHA-256 of the base disk (hex), by which another node finds the same base.
     pub base_sha256: Option<String>,
 }

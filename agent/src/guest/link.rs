@@ -16,7 +16,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::core::{LinkCore, LinkEvent, LinkRequest};
+use super::core::LinkCore;
+use super::events::{LinkEvent, LinkRequest};
 use super::transport::{GuestStream, GuestTransport};
 
 /// How often a thread that waits for its owner looks whether it has to stop.

@@ -6,6 +6,7 @@
 //! order, however often the channel breaks.
 //!
 //! * [`core`]: the protocol without input or output, driven by the thread.
+//! * [`events`]: the requests and the events.
 //! * [`link`]: the thread.
 //! * [`transport`]: where a connection comes from; a simulation brings its own.
 //!
@@ -13,9 +14,10 @@
 //! from the offset that was recorded, and a repeated [`LinkRequest::Start`] finds the program running.
 
 pub mod core;
+pub mod events;
 pub mod link;
 pub mod transport;
 
-pub use self::core::{LinkEvent, LinkRequest};
+pub use self::events::{LinkEvent, LinkRequest};
 pub use self::link::{GuestLink, LinkConfig, LinkHandle};
 pub use self::transport::{GuestStream, GuestTransport, UnixTransport};

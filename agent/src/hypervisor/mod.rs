@@ -16,6 +16,7 @@ pub mod fake;
 pub mod libvirt;
 mod types;
 
+pub use libvirt::xml::repoint;
 pub use types::*;
 
 use crossbeam_channel::Receiver;

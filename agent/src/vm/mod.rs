@@ -9,6 +9,7 @@ pub mod moving;
 mod owner;
 pub mod prepare;
 pub mod programs;
+pub mod saving;
 mod spool;
 pub mod view;
 
@@ -59,26 +60,35 @@ pub enum Request {
     },
     /// Save the VM; answered when it is saved or goes on.
     Save {
-        /// Directory of the save.
-        at: std::path::PathBuf,
         /// `preemption`, `drain` or `asked`.
         cause: String,
         /// What became of it.
         reply: Sender<Result<MoveView, String>>,
     },
-    /// Destination of a live move: output offsets, history and kept output from the source.
+    /// Destination of a live move: output that the source had kept for a shim; comes before `TookOver`.
+    Kept {
+        /// Program.
+        program: u32,
+        /// 0 stdout, 1 stderr.
+        stream: usize,
+        /// Offset of the first byte.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Destination of a live move: output offsets and history from the source.
     TookOver {
         /// Programs with offsets.
         programs: Vec<ProgramRecord>,
         /// History.
         moves: Vec<MoveView>,
-        /// Kept output: program, stream index, offset, bytes.
-        spools: Vec<(u32, usize, u64, Vec<u8>)>,
         /// Done.
         reply: Sender<()>,
     },
     /// Progress of the move that is under way, as one line; `None` when there is none.
     Progress(Sender<Option<String>>),
+    /// The job is being preempted: should its script end now, that is put on record before Slurm learns of it.
+    Grace,
     /// What the controller thinks a preemption would do.
     Verdict(String),
 }

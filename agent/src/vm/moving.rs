@@ -1,19 +1,42 @@
-//! What moves and ends of a VM do to the outside: domains, files, the other node.
+//! A live move as its two ends do it, and what ends of a VM do to the outside.
+//!
+//! ```text
+//!  source                                             destination
+//!  Leaving{Preparing}  ── Import{record, token} ───>  checks image, CPU model, room; opens its end; Arriving
+//!  Leaving{Copying}    <─ Ready{disk} ──────────────
+//!                      ══ libvirt, memory, disk ═══>  (relay of crate::peer, open only now)
+//!                         libvirt's Finish: the guest runs there; the commit point
+//!  Leaving{Finishing}  shims sync and report          AwaitingJob (libvirt's event)
+//!                      ── Kept*, TakeOver{offsets} >  drains the guest's output from there on
+//!  Gone                <─ Ok ───────────────────────
+//! ```
+//!
+//! What can fail: the destination refuses or is not there (the guest goes on here); the copying fails or is aborted
+//! (libvirt resumes it here); the end is unclear (libvirtd or the line died in the Finish phase: both sides' libvirt
+//! are asked, [`find_guest`]); `TakeOver` does not arrive (the guest runs there, offsets come from the file itself).
 use std::{
     collections::HashMap,
     fs,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
-    sync::Mutex,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use slurm_vm_api::query::MoveView;
 
 use super::prepare;
 use crate::{
+    cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
     core::{Life, Record},
     effects::World,
+    hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
+    text,
 };
 
 /// A move as it was ordered.
@@ -31,11 +54,49 @@ pub struct MoveOrder {
     pub deadline_ms: Option<u64>,
 }
 
-/// Moves of which this node is an end, by id.
+/// Moves of which this node is an end.
 #[derive(Debug, Default)]
-pub struct OpenMoves {
-    _arriving: Mutex<HashMap<String, u32>>,
+pub struct Moves {
+    arriving: Mutex<HashMap<String, Arrival>>,
+    leaving: Mutex<HashMap<u32, Departure>>,
 }
+
+#[derive(Debug)]
+struct Arrival {
+    job: u32,
+    _end: Box<dyn OpenEnd>,
+}
+
+/// What the source keeps between the destination's yes and the copying.
+#[derive(Debug, Clone)]
+struct Departure {
+    token: String,
+    disk: Option<(PathBuf, PathBuf, String)>,
+}
+
+impl Moves {
+    fn arriving(&self) -> MutexGuard<'_, HashMap<String, Arrival>> {
+        self.arriving.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn leaving(&self) -> MutexGuard<'_, HashMap<u32, Departure>> {
+        self.leaving.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Closes this node's end of a move.
+    pub fn close_arrival(&self, move_id: &str) {
+        self.arriving().remove(move_id);
+    }
+}
+
+/// How long the destination may take to prepare.
+const IMPORT_WITHIN: Duration = Duration::from_secs(15);
+/// How long the destination may take to confirm.
+const CONFIRM_WITHIN: Duration = Duration::from_secs(10);
+/// Bytes of kept output in one message (hexadecimal doubles them).
+const KEPT_PIECE: usize = 512 << 10;
+/// How often a running move is looked at.
+const WATCH: Duration = Duration::from_millis(250);
 
 /// Makes the directory of a VM's sockets, which QEMU's user must be able to enter.
 ///
@@ -63,9 +124,17 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     if node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
         return Err(format!("{domain} is still there after it was destroyed"));
     }
-    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
+    // An arriving VM that never came still stands on its source's shared overlay.
+    let not_ours = matches!(&record.life, Life::Stopping { why: crate::core::End::NotArrived });
+    if let Some(plan) = record.plan.as_ref().filter(|p| !(not_ours && p.overlay_shared))
+        && let Some(overlay) = &plan.overlay
+    {
         node.world.disks.remove(overlay).map_err(|e| e.to_string())?;
     }
+    if !not_ours {
+        super::saving::remove_saves(node, &domain);
+    }
+    close_moves_of(node, record.job);
     remove_run_dir(&node.config, &domain);
     node.world.faults.pass("destroy.after")
 }
@@ -78,7 +147,13 @@ pub fn clear_here(node: &Node, record: &Record) {
     {
         log::warn!("job {}: {e}", record.job);
     }
+    close_moves_of(node, record.job);
     remove_run_dir(&node.config, &record.domain());
+}
+
+fn close_moves_of(node: &Node, job: u32) {
+    node.moves.arriving().retain(|_, a| a.job != job);
+    node.moves.leaving().remove(&job);
 }
 
 fn remove_run_dir(config: &Config, domain: &str) {
@@ -95,75 +170,415 @@ fn remove_run_dir(config: &Config, domain: &str) {
 pub fn progress_line(world: &World, domain: &str, life: &Life) -> String {
     match world.hypervisor.job_progress(domain) {
         Ok(Some(p)) => format!(
-            "{}: {} MiB done, {} MiB left, pass {}, {} MiB/s, dirty rate {} MiB/s",
+            "{}: {} MiB done, {} MiB left, pass {}, {} MiB/s, guest writes {} MiB/s{}",
             life.name(),
             p.bytes_done >> 20,
             p.bytes_left >> 20,
             p.iteration,
             p.bandwidth_bytes_s >> 20,
-            p.dirty_rate_bytes_s >> 20
+            p.dirty_rate_bytes_s >> 20,
+            if p.throttle_percent > 0 { format!(", slowed by {} %", p.throttle_percent) } else { String::new() }
         ),
         _ => life.name().to_owned(),
     }
 }
 
-/// What a preemption would do to this VM, as far as this node can tell.
+/// What a preemption would do to this VM, as far as this node can tell: the ways of `--vm-preempt` in order, with the
+/// reason where one does not fit.
 #[must_use]
-pub fn verdict(_node: &Node, _record: &Record) -> String {
-    "requeue".into()
+pub fn verdict(node: &Node, record: &Record) -> String {
+    use slurm_vm_api::spec::PreemptWay;
+    let batch = record.programs.is_empty() || record.programs.iter().any(|p| p.key.starts_with("batch."));
+    if !batch {
+        return "cannot move: not a batch job".into();
+    }
+    let ways = ways(&node.config, record);
+    let words: Vec<String> = ways
+        .iter()
+        .map(|way| match way {
+            PreemptWay::Live => "live".to_owned(),
+            PreemptWay::Save if node.config.shared_dir.is_none() => "save (not here: no shared storage)".to_owned(),
+            other => other.word().to_owned(),
+        })
+        .collect();
+    words.join(", else ")
 }
 
-/// The save of a job, when one waits on shared storage.
+/// The ways of a job: its own, else the site's.
 #[must_use]
-pub fn find_save(_node: &Node, _job: u32, _uid: u32) -> Option<Record> {
-    None
+pub fn ways(config: &Config, record: &Record) -> Vec<slurm_vm_api::spec::PreemptWay> {
+    use slurm_vm_api::spec::PreemptWay;
+    record
+        .spec
+        .preempt
+        .clone()
+        .or_else(|| PreemptWay::parse_list(&config.controller.preempt.join(",")).ok())
+        .unwrap_or_else(|| PreemptWay::DEFAULT.to_vec())
 }
 
-/// Asks the destination to prepare.
+fn facts(node: &Node, domain_type: &str) -> HostFacts {
+    HostFacts {
+        agent: env!("CARGO_PKG_VERSION").into(),
+        domain_type: domain_type.into(),
+        cpu_model: node.config.hypervisor.cpu_model.clone(),
+        qemu: node.world.hypervisor.host(node.domain_type()).map(|h| h.hypervisor_version).unwrap_or_default(),
+    }
+}
+
+/// Source: asks the destination to prepare.
 ///
 /// # Errors
 /// Why it cannot take the VM.
-pub fn ask_destination(_node: &Node, _record: &Record, order: &MoveOrder) -> Result<(), String> {
-    Err(format!("moves to {} are not possible yet", order.to))
+pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Result<(), String> {
+    node.world.faults.pass("ask-destination.before")?;
+    let out = node.moves.leaving().len();
+    if out >= node.config.node.moves_out as usize {
+        return Err(format!("{out} moves are leaving {} already (node.moves_out)", node.name));
+    }
+    let plan = record.plan.as_ref().ok_or("the VM has no plan")?;
+    let copy_overlay = plan.overlay.as_ref().filter(|_| !plan.overlay_shared).map(|o| node.world.disks.used_bytes(o));
+    let token = node.peers.token()?;
+    let request = PeerRequest::Import {
+        move_id: order.move_id.clone(),
+        record: Box::new(record.clone()),
+        token: token.clone(),
+        copy_overlay,
+        overlay: plan.overlay.clone(),
+        host: facts(node, &plan.domain_type),
+    };
+    match node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN)? {
+        PeerReply::Ready { disk } => {
+            node.moves.leaving().insert(record.job, Departure { token, disk });
+            node.world.faults.pass("ask-destination.after")
+        }
+        PeerReply::Refused(why) => Err(why),
+        other => Err(format!("another answer than asked for: {other:?}")),
+    }
 }
 
-/// Copies the VM.
+/// Destination: checks and prepares. Answered with [`PeerReply::Ready`] or [`PeerReply::Refused`].
 ///
 /// # Errors
-/// Why the guest goes on here.
-pub fn migrate(_node: &Node, _record: &Record, order: &MoveOrder) -> Result<MoveView, String> {
-    Err(format!("moves to {} are not possible yet", order.to))
+/// Why the VM cannot come here.
+pub fn import(
+    node: &Arc<Node>, from: &str, move_id: &str, mut record: Record, token: &str, copy_overlay: Option<u64>, host: &HostFacts,
+) -> Result<PeerReply, String> {
+    node.world.faults.pass("import.before")?;
+    let arriving = node.moves.arriving().len();
+    if arriving >= node.config.node.moves_in as usize {
+        return Err(format!("{arriving} moves are arriving already (node.moves_in)"));
+    }
+    if host.agent != env!("CARGO_PKG_VERSION") {
+        return Err(format!("its agent is {}, the source's {}", env!("CARGO_PKG_VERSION"), host.agent));
+    }
+    let mine = facts(node, crate::node::type_name(node.domain_type()));
+    if mine.domain_type != host.domain_type {
+        return Err(format!("it runs guests with {}, the source with {}", mine.domain_type, host.domain_type));
+    }
+    if mine.cpu_model != host.cpu_model {
+        return Err(format!("its CPU model is `{}`, the source's `{}` (hypervisor.cpu_model)", mine.cpu_model, host.cpu_model));
+    }
+    if older(&mine.qemu, &host.qemu) {
+        return Err(format!("its QEMU {} is older than the source's {}", mine.qemu, host.qemu));
+    }
+    let from_record = std::mem::replace(&mut record.life, Life::Arriving { from: from.into(), move_id: move_id.into() });
+    if !matches!(from_record, Life::Leaving { .. }) {
+        return Err(format!("the VM is {} at the source", from_record.name()));
+    }
+    record.node.clone_from(&node.name);
+    let domain = record.domain();
+    let plan = record.plan.as_mut().ok_or("the record has no plan")?;
+    let mut disk = None;
+    if let (Some(overlay), Some(wanted)) = (plan.overlay.clone(), plan.base_sha256.clone()) {
+        let (base, format) = base_by_digest(node, &wanted).ok_or_else(|| format!("no image here has the base disk {wanted}"))?;
+        let overlay = if let Some(bytes) = copy_overlay {
+            let (mine, _) = (node.world.store.vm_dir(&domain).join("overlay.qcow2"), ());
+            let free = node.world.disks.free_bytes(&node.config.state_dir).map_err(|e| e.to_string())?;
+            if bytes + (256 << 20) > free {
+                return Err(format!("{} MiB are free for an overlay of {} MiB", free >> 20, bytes >> 20));
+            }
+            fs::create_dir_all(node.world.store.vm_dir(&domain)).map_err(|e| e.to_string())?;
+            node.world.disks.make_overlay(&mine, &base, &format).map_err(|e| e.to_string())?;
+            mine
+        } else {
+            if node.world.disks.used_bytes(&overlay) == 0 {
+                return Err(format!("{} is not to be seen here: is shared_dir really shared?", overlay.display()));
+            }
+            overlay
+        };
+        plan.overlay = Some(overlay.clone());
+        plan.overlay_shared = copy_overlay.is_none();
+        disk = Some((overlay, base, format));
+    }
+    make_run_dir(&node.config, &domain)?;
+    let libvirt = libvirt_socket(&node.config.hypervisor.uri);
+    let end = node.peers.admit(move_id, token, from, libvirt)?;
+    let job = record.job;
+    node.expect(record)?;
+    node.moves.arriving().insert(move_id.into(), Arrival { job, _end: end });
+    node.world.faults.pass("import.after")?;
+    Ok(PeerReply::Ready { disk })
 }
 
-/// Where the guest runs after an unclear end of a move.
+/// Is version `a` (`10.0.2`) older than `b` in its major number? Within one, QEMU's versioned machine types go both ways.
+fn older(a: &str, b: &str) -> bool {
+    let major = |v: &str| v.split('.').next().and_then(|m| m.parse::<u32>().ok());
+    matches!((major(a), major(b)), (Some(a), Some(b)) if a < b)
+}
+
+fn base_by_digest(node: &Node, sha256: &str) -> Option<(PathBuf, String)> {
+    node.config.images.values().find_map(|image| {
+        let disk = image.disk.as_ref()?;
+        let base = node.world.disks.base(disk, &image.disk_format).ok()?;
+        (base.sha256 == sha256).then(|| (disk.clone(), image.disk_format.clone()))
+    })
+}
+
+/// Socket of the local libvirtd: named in the URI, else the system daemon's.
+fn libvirt_socket(uri: &str) -> PathBuf {
+    uri.split_once("socket=").map_or_else(|| "/run/libvirt/libvirt-sock".into(), |(_, s)| s.split('&').next().unwrap_or(s).into())
+}
+
+/// Source: copies the VM; returns when the guest runs there, or goes on here.
+///
+/// # Errors
+/// Why it did not move.
+pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<MoveView, String> {
+    node.world.faults.pass("migrate.before")?;
+    let departure = node.moves.leaving().get(&record.job).cloned().ok_or("the destination's answer was lost")?;
+    let plan = record.plan.as_ref().ok_or("the VM has no plan")?;
+    let domain = record.domain();
+    let relay = node.peers.open_relay(&order.move_id, &departure.token, &order.to, &order.address)?;
+    let dir = relay.dir().display();
+    let mut there = prepare::metadata(record);
+    there.node.clone_from(&order.to);
+    there.generation += 1;
+    let mut disks = Vec::new();
+    let copies = plan.overlay.is_some() && !plan.overlay_shared;
+    if let Some((overlay, base, format)) = &departure.disk
+        && (Some(overlay) != plan.overlay.as_ref() || copies)
+    {
+        let format = if format == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 };
+        disks.push(Disk {
+            path: overlay.clone(),
+            format: DiskFormat::Qcow2,
+            backing: vec![(base.clone(), format)],
+            target: "vda".into(),
+            readonly: false,
+            serial: None,
+            cache: DiskCache::default(),
+        });
+    }
+    let xml = node.world.hypervisor.live_xml(&domain).map_err(|e| e.to_string())?;
+    let dest_xml = repoint(&xml, &disks, Some(&there)).map_err(|e| e.to_string())?;
+    let limit = |v: u64| (v > 0).then_some(v);
+    let params = MigrateParams {
+        libvirt_uri: format!("qemu+unix:///system?socket={dir}/libvirt.sock"),
+        migrate_uri: format!("unix://{dir}/migration.sock"),
+        disks_uri: copies.then(|| format!("unix://{dir}/disk.sock")),
+        copy_disks: if copies { vec!["vda".into()] } else { vec![] },
+        dest_xml: Some(dest_xml),
+        bandwidth_mib_s: limit(node.config.node.move_bandwidth_mib_s),
+        max_downtime_ms: limit(node.config.node.move_downtime_ms),
+        auto_converge: order.deadline_ms.is_some(),
+        parallel_connections: None,
+        paused: false,
+    };
+    let watch = Watch::start(node, &domain, order.deadline_ms);
+    let begun = Instant::now();
+    let outcome = node.world.hypervisor.migrate(&domain, &params);
+    let verdict = watch.end();
+    match outcome {
+        Ok(done) => {
+            node.world.faults.pass("migrate.after")?;
+            Ok(MoveView {
+                way: "live".into(),
+                from: node.name.clone(),
+                to: order.to.clone(),
+                at: node.world.clock.now_ms() / 1000,
+                bytes: relay.bulk_bytes().max(done.memory_bytes + done.disk_bytes),
+                seconds: begun.elapsed().as_secs_f64(),
+                downtime_ms: Some(done.downtime_ms),
+                gap_ms: None,
+                cause: order.cause.clone(),
+                outcome: "done".into(),
+            })
+        }
+        Err(HypervisorError::Aborted { .. }) => Err(verdict.unwrap_or_else(|| "it was cancelled".into())),
+        Err(e) => Err(verdict.unwrap_or_else(|| e.to_string())),
+    }
+}
+
+/// Looks after a running migration: lets the guest stand still longer when that is what is missing, and gives up in time
+/// for the next way of the chain when memory is written faster than it is carried.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<Option<String>>>,
+}
+
+/// Time that the next way of the chain needs before the deadline, at least.
+const RESERVE_MS: u64 = 4_000;
+/// Longest downtime that the watch allows near the end, in milliseconds.
+const LAST_DOWNTIME_MS: u64 = 2_000;
+
+impl Watch {
+    fn start(node: &Arc<Node>, domain: &str, deadline_ms: Option<u64>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mine, node, domain) = (stop.clone(), node.clone(), domain.to_owned());
+        let thread = std::thread::Builder::new()
+            .name(format!("watch-{domain}"))
+            .spawn(move || {
+                let mut downtime = node.config.node.move_downtime_ms.max(1);
+                while !mine.load(Ordering::Acquire) {
+                    node.world.clock.sleep(WATCH);
+                    let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else { continue };
+                    let Some(deadline) = deadline_ms else { continue };
+                    let left_ms = deadline.saturating_sub(node.world.clock.now_ms());
+                    if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
+                        if left_ms <= RESERVE_MS {
+                            return give_up(&node, &domain, &format!("{} MiB are left and the time is up", p.bytes_left >> 20));
+                        }
+                        continue;
+                    }
+                    let needs_ms = p.bytes_left * 1000 / p.bandwidth_bytes_s;
+                    if left_ms <= RESERVE_MS {
+                        return give_up(
+                            &node,
+                            &domain,
+                            &format!(
+                                "it does not converge: the guest writes {} MiB/s, the line carries {} MiB/s, {} MiB are left",
+                                p.dirty_rate_bytes_s >> 20,
+                                p.bandwidth_bytes_s >> 20,
+                                p.bytes_left >> 20
+                            ),
+                        );
+                    }
+                    // The last set of dirty pages is what the guest stands still for.
+                    if p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2 && needs_ms < LAST_DOWNTIME_MS && left_ms < RESERVE_MS * 2 && needs_ms > downtime {
+                        downtime = needs_ms + 100;
+                        log::info!("{domain}: allowing {downtime} ms of downtime so that the move ends");
+                        let _ = node.world.hypervisor.migrate_tune(&domain, Some(downtime), None);
+                    }
+                }
+                None
+            })
+            .ok();
+        Self { stop, thread }
+    }
+
+    fn end(mut self) -> Option<String> {
+        self.stop.store(true, Ordering::Release);
+        self.thread.take().and_then(|t| t.join().ok()).flatten()
+    }
+}
+
+fn give_up(node: &Node, domain: &str, why: &str) -> Option<String> {
+    log::warn!("{domain}: giving the live move up: {why}");
+    let _ = node.world.hypervisor.abort_job(domain);
+    Some(why.to_owned())
+}
+
+/// Where a guest is after an unclear end of a move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// libvirt here has it.
+    Here,
+    /// It runs at the destination.
+    There,
+    /// Neither has it.
+    Nowhere,
+}
+
+/// Asks libvirt here, then the destination, until one of them knows. While it is unclear nobody resumes anything.
 #[must_use]
-pub fn runs_there(_node: &Node, _record: &Record, _order: Option<&MoveOrder>) -> bool {
-    false
+pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) -> Found {
+    let domain = record.domain();
+    let arriving = matches!(record.life, Life::Arriving { .. });
+    let (other, address) = match (&record.life, order) {
+        (_, Some(order)) => (order.to.clone(), order.address.clone()),
+        (Life::Leaving { to, .. }, None) => (to.clone(), to.clone()),
+        (Life::Arriving { from, .. }, _) => (from.clone(), from.clone()),
+        _ => return Found::Here,
+    };
+    loop {
+        match node.world.hypervisor.info(&domain) {
+            // The migration may still be running on behalf of an agent that died: wait for its end.
+            Ok(Some(_)) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => {}
+            Ok(Some(i)) if runs(&i) => return if arriving { Found::There } else { Found::Here },
+            Ok(Some(_)) if !arriving => {
+                let _ = node.world.hypervisor.resume(&domain);
+                return Found::Here;
+            }
+            Ok(here) => match node.peers.request(&other, &address, &PeerRequest::RunsHere { job: record.job }, CONFIRM_WITHIN) {
+                Ok(PeerReply::RunsHere(true)) => return if arriving { Found::Here } else { Found::There },
+                Ok(PeerReply::RunsHere(false)) if here.is_none() => return Found::Nowhere,
+                Ok(_) => {}
+                Err(e) => log::warn!("job {}: {other} does not say whether it has the guest: {e}", record.job),
+            },
+            Err(e) => log::warn!("job {}: libvirt does not say whether it has the guest: {e}", record.job),
+        }
+        node.world.clock.sleep(Duration::from_secs(1));
+        if node.owner(record.job).is_none() {
+            return Found::Nowhere;
+        }
+    }
 }
 
-/// Tells the destination that the move was given up.
-pub fn abandon(_node: &Node, _record: &Record, _order: Option<&MoveOrder>) {}
+fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
+    info.state == crate::hypervisor::DomainState::Running
+}
 
-/// Passes offsets, history and kept output on to the destination.
+/// Destination: whether libvirt has the guest running here.
+#[must_use]
+pub fn runs_here(node: &Node, job: u32) -> bool {
+    node.world.hypervisor.info(&crate::core::record::domain_name(job, 0)).ok().flatten().is_some_and(|i| runs(&i))
+}
+
+/// Source: tells the destination that the move was given up.
+pub fn abandon(node: &Node, record: &Record, order: Option<&MoveOrder>) {
+    node.moves.leaving().remove(&record.job);
+    let Some(order) = order else { return };
+    let request = PeerRequest::Abandon { move_id: order.move_id.clone(), job: record.job };
+    if let Err(e) = node.peers.request(&order.to, &order.address, &request, CONFIRM_WITHIN) {
+        log::warn!("job {}: {} was not told that the move is off: {e}", record.job, order.to);
+    }
+}
+
+/// Source: passes offsets, history and kept output on to the destination.
 ///
 /// # Errors
 /// Why it did not confirm.
-pub fn hand_over(_node: &Node, _record: &Record, _order: Option<&MoveOrder>, _spools: Vec<(u32, usize, u64, Vec<u8>)>) -> Result<(), String> {
-    Ok(())
-}
-
-/// Writes memory, overlay and manifest of a paused VM.
-///
-/// # Errors
-/// Why there is no save; the domain is then still there.
-pub fn save(_node: &Node, _record: &Record, _spools: &[(u32, usize, u64, Vec<u8>)]) -> Result<MoveView, String> {
-    Err("saves are not possible yet".into())
-}
-
-/// Brings a VM back from its save.
-///
-/// # Errors
-/// Why it cannot be restored.
-pub fn restore(_node: &Node, _record: &Record) -> Result<MoveView, String> {
-    Err("saves are not possible yet".into())
+pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[(u32, usize, u64, Vec<u8>)]) -> Result<(), String> {
+    node.world.faults.pass("hand-over.before")?;
+    node.moves.leaving().remove(&record.job);
+    let (to, address, move_id) = match (order, &record.life) {
+        (Some(o), _) => (o.to.clone(), o.address.clone(), o.move_id.clone()),
+        (None, Life::Leaving { to, move_id, .. }) => (to.clone(), to.clone(), move_id.clone()),
+        _ => return Err("the order of the move was lost".into()),
+    };
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let ask = |request: &PeerRequest| loop {
+        match node.peers.request(&to, &address, request, CONFIRM_WITHIN) {
+            Ok(PeerReply::Ok) => return Ok(()),
+            Ok(other) => return Err(format!("{to}: {other:?}")),
+            Err(e) if Instant::now() > deadline => return Err(e),
+            Err(e) => {
+                log::warn!("job {}: {to}: {e}; trying again", record.job);
+                node.world.clock.sleep(Duration::from_millis(500));
+            }
+        }
+    };
+    for (program, stream, offset, bytes) in kept {
+        for (i, piece) in bytes.chunks(KEPT_PIECE).enumerate() {
+            ask(&PeerRequest::Kept {
+                job: record.job,
+                program: *program,
+                stream: *stream,
+                offset: offset + (i * KEPT_PIECE) as u64,
+                hex: text::hex(piece),
+            })?;
+        }
+    }
+    ask(&PeerRequest::TakeOver { move_id, job: record.job, programs: record.programs.clone(), moves: record.moves.clone() })?;
+    node.world.faults.pass("hand-over.after")
 }

@@ -17,7 +17,7 @@ use super::{
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
-    view,
+    saving, view,
 };
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
@@ -64,6 +64,8 @@ struct Owner {
     verdict: Option<String>,
     /// Slurm's restart count as the shims report it.
     restart: u32,
+    /// The job is being preempted.
+    in_grace: bool,
     started_at: Instant,
 }
 
@@ -107,6 +109,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             next_request: 1,
             verdict: None,
             restart: 0,
+            in_grace: false,
             started_at: Instant::now(),
         };
         owner.carry_out(effects);
@@ -200,18 +203,23 @@ impl Owner {
                 self.move_reply = Some(reply);
                 self.core(event);
             }
-            Request::Save { at, cause, reply } => {
+            Request::Save { cause, reply } => {
                 if self.move_reply.is_some() {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
                 }
-                self.move_reply = Some(reply);
-                self.core(Event::Save { at, cause });
-            }
-            Request::TookOver { programs, moves, spools, reply } => {
-                for (program, stream, offset, bytes) in spools {
-                    self.programs.take_spool(program, stream, offset, &bytes);
+                match saving::fits(&self.node, &self.vm.record) {
+                    Ok(at) => {
+                        self.move_reply = Some(reply);
+                        self.core(Event::Save { at, cause });
+                    }
+                    Err(why) => {
+                        let _ = reply.send(Err(why));
+                    }
                 }
+            }
+            Request::Kept { program, stream, offset, bytes } => self.programs.take_spool(program, stream, offset, &bytes),
+            Request::TookOver { programs, moves, reply } => {
                 for p in &programs {
                     self.programs.adopt(p);
                 }
@@ -223,6 +231,7 @@ impl Owner {
                     .then(|| moving::progress_line(&self.node.world, &self.domain, &self.vm.record.life));
                 let _ = reply.send(text);
             }
+            Request::Grace => self.in_grace = true,
             Request::Verdict(text) => self.verdict = Some(text),
         }
     }
@@ -323,7 +332,9 @@ impl Owner {
         match event {
             LinkEvent::Up { hello } => {
                 let requests = self.programs.guest_up(&hello.programs);
-                self.core(Event::GuestUp { boot_id: hello.boot_id });
+                self.core(Event::GuestUp { boot_id: hello.boot_id.clone() });
+                // A guest that was moved or restored has lost time.
+                self.effect(Effect::SetClock);
                 self.to_guest(requests);
                 self.sync_programs();
             }
@@ -350,6 +361,9 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
+                if self.in_grace && self.programs.is_batch(program) {
+                    self.node.keep_completion(&self.vm.record, &status);
+                }
                 let requests = self.programs.exited(program, status, &ends);
                 self.to_guest(requests);
                 self.sync_programs();
@@ -489,8 +503,11 @@ impl Owner {
             Effect::AskOwner => {
                 let order = self.order.clone();
                 worker(job, "owner", move || {
-                    let there = moving::runs_there(&node, &record, order.as_ref());
-                    let _ = tx.send(Request::Core(Event::OwnerIs { there }));
+                    let found = moving::find_guest(&node, &record, order.as_ref());
+                    let _ = tx.send(Request::Core(Event::OwnerIs { there: found == moving::Found::There }));
+                    if found == moving::Found::Nowhere {
+                        let _ = tx.send(Request::Core(Event::DomainEnded { how: "it was lost in a move".into() }));
+                    }
                 });
             }
             Effect::AbandonDestination => {
@@ -512,8 +529,13 @@ impl Owner {
                 }
             }),
             Effect::Restore => worker(job, "restore", move || {
-                let done = moving::restore(&node, &record);
-                let _ = tx.send(Request::Core(Event::Restored(done.map(Box::new))));
+                let done = saving::restore(&node, &record).map(|(done, kept)| {
+                    for (program, stream, offset, bytes) in kept {
+                        let _ = tx.send(Request::Kept { program, stream, offset, bytes });
+                    }
+                    Box::new(done)
+                });
+                let _ = tx.send(Request::Core(Event::Restored(done)));
             }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
@@ -578,12 +600,12 @@ impl Owner {
         let spools = self.programs.spools();
         if h.save {
             worker(job, "save", move || {
-                let done = moving::save(&node, &record, &spools);
+                let done = saving::save(&node, &record, &spools);
                 let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
             });
         } else {
             worker(job, "hand-over", move || {
-                let done = moving::hand_over(&node, &record, order.as_ref(), spools);
+                let done = moving::hand_over(&node, &record, order.as_ref(), &spools);
                 let _ = tx.send(Request::Core(Event::HandedOver(done)));
             });
         }

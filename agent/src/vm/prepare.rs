@@ -84,6 +84,7 @@ pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: 
         },
         overlay: None,
         overlay_shared: false,
+        layers: vec![],
         base_sha256: None,
     };
     if let Some(disk) = &image.disk {

@@ -180,7 +180,10 @@ impl Programs {
             for i in 0..2 {
                 let o = &mut mine.outputs[i];
                 o.wrote = o.wrote.max(r.wrote[i]);
+                o.pumped = o.wrote;
+                o.received = o.received.max(o.wrote).max(o.spool.end());
             }
+            mine.ended = mine.ended.take().or_else(|| r.ended.clone());
             return;
         }
         let output = |i: usize| {
@@ -217,6 +220,12 @@ impl Programs {
     #[must_use]
     pub fn attached(&self) -> bool {
         !self.sessions.is_empty()
+    }
+
+    /// The program is the batch script.
+    #[must_use]
+    pub fn is_batch(&self, program: u32) -> bool {
+        self.list.iter().any(|p| p.record.id == program && p.batch)
     }
 
     /// How the batch script ended, if it has.
@@ -525,11 +534,13 @@ impl Programs {
         kept
     }
 
-    /// Takes in kept output that came with a move; before [`Programs::adopt`] of the same program.
+    /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets.
     pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
-        let mut spool = Spool::open(&self.dir, program, stream, self.spool_limit);
-        spool.clear();
-        spool.append(offset, bytes);
+        let Some(o) = self.list.iter_mut().find(|p| p.record.id == program).and_then(|p| p.outputs.get_mut(stream)) else { return };
+        if o.spool.end() != offset {
+            o.spool.clear();
+        }
+        o.spool.append(offset, bytes);
     }
 
     /// Sessions attached now.
@@ -551,7 +562,9 @@ impl Programs {
             let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else { continue };
             if !p.told_start && (p.started || p.ended.is_some()) {
                 let sinks = [p.record.stdout.clone(), p.record.stderr.clone()];
-                let from = (0..2)
+                // Merged streams have one file: stderr's offset 0 there would cut it to nothing.
+                let streams = if p.record.merged || p.record.terminal { 1 } else { 2 };
+                let from = (0..streams)
                     .map(|i| StreamStart { stream: to_session(i), offset: p.outputs[i].pumped, sink: sinks[i].clone() })
                     .collect();
                 let _ = to.send(Frame::Control(ToShim::Started { from, resumed }));
@@ -588,12 +601,18 @@ impl Programs {
     }
 }
 
-fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
-    p.ended = Some(match status {
+/// A guest's exit status as a shim is told.
+#[must_use]
+pub fn ended(status: ExitStatus, argv0: &str) -> Ended {
+    match status {
         ExitStatus::Code { code } => Ended::Code(code),
         ExitStatus::Signal { signo, .. } => Ended::Signal(signo),
-        ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: p.argv0.clone() },
-    });
+        ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: argv0.into() },
+    }
+}
+
+fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
+    p.ended = Some(ended(status, &p.argv0));
     for (stream, end) in ends {
         if let Some(i) = index(*stream) {
             p.outputs[i].end = Some(*end);

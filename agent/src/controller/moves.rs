@@ -1,0 +1,544 @@
+//! One move of one job, as Slurm and the agents must be led through it (design: "Preemption").
+//!
+//! ```text
+//!  Planned ── reserve a node, MoveOut ──> Moved{live} ── requeuehold ──> Requeued ── steer by the reservation,
+//!     |  └─── Save ─────────────────────> Moved{save}                       |         StartTime, TimeLimit; release
+//!     |                                                                     v
+//!     └── requeue | cancel ──> (ended)              Landed <── running ── Released
+//! ```
+//! Each move has a thread (`move-JOB`) and a ledger file, written before each step; every step may be repeated. After
+//! a restart of the controller the thread goes on where the file says. A restart of slurmctld is waited for. While the
+//! VM is at the destination and its job is not, the destination's own deadline is the last guard.
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+use slurm_vm_api::{query::MoveView, spec::PreemptWay};
+
+use super::{Controller, destination};
+use crate::{
+    cluster::{PeerReply, PeerRequest},
+    effects::store::write_durably,
+    slurm::{JobInfo, JobUpdate, SlurmError},
+};
+
+/// A move in the controller's ledger.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobMove {
+    /// Format, 1.
+    pub v: u32,
+    /// Job id.
+    pub job: u32,
+    /// The job's user by name: reservations are made for it.
+    pub user: String,
+    /// `preemption`, `drain` or `asked`.
+    pub cause: String,
+    /// How far it is.
+    pub step: Step,
+    /// Source node.
+    pub from: String,
+    /// Destination, once chosen; or the node that was asked for.
+    pub to: Option<String>,
+    /// The destination was asked for by name.
+    pub to_asked: bool,
+    /// Ways that are left, first first.
+    pub ways: Vec<PreemptWay>,
+    /// Unix milliseconds by which the job must have left.
+    pub deadline_ms: Option<u64>,
+    /// The job's time limit in minutes before the move.
+    pub limit_min: Option<u32>,
+    /// What is left of it.
+    pub left_min: Option<u32>,
+    /// Nodes that the user had demanded, cleared for the steering.
+    pub req_nodes: Vec<String>,
+    /// Slurm's restart count before.
+    pub restarts: u32,
+    /// What went wrong on the way.
+    pub notes: Vec<String>,
+    /// What the agents reported.
+    pub done: Option<MoveView>,
+    /// Its memory is being copied; counts against `moves_out`.
+    pub moving: bool,
+}
+
+/// How far a move is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// The VM is at its source.
+    Planned,
+    /// The VM is at the destination or in a save, the job is not.
+    Moved,
+    /// The job was put back into the queue, held.
+    Requeued,
+    /// It was released.
+    Released,
+    /// It runs again; the reservation is to be removed.
+    Landed,
+}
+
+/// How long Slurm may take to bring a requeued job back into the queue (epilog, KillWait).
+const REQUEUE_WITHIN: Duration = Duration::from_secs(180);
+/// How often Slurm is asked while something is awaited.
+const LOOK: Duration = Duration::from_millis(250);
+/// Of the time that is left, live moves leave this much for the ways after them.
+const SAVE_RESERVE_MS: u64 = 8_000;
+/// Longest time for one move.
+const MOVE_WITHIN: Duration = Duration::from_secs(3600);
+
+impl Controller {
+    fn ledger(&self, job: u32) -> PathBuf {
+        self.config.state_dir.join("moves").join(format!("{job}.json"))
+    }
+
+    /// Goes on with the moves of an earlier controller process.
+    pub(super) fn recover_moves(self: &Arc<Self>) {
+        let dir = self.config.state_dir.join("moves");
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            match std::fs::read(entry.path()).map_err(|e| e.to_string()).and_then(|b| serde_json::from_slice::<JobMove>(&b).map_err(|e| e.to_string())) {
+                Ok(m) => {
+                    log::info!("job {}: going on with its move ({:?})", m.job, m.step);
+                    self.start(m, true);
+                }
+                Err(e) => log::error!("{}: {e}", entry.path().display()),
+            }
+        }
+    }
+
+    /// Starts a move unless one of this job is under way. Returns whether it did.
+    pub(super) fn start(self: &Arc<Self>, m: JobMove, resumed: bool) -> bool {
+        let job = m.job;
+        {
+            let mut cluster = self.cluster();
+            if cluster.moves.contains_key(&job) {
+                return false;
+            }
+            cluster.moves.insert(job, m.clone());
+        }
+        let controller = self.clone();
+        let spawned = thread::Builder::new().name(format!("move-{job}")).spawn(move || {
+            let outcome = Driver { c: &controller, m, resumed }.run();
+            let mut cluster = controller.cluster();
+            let last = cluster.moves.remove(&job);
+            match &outcome {
+                Ok(line) => log::info!("job {job}: {line}"),
+                Err(line) => {
+                    log::warn!("job {job}: {line}");
+                    cluster.failed.insert(job, Instant::now());
+                }
+            }
+            cluster.results.insert(job, (outcome, last.and_then(|l| l.done)));
+            drop(cluster);
+            if let Err(e) = std::fs::remove_file(controller.ledger(job))
+                && e.kind() != std::io::ErrorKind::NotFound
+            {
+                log::warn!("job {job}: {e}");
+            }
+        });
+        if let Err(e) = spawned {
+            log::error!("job {job}: no thread for its move: {e}");
+        }
+        true
+    }
+
+    /// Name of a job's reservation.
+    #[must_use]
+    pub fn reservation(job: u32) -> String {
+        format!("vmmig_{job}")
+    }
+}
+
+struct Driver<'a> {
+    c: &'a Arc<Controller>,
+    m: JobMove,
+    resumed: bool,
+}
+
+impl Driver<'_> {
+    fn run(&mut self) -> Result<String, String> {
+        self.save();
+        loop {
+            self.c.world.faults.pass(&format!("move.{:?}", self.m.step).to_lowercase())?;
+            match self.m.step {
+                Step::Planned => {
+                    if let Some(end) = self.planned()? {
+                        return Ok(end);
+                    }
+                }
+                Step::Moved => {
+                    if let Some(end) = self.moved()? {
+                        return Ok(end);
+                    }
+                }
+                Step::Requeued => {
+                    if let Some(end) = self.requeued()? {
+                        return Ok(end);
+                    }
+                }
+                Step::Released => {
+                    if let Some(end) = self.released()? {
+                        return Ok(end);
+                    }
+                }
+                Step::Landed => return self.landed(),
+            }
+        }
+    }
+
+    fn save(&self) {
+        let path = self.c.ledger(self.m.job);
+        let write = || {
+            std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
+            write_durably(&path, &serde_json::to_vec_pretty(&self.m)?)
+        };
+        if let Err(e) = write() {
+            log::error!("job {}: {}: {e}", self.m.job, path.display());
+        }
+        self.c.cluster().moves.insert(self.m.job, self.m.clone());
+    }
+
+    fn step(&mut self, step: Step) {
+        log::info!("job {}: move: {:?} -> {step:?}", self.m.job, self.m.step);
+        self.m.step = step;
+        self.save();
+    }
+
+    fn note(&mut self, why: String) {
+        log::warn!("job {}: {why}", self.m.job);
+        self.m.notes.push(why);
+        self.save();
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.c.world.clock.now_ms()
+    }
+
+    fn sleep(&self) {
+        self.c.world.clock.sleep(LOOK);
+    }
+
+    /// Asks Slurm until it answers; a restart of slurmctld only takes time.
+    fn job(&self) -> Option<JobInfo> {
+        loop {
+            match self.c.world.slurm.job(self.m.job) {
+                Ok(info) => return info.filter(|i| !i.brief.state.is_finished()),
+                Err(e) => {
+                    log::debug!("job {}: {e}", self.m.job);
+                    self.sleep();
+                }
+            }
+        }
+    }
+
+    /// Orders something of Slurm until it is done or refused for good.
+    fn order(&self, what: &str, order: impl Fn() -> Result<(), SlurmError>) -> Result<(), String> {
+        let until = Instant::now() + REQUEUE_WITHIN;
+        loop {
+            match order() {
+                Ok(()) => return Ok(()),
+                Err(e) if e.is_already_pending() => return Ok(()),
+                Err(e) if e.is_transient() && Instant::now() < until => self.sleep(),
+                Err(e) => return Err(format!("{what}: {e}")),
+            }
+        }
+    }
+
+    fn ask(&self, node: &str, request: &PeerRequest, within: Duration) -> Result<PeerReply, String> {
+        self.c.peers.request(node, &self.c.address(node), request, within)
+    }
+
+    /// Where the VM is, from its source's word, once that is clear: `Some(true)` at the destination, `Some(false)` in a save.
+    fn settled(&self) -> Option<bool> {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Ok(PeerReply::Vm(view)) = self.ask(&self.m.from, &PeerRequest::Show { job: self.m.job }, Duration::from_secs(5)) {
+                match view.map(|v| v.state).as_deref() {
+                    Some("gone") => return Some(true),
+                    Some("saved") => return Some(false),
+                    Some("leaving" | "saving") => {}
+                    _ => return None,
+                }
+            }
+            if Instant::now() > until {
+                return None;
+            }
+            self.sleep();
+        }
+    }
+
+    fn planned(&mut self) -> Result<Option<String>, String> {
+        if std::mem::take(&mut self.resumed)
+            && let Some(live) = self.settled()
+        {
+            if !live {
+                self.m.to = None;
+            }
+            self.step(Step::Moved);
+            return Ok(None);
+        }
+        while let Some(way) = self.m.ways.first().copied() {
+            if self.job().is_none_or(|j| !j.brief.state.is_on_nodes()) {
+                self.drop_reservation();
+                return Ok(Some("the job ended before its VM moved".into()));
+            }
+            match way {
+                PreemptWay::Live => match self.live() {
+                    Ok(done) => {
+                        self.m.done = Some(done);
+                        self.step(Step::Moved);
+                        return Ok(None);
+                    }
+                    Err(why) => {
+                        self.drop_reservation();
+                        if !self.m.to_asked {
+                            self.m.to = None;
+                        }
+                        self.note(format!("not live: {why}"));
+                    }
+                },
+                PreemptWay::Save => {
+                    let request = PeerRequest::Save { job: self.m.job, cause: self.m.cause.clone() };
+                    match self.ask(&self.m.from, &request, MOVE_WITHIN) {
+                        Ok(PeerReply::Moved(done)) => {
+                            self.m.done = Some(*done);
+                            self.m.to = None;
+                            self.step(Step::Moved);
+                            return Ok(None);
+                        }
+                        Ok(PeerReply::Refused(why)) => self.note(format!("not saved: {why}")),
+                        Ok(other) => self.note(format!("not saved: {other:?}")),
+                        Err(why) => {
+                            if self.settled() == Some(false) {
+                                self.m.to = None;
+                                self.step(Step::Moved);
+                                return Ok(None);
+                            }
+                            self.note(format!("not saved: {why}"));
+                        }
+                    }
+                }
+                PreemptWay::Requeue => {
+                    // Not a job that has just finished: a requeue would run it again.
+                    if self.vm_is_over() {
+                        return Ok(Some("the job finished within its grace time".into()));
+                    }
+                    self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+                    return Ok(Some(format!("requeued to start over{}", self.because())));
+                }
+                PreemptWay::Cancel => {
+                    if self.vm_is_over() {
+                        return Ok(Some("the job finished within its grace time".into()));
+                    }
+                    self.order("cancel", || self.c.world.slurm.cancel(self.m.job, None))?;
+                    return Ok(Some(format!("cancelled, as its --vm-preempt says{}", self.because())));
+                }
+            }
+            self.m.ways.remove(0);
+            self.save();
+        }
+        Err(format!("its VM stays on {}{}", self.m.from, self.because()))
+    }
+
+    fn because(&self) -> String {
+        if self.m.notes.is_empty() { String::new() } else { format!(" ({})", self.m.notes.join("; ")) }
+    }
+
+    fn vm_is_over(&self) -> bool {
+        match self.ask(&self.m.from, &PeerRequest::Show { job: self.m.job }, Duration::from_secs(5)) {
+            Ok(PeerReply::Vm(Some(v))) => matches!(v.state.as_str(), "stopping" | "stopped"),
+            _ => false,
+        }
+    }
+
+    /// Reserve, then move; both as long as there is time.
+    fn live(&mut self) -> Result<MoveView, String> {
+        let info = self.job().ok_or("the job has ended")?;
+        let give_up = self.m.deadline_ms.map(|d| d.saturating_sub(SAVE_RESERVE_MS.min(d.saturating_sub(self.now_ms()) / 2)));
+        let to = loop {
+            match destination::reserve(self.c, &self.m, &info) {
+                Ok(to) => break to,
+                Err(why) if why.wait && give_up.is_some_and(|t| self.now_ms() < t) && self.c.cluster().moves.len() > 1 => self.sleep(),
+                Err(why) => return Err(why.text),
+            }
+        };
+        self.m.to = Some(to.clone());
+        self.save();
+        while self.c.cluster().moves.values().filter(|o| o.job != self.m.job && o.step == Step::Planned && o.from == self.m.from && o.moving).count()
+            >= self.c.config.node.moves_out as usize
+        {
+            if give_up.is_some_and(|t| self.now_ms() >= t) {
+                return Err("other moves took the time".into());
+            }
+            self.sleep();
+        }
+        self.m.moving = true;
+        self.save();
+        let request = PeerRequest::MoveOut {
+            job: self.m.job,
+            to: to.clone(),
+            address: self.c.address(&to),
+            cause: self.m.cause.clone(),
+            deadline_ms: self.m.deadline_ms,
+        };
+        let reply = self.ask(&self.m.from, &request, MOVE_WITHIN);
+        self.m.moving = false;
+        match reply {
+            Ok(PeerReply::Moved(done)) => Ok(*done),
+            Ok(PeerReply::Refused(why)) => Err(why),
+            Ok(other) => Err(format!("{other:?}")),
+            Err(why) => match self.settled() {
+                Some(true) => Ok(MoveView { way: "live".into(), from: self.m.from.clone(), to, outcome: "done".into(), ..MoveView::default() }),
+                _ => Err(why),
+            },
+        }
+    }
+
+    /// The VM is elsewhere: put the job back into the queue; the source is free for the preemptor as soon as the shim is gone.
+    fn moved(&mut self) -> Result<Option<String>, String> {
+        let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+        if let Some(limit) = info.time_limit_min
+            && self.m.limit_min.is_none()
+        {
+            let started = info.brief.start_time.and_then(|s| u64::try_from(s).ok()).unwrap_or(0);
+            let elapsed = self.now_ms() / 1000 - started.min(self.now_ms() / 1000);
+            // Slurm keeps whole minutes: a started minute is not taken away.
+            let used = u32::try_from(elapsed / 60).unwrap_or(u32::MAX);
+            self.m.limit_min = Some(limit);
+            self.m.left_min = Some(limit.saturating_sub(used).max(1));
+            self.save();
+        }
+        if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
+            self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+        }
+        let until = Instant::now() + REQUEUE_WITHIN;
+        loop {
+            let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+            if info.brief.state.is_waiting() {
+                break;
+            }
+            if info.brief.restarts > self.m.restarts && info.brief.state.is_on_nodes() {
+                // It was released before this controller was restarted.
+                break;
+            }
+            if Instant::now() > until {
+                return Err("Slurm did not bring the job back into the queue in time".into());
+            }
+            self.sleep();
+        }
+        self.step(Step::Requeued);
+        Ok(None)
+    }
+
+    fn requeued(&mut self) -> Result<Option<String>, String> {
+        let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+        if info.brief.state.is_waiting() {
+            let live = self.m.to.is_some();
+            let clear = live && !info.req_nodes.is_empty();
+            if clear {
+                self.m.req_nodes.clone_from(&info.req_nodes);
+                self.save();
+            }
+            let update = JobUpdate {
+                reservation: live.then(|| Some(Controller::reservation(self.m.job))),
+                start_now: true,
+                time_limit_min: self.m.left_min.filter(|left| Some(*left) != self.m.limit_min),
+                req_nodes: clear.then(Vec::new),
+                ..JobUpdate::default()
+            };
+            self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
+            self.order("release", || self.c.world.slurm.release(self.m.job))?;
+        }
+        self.step(Step::Released);
+        Ok(None)
+    }
+
+    fn released(&mut self) -> Result<Option<String>, String> {
+        let Some(to) = self.m.to.clone() else {
+            // Saved: wherever Slurm starts it, the prolog finds the save. Nothing is left to do here.
+            return Ok(Some(format!("saved and back in the queue{}", self.because())));
+        };
+        let until = Instant::now() + Duration::from_secs(self.c.config.node.await_job_s.saturating_sub(5).max(5).into());
+        loop {
+            let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+            if info.brief.state.is_on_nodes() {
+                if info.brief.nodes.contains(&to) {
+                    self.step(Step::Landed);
+                    return Ok(None);
+                }
+                let _ = self.ask(&to, &PeerRequest::Release { job: self.m.job }, Duration::from_secs(5));
+                self.drop_reservation();
+                return Err(format!("Slurm started the job on {} and not on {to}: its VM there was ended", info.brief.nodes.join(",")));
+            }
+            if Instant::now() > until {
+                return Ok(Some(self.kept_out(&to)));
+            }
+            self.sleep();
+        }
+    }
+
+    /// The job does not come to its VM (a hold, a QOS, a licence): save the VM, else let its deadline end it.
+    fn kept_out(&mut self, to: &str) -> String {
+        let saved = self.ask(to, &PeerRequest::Save { job: self.m.job, cause: self.m.cause.clone() }, MOVE_WITHIN);
+        self.drop_reservation();
+        if matches!(saved, Ok(PeerReply::Moved(_))) {
+            return format!("Slurm kept the job out of {to}: its VM was saved and waits for the job");
+        }
+        // The VM is lost: the full limit is put back.
+        let _ = self.ask(to, &PeerRequest::Release { job: self.m.job }, Duration::from_secs(5));
+        let update = JobUpdate { time_limit_min: self.m.limit_min, ..JobUpdate::default() };
+        if let Err(e) = self.c.world.slurm.update_job(self.m.job, &update) {
+            log::warn!("job {}: its time limit was not put back: {e}", self.m.job);
+        }
+        format!("Slurm kept the job out of {to} and its VM could not be saved: the job will start over")
+    }
+
+    fn landed(&mut self) -> Result<String, String> {
+        self.drop_reservation();
+        if !self.m.req_nodes.is_empty() {
+            // Cannot be changed while the job runs: put back when it waits again.
+            self.c.cluster().req_nodes.insert(self.m.job, self.m.req_nodes.clone());
+        }
+        let to = self.m.to.clone().unwrap_or_default();
+        Ok(format!("moved from {} to {to}, and runs there", self.m.from))
+    }
+
+    /// The job was cancelled or has ended while its VM was under way: no epilog comes for a VM that waits for it.
+    fn job_is_over(&mut self) -> String {
+        for node in [self.m.to.clone(), Some(self.m.from.clone())].into_iter().flatten() {
+            let _ = self.ask(&node, &PeerRequest::Release { job: self.m.job }, Duration::from_secs(5));
+        }
+        self.drop_reservation();
+        "the job ended in the middle of its move; its VM was ended".into()
+    }
+
+    fn drop_reservation(&self) {
+        let name = Controller::reservation(self.m.job);
+        let slurm = &self.c.world.slurm;
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            // A reservation that a job uses or asks for cannot be deleted.
+            if let Ok(Some(info)) = slurm.job(self.m.job)
+                && info.brief.reservation.as_deref() == Some(name.as_str())
+                && !info.brief.state.is_finished()
+            {
+                let update = JobUpdate { reservation: Some(None), ..JobUpdate::default() };
+                if let Err(e) = slurm.update_job(self.m.job, &update) {
+                    log::debug!("job {}: {e}", self.m.job);
+                }
+            }
+            match slurm.delete_reservation(&name) {
+                Ok(_) => return,
+                Err(e) if Instant::now() > until => {
+                    log::warn!("reservation {name} cannot be removed: {e}");
+                    return;
+                }
+                Err(_) => self.sleep(),
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What sets a move off: a job in its grace time, a node put into drain, somebody who asks.
+use std::{sync::Arc, time::Duration};
+
+use slurm_vm_api::{query::VmView, spec::PreemptWay};
+
+use super::{
+    Controller,
+    moves::{JobMove, Step},
+};
+use crate::{
+    cluster::{PeerReply, PeerRequest},
+    slurm::{JobBrief, JobUpdate},
+};
+
+/// After a failed move a job is left alone for so long, unless it is preempted.
+const LEAVE_ALONE: Duration = Duration::from_secs(60);
+
+impl Controller {
+    /// Starts the moves that the last poll calls for.
+    pub(super) fn start_moves(self: &Arc<Self>) {
+        let feature = &self.config.controller.feature;
+        let (jobs, draining, back) = {
+            let cluster = self.cluster();
+            let is_vm = |j: &&JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
+            let draining: Vec<String> = cluster.slurm_nodes.values().filter(|n| n.is_draining()).map(|n| n.name.clone()).collect();
+            let jobs: Vec<JobBrief> = cluster.jobs.iter().filter(is_vm).filter(|j| !cluster.moves.contains_key(&j.id)).cloned().collect();
+            let back: Vec<(u32, Vec<String>)> = cluster
+                .req_nodes
+                .iter()
+                .filter(|(id, _)| cluster.jobs.iter().any(|j| j.id == **id && j.state.is_waiting()))
+                .map(|(id, nodes)| (*id, nodes.clone()))
+                .collect();
+            (jobs, draining, back)
+        };
+        for (job, nodes) in back {
+            let update = JobUpdate { req_nodes: Some(nodes), ..JobUpdate::default() };
+            match self.world.slurm.update_job(job, &update) {
+                Ok(()) => drop(self.cluster().req_nodes.remove(&job)),
+                Err(e) => log::debug!("job {job}: its node list is not put back yet: {e}"),
+            }
+        }
+        for j in jobs {
+            let Some(from) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()).filter(|_| j.state.is_on_nodes()) else { continue };
+            if j.in_grace() {
+                if self.cluster().handled.get(&j.id) == Some(&j.restarts) {
+                    continue;
+                }
+                self.cluster().handled.insert(j.id, j.restarts);
+                log::info!("job {}: preempted on {from}, grace ends at {:?}", j.id, j.end_time);
+                let deadline_ms = j.end_time.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
+                self.plan(&j, from, "preemption", None, deadline_ms);
+            } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
+                log::info!("job {}: {from} is being drained", j.id);
+                self.plan(&j, from, "drain", None, None);
+            }
+        }
+    }
+
+    /// Plans and starts one move.
+    fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> bool {
+        let view = match self.peers.request(&from, &self.address(&from), &PeerRequest::Grace { job: j.id, preempted: deadline_ms.is_some() }, Duration::from_secs(3)) {
+            Ok(PeerReply::Ways(ways)) => Some(ways),
+            other => {
+                log::warn!("job {}: {from} does not say what its VM can: {other:?}", j.id);
+                None
+            }
+        };
+        let mut ways = view.unwrap_or_else(|| self.site_ways());
+        match cause {
+            "asked" => ways = vec![PreemptWay::Live],
+            // A drain never costs a job its work.
+            "drain" => ways.retain(|w| matches!(w, PreemptWay::Live | PreemptWay::Save)),
+            _ => {}
+        }
+        let m = JobMove {
+            v: 1,
+            job: j.id,
+            user: j.user.clone(),
+            cause: cause.into(),
+            step: Step::Planned,
+            from,
+            to_asked: to.is_some(),
+            to,
+            ways,
+            deadline_ms,
+            limit_min: None,
+            left_min: None,
+            req_nodes: vec![],
+            restarts: j.restarts,
+            notes: vec![],
+            done: None,
+            moving: false,
+        };
+        self.start(m, false)
+    }
+
+    /// The site's ways.
+    fn site_ways(&self) -> Vec<PreemptWay> {
+        PreemptWay::parse_list(&self.config.controller.preempt.join(",")).unwrap_or_else(|_| PreemptWay::DEFAULT.to_vec())
+    }
+
+    /// `svm migrate`: starts a move by hand.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(super) fn migrate(self: &Arc<Self>, view: &VmView, to: Option<String>) -> Result<(), String> {
+        let job = view.job;
+        let info = self
+            .world
+            .slurm
+            .job(job)
+            .map_err(|e| e.to_string())?
+            .filter(|i| i.brief.state.is_on_nodes())
+            .ok_or_else(|| format!("job {job} does not run"))?;
+        if !info.brief.batch {
+            return Err(format!("job {job} cannot move: not a batch job"));
+        }
+        let from = info.brief.batch_host.clone().or_else(|| info.brief.nodes.first().cloned()).ok_or_else(|| format!("job {job} has no node"))?;
+        if let Some(to) = &to {
+            let cluster = self.cluster();
+            if !cluster.slurm_nodes.contains_key(to) {
+                let known: Vec<&str> = cluster.slurm_nodes.keys().map(String::as_str).collect();
+                return Err(format!("{to} is no VM node; the VM nodes are {}", known.join(", ")));
+            }
+            if *to == from {
+                return Err(format!("the VM of job {job} is on {to} already"));
+            }
+        }
+        if info.brief.in_grace() {
+            return Err(format!("job {job} is being preempted: its VM moves anyway"));
+        }
+        self.cluster().results.remove(&job);
+        if self.plan(&info.brief, from, "asked", to, None) { Ok(()) } else { Err(format!("job {job} is moving already")) }
+    }
+}

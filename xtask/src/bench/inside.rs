@@ -36,6 +36,8 @@ struct Clients {
     node: String,
     bare: String,
     fifo: File,
+    /// Allocations on both nodes that stay, for steps: by node.
+    standing: Vec<(String, String)>,
 }
 
 impl Clients {
@@ -48,11 +50,13 @@ impl Clients {
             .custom_flags(libc::O_NONBLOCK)
             .open(&path)
             .at("open", &path)?;
+        let standing = [node, bare].map(|n| Ok((n.to_owned(), allocation(n)?)));
         Ok(Self {
             dir: dir.into(),
             node: node.into(),
             bare: bare.into(),
             fifo,
+            standing: standing.into_iter().collect::<Result<_>>()?,
         })
     }
 
@@ -88,27 +92,43 @@ impl Clients {
             args.push("--vm=tiny");
         }
         let script = self.dir.join("script.sh");
+        let script = script.to_string_lossy();
         match command {
             "srun" => {
                 args.push("/bin/true");
-                let took = time(&mut slurm("srun", &args))?;
-                Ok(json!({"srun_ms": took}))
+                Ok(json!({"srun_ms": time(&mut slurm("srun", &args))?.0}))
+            }
+            "step" => {
+                let job = self.standing.iter().find(|(n, _)| *n == node).map_or("", |(_, job)| job);
+                let job = format!("--jobid={job}");
+                args.extend([job.as_str(), "--overlap", "/bin/true"]);
+                Ok(json!({"step_ms": time(&mut slurm("srun", &args))?.0}))
             }
             "sbatch" => {
-                let script = script.to_string_lossy();
+                args.extend(["--hold", "--parsable", "-Q", "-o", "/dev/null", &script]);
+                let (took, job) = time(&mut slurm("sbatch", &args))?;
+                proc::run("scancel", &[&job])?;
+                Ok(json!({"sbatch_ms": took}))
+            }
+            "begin" => {
                 args.extend(["-Q", "-o", "/dev/null", &script]);
                 self.drain()?;
                 let begin = Instant::now();
-                let took = time(&mut slurm("sbatch", &args))?;
+                time(&mut slurm("sbatch", &args))?;
                 self.wait_begun()?;
-                Ok(json!({"sbatch_ms": took, "begun_ms": ms(begin.elapsed())}))
+                Ok(json!({"begun_ms": ms(begin.elapsed())}))
             }
             other => Err(format!("unknown command {other}").into()),
         }
     }
 
     fn wait_idle(&self) -> Result<()> {
-        let idle = || proc::run("squeue", &["-h", "-o", "%i"]).ok().filter(|text| text.trim().is_empty());
+        let stays = |job: &str| self.standing.iter().any(|(_, j)| j == job);
+        let idle = || {
+            proc::run("squeue", &["-h", "-o", "%i"])
+                .ok()
+                .filter(|text| text.lines().all(|job| stays(job.trim())))
+        };
         proc::wait_for(PATIENCE, idle)
             .map(drop)
             .ok_or_else(|| format!("the last job is still there after {} s", PATIENCE.as_secs()).into())
@@ -159,14 +179,26 @@ fn slurm(program: &str, args: &[&str]) -> Command {
     command
 }
 
-/// From the start of the process to its end.
-fn time(command: &mut Command) -> Result<f64> {
+/// An allocation on a node that stays.
+fn allocation(node: &str) -> Result<String> {
+    let output = slurm("salloc", &["--no-shell", "-w", node, "-n1", "--mem=1024"])
+        .output()
+        .at("run", "salloc")?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    let granted = text.lines().find_map(|l| l.split_once("Granted job allocation "));
+    granted
+        .map(|(_, job)| job.trim().to_owned())
+        .ok_or_else(|| format!("no allocation on {node}: {}", text.trim()).into())
+}
+
+/// From the start of the process to its end, and what it printed.
+fn time(command: &mut Command) -> Result<(f64, String)> {
     let begin = Instant::now();
     let child = command.spawn().at("run", command.get_program())?;
     let output = child.wait_with_output().at("wait for", command.get_program())?;
     let took = ms(begin.elapsed());
     if output.status.success() {
-        Ok(took)
+        Ok((took, String::from_utf8_lossy(&output.stdout).trim().to_owned()))
     } else {
         Err(format!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim()).into())
     }

@@ -60,7 +60,7 @@ pub(crate) fn cargo_command(args: &[&str]) -> Command {
     command
 }
 
-fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let mut command = cargo_command(args);
     command.envs(environment.iter().copied());
     let status = command.status().at("run", "cargo")?;

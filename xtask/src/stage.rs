@@ -105,7 +105,14 @@ pub fn build_guest() -> Result<std::path::PathBuf> {
 pub fn phase() -> Result<()> {
     let _lock = build_lock()?;
     let first = !paths::target().join("debug/slurm-vmd").exists();
-    let mut phase = Phase::begin("build", if first { "the first time takes some minutes" } else { "looks for changes" });
+    let mut phase = Phase::begin(
+        "build",
+        if first {
+            "the first time takes some minutes"
+        } else {
+            "looks for changes"
+        },
+    );
     let mut crates = 0_u32;
     let result = say::run(
         cargo_command(&["build", "--workspace", "--color", "never"]).env("CARGO_TERM_PROGRESS_WHEN", "never"),

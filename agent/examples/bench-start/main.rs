@@ -14,7 +14,7 @@ mod libvirt;
 
 use serde_json::json;
 use slurm_vm::{
-    cluster::{Peers, PeerReply, PeerRequest},
+    cluster::{PeerReply, PeerRequest, Peers},
     config::Config,
     core::{Allocation, Life, Plan, Record},
     effects::{Base, DiskError, Disks, Faults, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
@@ -183,7 +183,10 @@ impl Bench {
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
         let world = World {
             clock: Arc::new(SystemClock),
-            store: Arc::new(TimedStore(DirStore::new(&config.state_dir).map_err(|e| e.to_string())?, marks.clone())),
+            store: Arc::new(TimedStore(
+                DirStore::new(&config.state_dir).map_err(|e| e.to_string())?,
+                marks.clone(),
+            )),
             disks: Arc::new(TimedDisks(QemuImg::default(), marks.clone())),
             hypervisor: Arc::new(hypervisor),
             slurm: slurm.clone(),
@@ -228,8 +231,16 @@ impl Bench {
             ..FakeJob::default()
         });
         self.slurm.tick(1);
-        let started = self.slurm.events().iter().any(|e| matches!(e, FakeEvent::Started { job: j, .. } if *j == job));
-        if started { Ok(job) } else { Err(format!("the model does not start job {job}")) }
+        let started = self
+            .slurm
+            .events()
+            .iter()
+            .any(|e| matches!(e, FakeEvent::Started { job: j, .. } if *j == job));
+        if started {
+            Ok(job)
+        } else {
+            Err(format!("the model does not start job {job}"))
+        }
     }
 
     fn job_over(&self, job: u32) {
@@ -283,7 +294,11 @@ impl Bench {
             let file = self.dir.join("domain.xml");
             std::fs::write(&file, &xml).map_err(|e| e.to_string())?;
             let mut command = Command::new("virsh");
-            command.args(["-q", "-c", &self.node.config.hypervisor.uri, "create"]).arg(&file).stdin(Stdio::null()).stdout(Stdio::null());
+            command
+                .args(["-q", "-c", &self.node.config.hypervisor.uri, "create"])
+                .arg(&file)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null());
             let begin = Instant::now();
             let status = command.status().map_err(|e| e.to_string())?;
             let took = begin.elapsed();
@@ -311,10 +326,18 @@ impl Bench {
         *self.marks.lock() = Marks::default();
         self.node.ensure(job, Self::user(), self.spec())?;
         self.marks.wait("started", STARTED_WITHIN, |m| m.started.is_some())?;
-        let up = if boot { self.marks.wait("up", BOOTED_WITHIN, |m| m.up.is_some()) } else { Ok(()) };
+        let up = if boot {
+            self.marks.wait("up", BOOTED_WITHIN, |m| m.up.is_some())
+        } else {
+            Ok(())
+        };
         self.node.release(job, Duration::from_secs(20))?;
         up?;
-        self.node.world.store.remove(&slurm_vm::core::record::domain_name(job, 0)).map_err(|e| e.to_string())?;
+        self.node
+            .world
+            .store
+            .remove(&slurm_vm::core::record::domain_name(job, 0))
+            .map_err(|e| e.to_string())?;
         self.job_over(job);
         let marks = self.marks.lock();
         let (Some((begin, overlay)), Some(started)) = (marks.overlay, marks.started) else {

@@ -435,7 +435,8 @@ impl Vm {
                 Event::Release,
             ) => self.stop(End::Released),
             (Life::Running | Life::AwaitingJob { .. } | Life::Booting { .. }, Event::GiveUp) => self.stop(End::Requeued),
-            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
+            (Life::Booting { .. }, Event::DomainEnded { how }) => self.stop(End::BootFailed { how }),
+            (Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
                 self.stop(End::GuestLost { how })
             }
             (Life::Leaving { stage: LeavingStage::Preparing, .. }, Event::DomainEnded { how }) => {

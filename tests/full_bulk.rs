@@ -15,12 +15,23 @@ const TOTAL: u64 = 2 << 30;
 
 fn lab() -> &'static Lab {
     static LAB: OnceLock<Lab> = OnceLock::new();
-    LAB.get_or_init(|| start(&Options { nodes: 1, grace_s: 20, ..Options::named("t-bulk") }, &[]))
+    LAB.get_or_init(|| {
+        start(
+            &Options {
+                nodes: 1,
+                grace_s: 20,
+                ..Options::named("t-bulk")
+            },
+            &[],
+        )
+    })
 }
 
 /// Resident KiB of the processes with this name on n1.
 fn resident(name: &str) -> u64 {
-    let said: Said = lab().node("n1", &["sh", "-c", &format!("ps -C {name} -o rss= | sort -n | tail -1")]).into();
+    let said: Said = lab()
+        .node("n1", &["sh", "-c", &format!("ps -C {name} -o rss= | sort -n | tail -1")])
+        .into();
     said.out.trim().parse().unwrap_or(0)
 }
 

@@ -5,10 +5,21 @@ use common::{Alice, start};
 use xtask::{Lab, Options, Slurm};
 
 fn spine(name: &'static str, slurm: Slurm) {
-    let lab: Lab = start(&Options { slurm, nodes: 2, grace_s: 20, ..Options::named(name) }, &[]);
+    let lab: Lab = start(
+        &Options {
+            slurm,
+            nodes: 2,
+            grace_s: 20,
+            ..Options::named(name)
+        },
+        &[],
+    );
     let t = Alice::new(&lab, "spine");
     t.script("hello.sh", "#!/bin/sh\nhostname\necho \"$1\"\nexit $2\n");
-    t.script("long.sh", "#!/bin/sh\ntrap 'echo got TERM; exit 5' TERM\necho ready\nwhile :; do sleep 0.2; done\n");
+    t.script(
+        "long.sh",
+        "#!/bin/sh\ntrap 'echo got TERM; exit 5' TERM\necho ready\nwhile :; do sleep 0.2; done\n",
+    );
     let hello = t.submit("--vm=tiny -o hello hello.sh 'a b' 0");
     let seven = t.submit("--vm=tiny -o seven hello.sh x 7");
     assert_eq!(t.end_of(hello), ("COMPLETED".to_owned(), "0:0".to_owned()));

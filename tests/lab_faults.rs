@@ -17,7 +17,15 @@ const HELLO: &str = "#!/bin/sh\necho ran > /shared/home/alice/$1/ran-on-host 2>/
 fn lab() -> (&'static Lab, MutexGuard<'static, ()>) {
     static LAB: OnceLock<Lab> = OnceLock::new();
     let guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let lab = LAB.get_or_init(|| start(&Options { grace_s: 20, ..Options::named("t-faults") }, &[]));
+    let lab = LAB.get_or_init(|| {
+        start(
+            &Options {
+                grace_s: 20,
+                ..Options::named("t-faults")
+            },
+            &[],
+        )
+    });
     for node in ["n1", "n2"] {
         for service in ["libvirtd", "slurm-vmd"] {
             // Whatever the last test left: an answer that it runs already is fine.
@@ -51,7 +59,9 @@ fn a_job_that_meets_a_node_without_agent_runs_on_another() {
     // At once, before the controller has noticed: -w would keep it on n1.
     let job = t.submit("--vm=tiny -x n2 -o out job.sh agent");
     let other = t.submit("--vm=tiny -o out.other job.sh agent");
-    t.sh(&format!("SLURM_VM_CONNECT_TIMEOUT=2 true; scontrol show job {job} | grep -E 'State|Nodes|Features'"));
+    t.sh(&format!(
+        "SLURM_VM_CONNECT_TIMEOUT=2 true; scontrol show job {job} | grep -E 'State|Nodes|Features'"
+    ));
     assert_eq!(t.end_of(other).0, "COMPLETED");
     no_node_is_drained(lab);
     assert!(!t.path("ran-on-host").exists());
@@ -128,7 +138,10 @@ fn with_every_node_sick_jobs_wait_and_run_when_one_is_well() {
 fn a_running_program_does_not_notice_that_the_agent_is_restarted() {
     let (lab, _alone) = lab();
     let t = Alice::new(lab, "restart");
-    t.script("count.sh", "#!/bin/sh\ni=0; while [ $i -lt 80 ]; do echo $i; i=$((i+1)); sleep 0.1; done; exit 6\n");
+    t.script(
+        "count.sh",
+        "#!/bin/sh\ni=0; while [ $i -lt 80 ]; do echo $i; i=$((i+1)); sleep 0.1; done; exit 6\n",
+    );
     let job = t.submit("--vm=tiny -w n1 -o out count.sh");
     t.wait_text("out", "3\n");
     lab.kill("n1", "slurm-vmd").expect("kill");

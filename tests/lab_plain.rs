@@ -30,7 +30,10 @@ fn seen(lab: &Lab) -> BTreeMap<String, String> {
         "env.sh",
         "#!/bin/bash\nenv | grep -v -e ^SLURM_JOB_START_TIME -e ^SLURM_JOB_END_TIME -e ^SLURM_TASK_PID -e ^SLURM_SUBMIT_HOST_TIME -e ^_= | sort\nulimit -a\numask\npwd\nreadlink /proc/self/fd/1\ngrep Sig /proc/self/status\necho to-err >&2\necho $0 \"$@\"\nexit 3\n",
     );
-    t.script("step.sh", "#!/bin/bash\nenv | grep SLURM | grep -v -e TIME -e PID -e PORT -e ADDR | sort\nls -l /proc/self/fd | awk '{print $9}'\n");
+    t.script(
+        "step.sh",
+        "#!/bin/bash\nenv | grep SLURM | grep -v -e TIME -e PID -e PORT -e ADDR | sort\nls -l /proc/self/fd | awk '{print $9}'\n",
+    );
     for (name, args) in [
         ("batch", "-o out.batch"),
         ("apart", "-o out.apart -e err.apart --open-mode=append"),
@@ -61,7 +64,12 @@ fn seen(lab: &Lab) -> BTreeMap<String, String> {
 
 #[test]
 fn a_job_without_a_vm_is_the_same_with_and_without_the_plugin() {
-    let options = |plugin| Options { plugin, grace_s: 20, nodes: 1, ..Options::named("t-plain") };
+    let options = |plugin| Options {
+        plugin,
+        grace_s: 20,
+        nodes: 1,
+        ..Options::named("t-plain")
+    };
     let without = {
         let lab = start(&options(false), &[]);
         let seen = seen(&lab);
@@ -69,7 +77,10 @@ fn a_job_without_a_vm_is_the_same_with_and_without_the_plugin() {
         seen
     };
     let lab = start(&options(true), &[]);
-    assert!(Alice::new(&lab, "plain").sh("sbatch --help").out.contains("--vm=image"), "the plugin is not loaded");
+    assert!(
+        Alice::new(&lab, "plain").sh("sbatch --help").out.contains("--vm=image"),
+        "the plugin is not loaded"
+    );
     let with = seen(&lab);
     let mut different = Vec::new();
     for (what, before) in &without {

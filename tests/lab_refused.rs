@@ -48,7 +48,10 @@ fn a_bad_request_is_refused_at_submit_in_one_line_that_says_what_is_allowed() {
         ("--vm=tiny --vm-cpus=two", vec!["is not a number of vCPUs"]),
         ("--vm=tiny --vm-cpus=2 -c1", vec!["--vm-cpus=2 does not fit into --cpus-per-task=1"]),
         ("--vm=tiny --vm-boot-timeout=soon", vec!["'soon' is not a time"]),
-        ("--vm=tiny --vm-preempt=hope", vec!["'hope' is not a way to leave a node", "live, save, requeue and cancel"]),
+        (
+            "--vm=tiny --vm-preempt=hope",
+            vec!["'hope' is not a way to leave a node", "live, save, requeue and cancel"],
+        ),
         ("--vm-mem=1G", vec!["--vm-mem needs --vm=IMAGE as well"]),
         ("--vm=tiny -C 'a*2'", vec!["the constraint 'a*2'", "cannot be combined with --vm"]),
         ("--vm=tiny -C '[a*1&b*1]'", vec!["the constraint '[a*1&b*1]'"]),
@@ -61,11 +64,17 @@ fn a_bad_request_is_refused_at_submit_in_one_line_that_says_what_is_allowed() {
             let line = said.err.lines().find(|l| l.contains("--vm")).unwrap_or_default();
             assert!(words.iter().all(|w| line.contains(w)), "{program} {options}: {}", said.err);
             assert!(line.starts_with(&format!("{program}: error: ")), "{line}");
-            assert!(!said.out.contains("ran") && !t.path("ran-on-host").exists(), "{program} {options} ran");
+            assert!(
+                !said.out.contains("ran") && !t.path("ran-on-host").exists(),
+                "{program} {options} ran"
+            );
         }
     }
     let said = t.sh("sbatch --vm=tiny -C nosuchfeature job.sh submit");
-    assert!(said.code != Some(0) && said.err.contains("Invalid feature specification"), "{said:?}");
+    assert!(
+        said.code != Some(0) && said.err.contains("Invalid feature specification"),
+        "{said:?}"
+    );
     no_node_is_drained(lab());
 }
 
@@ -88,7 +97,10 @@ fn an_image_that_is_not_usable_is_refused_before_the_boot() {
         assert_eq!(t.end_of(job), ("FAILED".to_owned(), "126:0".to_owned()), "{image}");
         let text = t.text(&format!("out.{image}"));
         println!("{text}");
-        assert!(text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")), "{text}");
+        assert!(
+            text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")),
+            "{text}"
+        );
         assert!(words.iter().all(|w| text.contains(w)), "{text}");
         t.leaves_nothing(job);
     }
@@ -101,10 +113,17 @@ fn a_step_that_asks_for_more_than_its_allocation_is_refused_on_the_node() {
     let t = Alice::new(lab(), "step");
     let said = t.sh("salloc -C vm --mem=300 -c1 srun --vm=tiny --vm-mem=1G hostname");
     println!("{said:?}");
-    assert!(said.err.contains("--vm-mem=1024M needs ") && said.err.contains("the job has 300 MiB"), "{}", said.err);
+    assert!(
+        said.err.contains("--vm-mem=1024M needs ") && said.err.contains("the job has 300 MiB"),
+        "{}",
+        said.err
+    );
     assert_eq!(said.out, "");
     let said = t.sh("salloc -C vm --mem=300 -c1 srun --vm=tiny --vm-cpus=2 hostname");
-    assert!(said.code != Some(0) && said.out.is_empty() && said.err.contains("--vm-cpus=2"), "{said:?}");
+    assert!(
+        said.code != Some(0) && said.out.is_empty() && said.err.contains("--vm-cpus=2"),
+        "{said:?}"
+    );
     no_node_is_drained(lab());
 }
 
@@ -114,8 +133,18 @@ fn the_options_are_in_the_help_like_the_others() {
     for program in ["sbatch", "srun", "salloc"] {
         let help = t.sh(&format!("{program} --help")).out;
         let own: Vec<&str> = help.lines().skip_while(|l| !l.starts_with("Options provided by plugins")).collect();
-        for option in ["--vm=image", "--vm-cpus=ncpus", "--vm-mem=MB", "--vm-boot-timeout=time", "--vm-preempt=list"] {
-            assert!(own.iter().any(|l| l.starts_with(&format!("      {option} "))), "{program}: {option}\n{}", own.join("\n"));
+        for option in [
+            "--vm=image",
+            "--vm-cpus=ncpus",
+            "--vm-mem=MB",
+            "--vm-boot-timeout=time",
+            "--vm-preempt=list",
+        ] {
+            assert!(
+                own.iter().any(|l| l.starts_with(&format!("      {option} "))),
+                "{program}: {option}\n{}",
+                own.join("\n")
+            );
         }
         assert!(own.iter().all(|l| l.len() <= 80), "{}", own.join("\n"));
     }

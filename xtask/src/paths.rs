@@ -14,6 +14,9 @@ pub const LAB_DISKS: &str = "/var/tmp/slurm-vm-lab";
 /// Root trees of other Debian releases, kept between labs.
 pub const LAB_ROOTS: &str = "/var/cache/slurm-vm-lab/roots";
 
+/// A kernel for the image, unpacked and not installed: the machine is not to boot it.
+pub const KERNEL: &str = "/var/cache/slurm-vm-lab/kernel";
+
 /// The top of the source tree this xtask was built from.
 pub fn project() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -8,7 +8,7 @@ use crate::{
     core::{Event, Life},
     health,
     node::Node,
-    peer::Who,
+    peer::{Role, Who},
     server::log_text,
     vm::{
         Request,
@@ -22,11 +22,19 @@ const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 /// Answers one request of an authenticated agent; may block as long as a move takes.
 #[must_use]
 pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
+    if !allowed(from.role, &request) {
+        log::warn!("{} ({:?}) asked what its role may not: {request:?}", from.node, from.role);
+        return PeerReply::Refused(format!("a {:?} may not ask this", from.role));
+    }
     match request {
         PeerRequest::Status => {
             let vms = node.views();
             let totals = node.totals(&vms);
-            PeerReply::Status { health: health::of(node), vms, totals }
+            PeerReply::Status {
+                health: health::of(node),
+                vms,
+                totals,
+            }
         }
         PeerRequest::Show { job } => PeerReply::Vm(node.view(job).map(Box::new)),
         PeerRequest::Log { job, journal, serial } => {
@@ -42,9 +50,21 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Progress { job } => {
             PeerReply::Progress(node.owner(job).and_then(|owner| node.ask(&owner, Request::Progress)).flatten())
         }
-        PeerRequest::MoveOut { job, to, address, cause, deadline_ms } => {
+        PeerRequest::MoveOut {
+            job,
+            to,
+            address,
+            cause,
+            deadline_ms,
+        } => {
             let move_id = format!("{job}-{}-{}", node.name, node.world.clock.now_ms());
-            let order = MoveOrder { move_id, to, address, cause, deadline_ms };
+            let order = MoveOrder {
+                move_id,
+                to,
+                address,
+                cause,
+                deadline_ms,
+            };
             moved(node, job, |reply| Request::MoveOut { order, reply })
         }
         PeerRequest::Save { job, cause } => moved(node, job, |reply| Request::Save { cause, reply }),
@@ -60,19 +80,48 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
         PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
         PeerRequest::Release { job } => tell(node, job, Event::Release),
-        PeerRequest::Import { move_id, record, token, copy_overlay, overlay: _, host } => {
-            match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
-                Ok(reply) => reply,
-                Err(why) => PeerReply::Refused(why),
+        PeerRequest::Import {
+            move_id,
+            record,
+            token,
+            copy_overlay,
+            overlay: _,
+            host,
+        } => match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
+            Ok(reply) => reply,
+            Err(why) => PeerReply::Refused(why),
+        },
+        PeerRequest::Kept {
+            job,
+            program,
+            stream,
+            offset,
+            hex,
+        } => {
+            let sent = node.owner(job).zip(crate::text::unhex(&hex)).map(|(o, bytes)| {
+                o.send(Request::Kept {
+                    program,
+                    stream,
+                    offset,
+                    bytes,
+                })
+            });
+            if matches!(sent, Some(Ok(()))) {
+                PeerReply::Ok
+            } else {
+                PeerReply::Refused(format!("job {job} has no VM on {}", node.name))
             }
         }
-        PeerRequest::Kept { job, program, stream, offset, hex } => {
-            let sent = node.owner(job).zip(crate::text::unhex(&hex)).map(|(o, bytes)| o.send(Request::Kept { program, stream, offset, bytes }));
-            if matches!(sent, Some(Ok(()))) { PeerReply::Ok } else { PeerReply::Refused(format!("job {job} has no VM on {}", node.name)) }
-        }
-        PeerRequest::TakeOver { move_id, job, programs, moves } => {
+        PeerRequest::TakeOver {
+            move_id,
+            job,
+            programs,
+            moves,
+        } => {
             let (reply, answer) = bounded(1);
-            let asked = node.owner(job).is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
+            let asked = node
+                .owner(job)
+                .is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
             node.moves.close_arrival(&move_id);
             if asked && answer.recv_timeout(Duration::from_secs(10)).is_ok() {
                 PeerReply::Ok
@@ -83,15 +132,39 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Abandon { move_id, job } => {
             node.moves.close_arrival(&move_id);
             // Only a VM that is still expected by this very move is forgotten.
-            let waits = node.record(job).is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
+            let waits = node
+                .record(job)
+                .is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
-        PeerRequest::RunsHere { job } => PeerReply::RunsHere(moving::runs_here(node, job)),
+        PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
+            Ok(here) => PeerReply::RunsHere(here),
+            Err(why) => PeerReply::Refused(why),
+        },
+    }
+}
+
+/// Orders come from the controller, the steps of a move from the other node.
+fn allowed(role: Role, request: &PeerRequest) -> bool {
+    match request {
+        PeerRequest::Status | PeerRequest::Show { .. } | PeerRequest::Log { .. } | PeerRequest::Progress { .. } => true,
+        PeerRequest::RunsHere { .. }
+        | PeerRequest::Import { .. }
+        | PeerRequest::Kept { .. }
+        | PeerRequest::TakeOver { .. }
+        | PeerRequest::Abandon { .. } => role == Role::Node,
+        PeerRequest::MoveOut { .. }
+        | PeerRequest::Save { .. }
+        | PeerRequest::CancelMove { .. }
+        | PeerRequest::Grace { .. }
+        | PeerRequest::GiveUp { .. }
+        | PeerRequest::Release { .. } => role == Role::Controller,
     }
 }
 
 fn moved(
-    node: &Arc<Node>, job: u32,
+    node: &Arc<Node>,
+    job: u32,
     request: impl FnOnce(crossbeam_channel::Sender<Result<slurm_vm_api::query::MoveView, String>>) -> Request,
 ) -> PeerReply {
     let Some(owner) = node.owner(job) else {

@@ -182,8 +182,19 @@ impl Vm {
     /// A VM that begins here because its job does.
     #[must_use]
     pub fn new(record: Record) -> (Self, Vec<Effect>) {
-        let line = format!("run {} of job {} for {}: preparing image {}", record.run, record.job, record.user.name, record.spec.image);
-        (Self { record, released: false, destroy_failures: 0, offsets_pending: false }, vec![Effect::Persist, Effect::Journal(line), Effect::Prepare])
+        let line = format!(
+            "run {} of job {} for {}: preparing image {}",
+            record.run, record.job, record.user.name, record.spec.image
+        );
+        (
+            Self {
+                record,
+                released: false,
+                destroy_failures: 0,
+                offsets_pending: false,
+            },
+            vec![Effect::Persist, Effect::Journal(line), Effect::Prepare],
+        )
     }
 
     /// A VM that is expected from another node, or comes from a save: `record.life` says which.
@@ -198,14 +209,27 @@ impl Vm {
             Life::Arriving { from, .. } => effects.push(Effect::Journal(format!("expecting the VM from {from}"))),
             _ => {}
         }
-        (Self { record, released: false, destroy_failures: 0, offsets_pending: false }, effects)
+        (
+            Self {
+                record,
+                released: false,
+                destroy_failures: 0,
+                offsets_pending: false,
+            },
+            effects,
+        )
     }
 
     /// A VM found in the ledger when the agent starts. `runs_here`: libvirt has its domain running.
     /// `job_here`: Slurm says that this node runs the job (`None`: Slurm could not be asked).
     #[must_use]
     pub fn recovered(record: Record, domain_here: bool, job_here: Option<bool>) -> (Self, Vec<Effect>) {
-        let mut vm = Self { record, released: false, destroy_failures: 0, offsets_pending: false };
+        let mut vm = Self {
+            record,
+            released: false,
+            destroy_failures: 0,
+            offsets_pending: false,
+        };
         let effects = match vm.record.life.clone() {
             Life::Stopped { .. } | Life::Gone { .. } | Life::Saved { .. } => vec![],
             Life::Stopping { .. } => vec![Effect::Destroy],
@@ -218,8 +242,13 @@ impl Vm {
             }
             // The intent was recorded and the domain never came, or it ended while no agent looked.
             Life::Booting { .. } => vec![Effect::StartDomain],
-            Life::Running | Life::AwaitingJob { .. } => vm.stop(End::GuestLost { how: "it ended while the agent was away".into() }),
-            Life::Leaving { .. } => vec![Effect::Journal("agent restarted in a move: asking who has the guest".into()), Effect::AskOwner],
+            Life::Running | Life::AwaitingJob { .. } => vm.stop(End::GuestLost {
+                how: "it ended while the agent was away".into(),
+            }),
+            Life::Leaving { .. } => vec![
+                Effect::Journal("agent restarted in a move: asking who has the guest".into()),
+                Effect::AskOwner,
+            ],
             Life::Arriving { .. } => {
                 if domain_here {
                     vec![Effect::AskOwner]
@@ -230,9 +259,16 @@ impl Vm {
             Life::Saving { .. } => {
                 if domain_here {
                     vm.record.life = Life::Running;
-                    vec![Effect::Persist, Effect::Journal("agent restarted in a save: the guest goes on".into()), Effect::ResumeDomain, Effect::OpenGuest]
+                    vec![
+                        Effect::Persist,
+                        Effect::Journal("agent restarted in a save: the guest goes on".into()),
+                        Effect::ResumeDomain,
+                        Effect::OpenGuest,
+                    ]
                 } else {
-                    vm.stop(End::GuestLost { how: "the agent ended while the guest was being saved".into() })
+                    vm.stop(End::GuestLost {
+                        how: "the agent ended while the guest was being saved".into(),
+                    })
                 }
             }
             Life::Restoring { .. } => {
@@ -275,11 +311,24 @@ impl Vm {
             // Preparing and booting.
             (Life::Preparing, Event::Prepared(Ok((allocation, plan)))) => {
                 let seconds = u64::from(self.record.spec.boot_timeout_s.unwrap_or(120));
-                let line = format!("starting domain {} with {} vCPUs and {} MiB ({})", self.record.domain(), plan.vcpus, plan.mem_mib, plan.domain_type);
-                self.record.life = Life::Booting { deadline_ms: now_ms + seconds * 1000 };
+                let line = format!(
+                    "starting domain {} with {} vCPUs and {} MiB ({})",
+                    self.record.domain(),
+                    plan.vcpus,
+                    plan.mem_mib,
+                    plan.domain_type
+                );
+                self.record.life = Life::Booting {
+                    deadline_ms: now_ms + seconds * 1000,
+                };
                 self.record.allocation = Some(allocation);
                 self.record.plan = Some(plan);
-                vec![Do::Persist, Do::Journal(line.clone()), Do::Sessions(SessionNews::Progress(line)), Do::StartDomain]
+                vec![
+                    Do::Persist,
+                    Do::Journal(line.clone()),
+                    Do::Sessions(SessionNews::Progress(line)),
+                    Do::StartDomain,
+                ]
             }
             (Life::Preparing, Event::Prepared(Err(failure))) => self.stop(failure.into()),
             (Life::Booting { .. }, Event::DomainStarted(Ok(()))) => vec![Do::Journal("domain started".into()), Do::OpenGuest],
@@ -287,7 +336,10 @@ impl Vm {
             (Life::Booting { .. }, Event::GuestUp { boot_id }) => {
                 self.record.up_ms = Some(now_ms);
                 self.record.boot_id = Some(boot_id);
-                let mut effects = self.run_on(format!("guest is up after {:.1} s", ms_to_s(now_ms.saturating_sub(self.record.created_ms))));
+                let mut effects = self.run_on(format!(
+                    "guest is up after {:.1} s",
+                    ms_to_s(now_ms.saturating_sub(self.record.created_ms))
+                ));
                 effects.extend([Do::SetClock, Do::Sessions(SessionNews::Ready)]);
                 effects
             }
@@ -299,7 +351,9 @@ impl Vm {
             // Running.
             (Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. }, Event::GuestUp { boot_id }) => {
                 if self.record.boot_id.as_ref().is_some_and(|b| *b != boot_id) {
-                    return self.stop(End::GuestLost { how: "it was rebooted".into() });
+                    return self.stop(End::GuestLost {
+                        how: "it was rebooted".into(),
+                    });
                 }
                 self.record.boot_id = Some(boot_id);
                 vec![Do::Sessions(SessionNews::Ready)]
@@ -319,35 +373,85 @@ impl Vm {
             // Leaving.
             (Life::Running | Life::AwaitingJob { .. }, Event::MoveOut { move_id, to, cause }) => {
                 let line = format!("moving to {to} ({cause})");
-                self.record.life = Life::Leaving { to, move_id, stage: LeavingStage::Preparing };
+                self.record.life = Life::Leaving {
+                    to,
+                    move_id,
+                    stage: LeavingStage::Preparing,
+                };
                 vec![Do::Persist, Do::Journal(line), Do::AskDestination]
             }
             (_, Event::MoveOut { .. }) => {
-                vec![Do::AnswerMove(Err(format!("the VM is {} and cannot move now", self.record.life.name())))]
+                vec![Do::AnswerMove(Err(format!(
+                    "the VM is {} and cannot move now",
+                    self.record.life.name()
+                )))]
             }
-            (Life::Leaving { stage: LeavingStage::Preparing, to, move_id }, Event::DestinationReady(Ok(()))) => {
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Preparing,
+                    to,
+                    move_id,
+                },
+                Event::DestinationReady(Ok(())),
+            ) => {
                 if self.released {
                     let mut effects = vec![Do::AbandonDestination, Do::AnswerMove(Err("the job has ended".into()))];
                     effects.extend(self.stop(End::Released));
                     return effects;
                 }
-                self.record.life = Life::Leaving { to, move_id, stage: LeavingStage::Copying };
+                self.record.life = Life::Leaving {
+                    to,
+                    move_id,
+                    stage: LeavingStage::Copying,
+                };
                 vec![Do::Persist, Do::Migrate]
             }
-            (Life::Leaving { stage: LeavingStage::Preparing, to, .. }, Event::DestinationReady(Err(why))) => {
-                self.stay(format!("{to} cannot take the VM: {why}"))
-            }
-            (Life::Leaving { stage: LeavingStage::Copying, to, move_id }, Event::Migrated(Ok(done))) => {
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Preparing,
+                    to,
+                    ..
+                },
+                Event::DestinationReady(Err(why)),
+            ) => self.stay(format!("{to} cannot take the VM: {why}")),
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Copying,
+                    to,
+                    move_id,
+                },
+                Event::Migrated(Ok(done)),
+            ) => {
                 let line = format!("the guest runs on {to} after {:.2} s, {} bytes", done.seconds, done.bytes);
                 self.record.moves.push(*done);
-                self.record.life = Life::Leaving { to, move_id, stage: LeavingStage::Finishing };
-                vec![Do::Persist, Do::Journal(line), Do::CloseGuest, Do::Sessions(SessionNews::Left), Do::HandOver]
+                self.record.life = Life::Leaving {
+                    to,
+                    move_id,
+                    stage: LeavingStage::Finishing,
+                };
+                vec![
+                    Do::Persist,
+                    Do::Journal(line),
+                    Do::CloseGuest,
+                    Do::Sessions(SessionNews::Left),
+                    Do::HandOver,
+                ]
             }
-            (Life::Leaving { stage: LeavingStage::Copying, .. }, Event::Migrated(Err(why))) => {
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Copying,
+                    ..
+                },
+                Event::Migrated(Err(why)),
+            ) => {
                 vec![Do::Journal(format!("the move failed: {why}")), Do::AskOwner]
             }
             (Life::Leaving { to, move_id, .. }, Event::OwnerIs { there: true }) => {
-                self.record.life = Life::Leaving { to, move_id, stage: LeavingStage::Finishing };
+                self.record.life = Life::Leaving {
+                    to,
+                    move_id,
+                    stage: LeavingStage::Finishing,
+                };
                 vec![Do::Persist, Do::CloseGuest, Do::Sessions(SessionNews::Left), Do::HandOver]
             }
             (Life::Leaving { .. }, Event::OwnerIs { there: false }) => {
@@ -356,13 +460,22 @@ impl Vm {
                 effects.push(Do::OpenGuest);
                 effects
             }
-            (Life::Leaving { stage: LeavingStage::Finishing, to, .. }, Event::HandedOver(outcome)) => {
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Finishing,
+                    to,
+                    ..
+                },
+                Event::HandedOver(outcome),
+            ) => {
                 let done = self.record.moves.last().cloned().unwrap_or_default();
                 self.record.life = Life::Gone { to: to.clone() };
                 self.record.generation += 1;
                 let mut effects = vec![Do::Persist];
                 if let Err(why) = outcome {
-                    effects.push(Do::Journal(format!("{to} has the guest, but did not confirm the output offsets: {why}")));
+                    effects.push(Do::Journal(format!(
+                        "{to} has the guest, but did not confirm the output offsets: {why}"
+                    )));
                 }
                 effects.extend([Do::Clear, Do::AnswerMove(Ok(Box::new(done))), Do::AnswerRelease(Ok(()))]);
                 effects
@@ -370,7 +483,11 @@ impl Vm {
             (Life::Leaving { stage, .. }, Event::CancelMove) if stage != LeavingStage::Finishing => vec![Do::AbortMigration],
             (Life::Leaving { stage, .. }, Event::Release) => {
                 self.released = true;
-                if stage == LeavingStage::Finishing { vec![] } else { vec![Do::AbortMigration] }
+                if stage == LeavingStage::Finishing {
+                    vec![]
+                } else {
+                    vec![Do::AbortMigration]
+                }
             }
 
             // Arriving.
@@ -392,14 +509,24 @@ impl Vm {
                 vec![Do::Persist, Do::Journal(line), Do::Sessions(SessionNews::Left), Do::WriteSave]
             }
             (_, Event::Save { .. }) => {
-                vec![Do::AnswerMove(Err(format!("the VM is {} and cannot be saved now", self.record.life.name())))]
+                vec![Do::AnswerMove(Err(format!(
+                    "the VM is {} and cannot be saved now",
+                    self.record.life.name()
+                )))]
             }
             (Life::Saving { at }, Event::SaveWritten(Ok(done))) => {
                 let line = format!("saved after {:.2} s, {} bytes", done.seconds, done.bytes);
                 self.record.moves.push((*done).clone());
                 self.record.life = Life::Saved { at };
                 self.record.generation += 1;
-                vec![Do::Persist, Do::Journal(line), Do::CloseGuest, Do::Clear, Do::AnswerMove(Ok(done)), Do::AnswerRelease(Ok(()))]
+                vec![
+                    Do::Persist,
+                    Do::Journal(line),
+                    Do::CloseGuest,
+                    Do::Clear,
+                    Do::AnswerMove(Ok(done)),
+                    Do::AnswerRelease(Ok(())),
+                ]
             }
             (Life::Saving { .. }, Event::SaveWritten(Err(why))) => {
                 if self.released {
@@ -425,13 +552,18 @@ impl Vm {
                 effects.extend([Do::OpenGuest, Do::SetClock]);
                 effects
             }
-            (Life::Restoring { .. }, Event::Restored(Err(why))) => {
-                self.stop(End::NodeFault { how: format!("the saved VM could not be restored: {why}") })
-            }
+            (Life::Restoring { .. }, Event::Restored(Err(why))) => self.stop(End::NodeFault {
+                how: format!("the saved VM could not be restored: {why}"),
+            }),
 
             // Ending.
             (
-                Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Arriving { .. } | Life::Restoring { .. },
+                Life::Preparing
+                | Life::Booting { .. }
+                | Life::Running
+                | Life::AwaitingJob { .. }
+                | Life::Arriving { .. }
+                | Life::Restoring { .. },
                 Event::Release,
             ) => self.stop(End::Released),
             (Life::Running | Life::AwaitingJob { .. } | Life::Booting { .. }, Event::GiveUp) => self.stop(End::Requeued),
@@ -439,7 +571,13 @@ impl Vm {
             (Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
                 self.stop(End::GuestLost { how })
             }
-            (Life::Leaving { stage: LeavingStage::Preparing, .. }, Event::DomainEnded { how }) => {
+            (
+                Life::Leaving {
+                    stage: LeavingStage::Preparing,
+                    ..
+                },
+                Event::DomainEnded { how },
+            ) => {
                 let mut effects = vec![Do::AbandonDestination, Do::AnswerMove(Err(format!("the guest was lost: {how}")))];
                 effects.extend(self.stop(End::GuestLost { how }));
                 effects
@@ -447,13 +585,23 @@ impl Vm {
             (Life::Stopping { why }, Event::Destroyed(Ok(()))) => {
                 self.record.life = Life::Stopped { why };
                 self.record.ended_ms = Some(now_ms);
-                vec![Do::Persist, Do::Journal("stopped, nothing is left".into()), Do::AnswerRelease(Ok(()))]
+                vec![
+                    Do::Persist,
+                    Do::Journal("stopped, nothing is left".into()),
+                    Do::AnswerRelease(Ok(())),
+                ]
             }
             (Life::Stopping { .. }, Event::Destroyed(Err(why))) => {
                 self.destroy_failures += 1;
-                let mut effects = vec![Do::Journal(format!("ending the domain failed ({} of {DESTROY_ATTEMPTS}): {why}", self.destroy_failures))];
+                let mut effects = vec![Do::Journal(format!(
+                    "ending the domain failed ({} of {DESTROY_ATTEMPTS}): {why}",
+                    self.destroy_failures
+                ))];
                 if self.destroy_failures >= DESTROY_ATTEMPTS {
-                    effects.push(Do::AnswerRelease(Err(format!("domain {} cannot be ended: {why}", self.record.domain()))));
+                    effects.push(Do::AnswerRelease(Err(format!(
+                        "domain {} cannot be ended: {why}",
+                        self.record.domain()
+                    ))));
                 }
                 effects
             }
@@ -498,7 +646,9 @@ impl Vm {
     }
 
     fn arrive(&mut self, now_ms: u64, await_job_ms: u64) -> Vec<Effect> {
-        self.record.life = Life::AwaitingJob { deadline_ms: now_ms + await_job_ms };
+        self.record.life = Life::AwaitingJob {
+            deadline_ms: now_ms + await_job_ms,
+        };
         self.record.generation += 1;
         self.offsets_pending = true;
         vec![Effect::Persist, Effect::Journal("the guest runs here; waiting for its job".into())]
@@ -521,7 +671,11 @@ impl Vm {
     }
 
     fn open_guest(&mut self) -> Vec<Effect> {
-        if std::mem::take(&mut self.offsets_pending) { vec![Effect::OpenGuest, Effect::SetClock] } else { vec![] }
+        if std::mem::take(&mut self.offsets_pending) {
+            vec![Effect::OpenGuest, Effect::SetClock]
+        } else {
+            vec![]
+        }
     }
 
     /// How often ending the domain has failed so far.

@@ -35,6 +35,15 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// The domain whose record it is about.
+    #[must_use]
+    pub fn domain(&self) -> Option<String> {
+        let (Self::Io { path, .. } | Self::Record { path, .. }) = self;
+        path.parent()?.file_name()?.to_str().map(str::to_owned)
+    }
+}
+
 /// Durable state of the agent's VMs. Called from the VMs' owner threads.
 pub trait Store: Send + Sync + fmt::Debug {
     /// All records; those that cannot be read come as errors beside them.
@@ -76,7 +85,11 @@ impl DirStore {
             .recursive(true)
             .mode(0o711)
             .create(&vms)
-            .map_err(|source| StoreError::Io { act: "make", path: vms.clone(), source })?;
+            .map_err(|source| StoreError::Io {
+                act: "make",
+                path: vms.clone(),
+                source,
+            })?;
         Ok(Self { vms })
     }
 }
@@ -112,15 +125,23 @@ impl Store for DirStore {
                     continue;
                 }
             };
-            records.push(serde_json::from_slice::<Record>(&bytes).map_err(|e| StoreError::Record { path: path.clone(), why: e.to_string() }).and_then(
-                |r| {
-                    if r.v == record::RECORD_VERSION {
-                        Ok(r)
-                    } else {
-                        Err(StoreError::Record { path, why: format!("version {}, this agent reads {}", r.v, record::RECORD_VERSION) })
-                    }
-                },
-            ));
+            records.push(
+                serde_json::from_slice::<Record>(&bytes)
+                    .map_err(|e| StoreError::Record {
+                        path: path.clone(),
+                        why: e.to_string(),
+                    })
+                    .and_then(|r| {
+                        if r.v == record::RECORD_VERSION {
+                            Ok(r)
+                        } else {
+                            Err(StoreError::Record {
+                                path,
+                                why: format!("version {}, this agent reads {}", r.v, record::RECORD_VERSION),
+                            })
+                        }
+                    }),
+            );
         }
         Ok(records)
     }
@@ -128,10 +149,18 @@ impl Store for DirStore {
     fn put(&self, record: &Record) -> Result<(), StoreError> {
         let dir = self.vm_dir(&record.domain());
         let path = dir.join("record.json");
-        let io = |source| StoreError::Io { act: "write", path: path.clone(), source };
+        let io = |source| StoreError::Io {
+            act: "write",
+            path: path.clone(),
+            source,
+        };
         if !dir.is_dir() {
             use std::os::unix::fs::DirBuilderExt;
-            fs::DirBuilder::new().mode(0o711).create(&dir).or_else(|e| if dir.is_dir() { Ok(()) } else { Err(e) }).map_err(io)?;
+            fs::DirBuilder::new()
+                .mode(0o711)
+                .create(&dir)
+                .or_else(|e| if dir.is_dir() { Ok(()) } else { Err(e) })
+                .map_err(io)?;
             File::open(&self.vms).and_then(|d| d.sync_all()).map_err(io)?;
         }
         let mut bytes = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;
@@ -142,7 +171,11 @@ impl Store for DirStore {
     fn remove(&self, domain: &str) -> Result<(), StoreError> {
         let path = self.vm_dir(domain);
         match fs::remove_dir_all(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::Io { act: "remove", path, source: e }),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::Io {
+                act: "remove",
+                path,
+                source: e,
+            }),
             _ => Ok(()),
         }
     }

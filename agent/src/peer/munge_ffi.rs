@@ -11,8 +11,6 @@ use std::ptr;
     non_upper_case_globals,
     dead_code,
     unused_imports,
-    clippy::all,
-    clippy::undocumented_unsafe_blocks,
     reason = "made by bindgen"
 )]
 mod c {

@@ -19,7 +19,7 @@ use std::thread;
 const BUFFER: usize = 256 << 10;
 
 /// Without encryption: one thread for each direction.
-pub(super) fn plain(tcp: TcpStream, local: UnixStream, count: &Arc<Count>) -> io::Result<()> {
+pub(super) fn plain(tcp: &TcpStream, local: &UnixStream, count: &Arc<Count>) -> io::Result<()> {
     tcp.set_nonblocking(false)?;
     tcp.set_read_timeout(None)?;
     tcp.set_write_timeout(None)?;
@@ -30,8 +30,8 @@ pub(super) fn plain(tcp: TcpStream, local: UnixStream, count: &Arc<Count>) -> io
         let result = one_way(&local_out, &tcp_out, |n| _ = counter.sent.fetch_add(n, Ordering::Relaxed));
         finish(result, &tcp_out, &local_out, |t, _| t.shutdown(Shutdown::Write))
     })?;
-    let inward = one_way(&tcp, &local, |n| _ = count.received.fetch_add(n, Ordering::Relaxed));
-    let inward = finish(inward, &tcp, &local, |_, l| l.shutdown(Shutdown::Write));
+    let inward = one_way(tcp, local, |n| _ = count.received.fetch_add(n, Ordering::Relaxed));
+    let inward = finish(inward, tcp, local, |_, l| l.shutdown(Shutdown::Write));
     let outward = outward
         .join()
         .unwrap_or_else(|_| Err(io::Error::other("the other direction panicked")));
@@ -167,10 +167,10 @@ impl Pump<'_> {
         self.drain_tls()?;
         loop {
             let mut moved = false;
-            moved |= self.from_peer()?;
-            moved |= self.to_local()?;
-            moved |= self.from_local()?;
-            moved |= self.to_peer()?;
+            moved |= self.take_from_peer()?;
+            moved |= self.give_to_local()?;
+            moved |= self.take_from_local()?;
+            moved |= self.give_to_peer()?;
             if self.local_ended && self.end_passed_on && !self.conn.wants_write() {
                 return Ok(());
             }
@@ -180,7 +180,7 @@ impl Pump<'_> {
         }
     }
 
-    fn from_peer(&mut self) -> io::Result<bool> {
+    fn take_from_peer(&mut self) -> io::Result<bool> {
         let mut moved = false;
         if self.wants_wire() {
             match attempt((&self.tcp).read(&mut self.wire.bytes))? {
@@ -232,7 +232,7 @@ impl Pump<'_> {
         Ok(())
     }
 
-    fn to_local(&mut self) -> io::Result<bool> {
+    fn give_to_local(&mut self) -> io::Result<bool> {
         let mut moved = false;
         if self.local_gone {
             self.inward.take(self.inward.end - self.inward.start);
@@ -260,7 +260,7 @@ impl Pump<'_> {
         Ok(moved)
     }
 
-    fn from_local(&mut self) -> io::Result<bool> {
+    fn take_from_local(&mut self) -> io::Result<bool> {
         if self.local_ended || self.conn.wants_write() {
             return Ok(false);
         }
@@ -284,7 +284,7 @@ impl Pump<'_> {
         Ok(true)
     }
 
-    fn to_peer(&mut self) -> io::Result<bool> {
+    fn give_to_peer(&mut self) -> io::Result<bool> {
         let mut moved = false;
         while self.conn.wants_write() {
             match attempt(self.conn.write_tls(&mut self.tcp))? {

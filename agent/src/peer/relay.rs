@@ -201,11 +201,13 @@ fn bridge(shared: &Shared, kind: StreamKind, local: UnixStream) -> Result<(), Pe
         encrypt,
     };
     let stream = shared.peer.relay(&spec.to, &open)?;
-    let clone = stream.socket().try_clone().map_err(|source| PeerError::Io {
+    let watch = |source| PeerError::Io {
         what: "watch a stream",
         source,
-    })?;
-    let _listed = shared.streams.add(clone);
+    };
+    let _listed = shared
+        .streams
+        .add(stream.socket().try_clone().map_err(watch)?, Some(local.try_clone().map_err(watch)?));
     carry(stream, local, encrypt, &shared.progress.of(kind))
 }
 
@@ -215,7 +217,7 @@ pub(super) fn carry(stream: TlsStream, local: UnixStream, encrypt: bool, count: 
     let result = if encrypt {
         pump::encrypted(conn, tcp, local, count)
     } else {
-        pump::plain(tcp, local, count)
+        pump::plain(&tcp, &local, count)
     };
     result.map_err(|source| PeerError::Io {
         what: "carry a stream to its end",

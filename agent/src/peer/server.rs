@@ -15,7 +15,7 @@ use super::wake::Wake;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -176,7 +176,7 @@ fn serve<H: Handler>(shared: &Shared<H>, tcp: TcpStream) -> Result<(), PeerError
         source,
     };
     tcp.set_nonblocking(false).and_then(|()| prepare(&tcp)).map_err(io)?;
-    let _listed = shared.streams.add(tcp.try_clone().map_err(io)?);
+    let _listed = shared.streams.add(tcp.try_clone().map_err(io)?, None);
     let mut stream = shared.peer.tls.accept(tcp, settings.handshake_deadline)?;
     let (who, purpose) = shared.peer.party().prove_to_client(&mut stream)?;
     log::debug!("{} ({:?}, uid {}) is here for {purpose:?}", who.node, who.role, who.uid);
@@ -223,13 +223,16 @@ fn relay_stream<H: Handler>(shared: &Shared<H>, mut stream: TlsStream, who: &Who
             return Err(PeerError::Refused { reason });
         }
     };
-    let cut = stream.socket().try_clone().map_err(|source| PeerError::Io {
+    let watch = |source| PeerError::Io {
         what: "watch a stream",
         source,
-    })?;
-    let _listed = admitted.streams.add(cut);
+    };
+    let (cut, local) = (
+        stream.socket().try_clone().map_err(watch)?,
+        admitted.local.try_clone().map_err(watch)?,
+    );
+    let _listed = admitted.streams.add(cut, Some(local));
     if admitted.streams.is_cut() {
-        let _ = stream.socket().shutdown(Shutdown::Both);
         return Err(PeerError::Closed);
     }
     frame::send(&mut stream, &RelayAnswer::Ready, settings.max_message, "open a stream", deadline)?;

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
 struct List {
-    open: HashMap<u64, TcpStream>,
+    open: HashMap<u64, (TcpStream, Option<UnixStream>)>,
     next: u64,
     cut: bool,
 }
@@ -20,15 +21,15 @@ impl Streams {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lists a clone of the socket until the result is dropped.
-    pub(super) fn add(self: &Arc<Self>, socket: TcpStream) -> Listed {
+    /// Lists clones of a connection's socket, and of the local one it is bridged to, until the result is dropped.
+    pub(super) fn add(self: &Arc<Self>, socket: TcpStream, local: Option<UnixStream>) -> Listed {
         let mut list = self.list();
         if list.cut {
-            let _ = socket.shutdown(Shutdown::Both);
+            cut(&socket, local.as_ref());
         }
         let number = list.next;
         list.next += 1;
-        list.open.insert(number, socket);
+        list.open.insert(number, (socket, local));
         Listed {
             streams: Arc::clone(self),
             number,
@@ -39,8 +40,8 @@ impl Streams {
     pub(super) fn cut_all(&self) {
         let mut list = self.list();
         list.cut = true;
-        for socket in list.open.values() {
-            let _ = socket.shutdown(Shutdown::Both);
+        for (socket, local) in list.open.values() {
+            cut(socket, local.as_ref());
         }
     }
 
@@ -50,6 +51,14 @@ impl Streams {
 
     pub(super) fn len(&self) -> usize {
         self.list().open.len()
+    }
+}
+
+fn cut(socket: &TcpStream, local: Option<&UnixStream>) {
+    // Both fail only if the other end is gone already.
+    let _ = socket.shutdown(Shutdown::Both);
+    if let Some(local) = local {
+        let _ = local.shutdown(Shutdown::Both);
     }
 }
 

@@ -193,9 +193,11 @@ impl Credentials for Forger {
     }
 }
 
+type Edit = fn(&mut serde_json::Value);
+
 #[test]
 fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
-    let edits: [(&str, fn(&mut serde_json::Value)); 9] = [
+    let edits: [(&str, Edit); 9] = [
         ("fingerprint", |c| c["client_fingerprint"] = hex(&Sha256::digest("mine")).into()),
         ("fingerprint", |c| c["server_fingerprint"] = hex(&Sha256::digest("mine")).into()),
         ("nonce", |c| c["client_nonce"] = "00".repeat(32).into()),
@@ -203,7 +205,7 @@ fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
         ("channel", |c| c["channel"] = "00".repeat(32).into()),
         ("purpose", |c| c["purpose"] = "relay".into()),
         ("side", |c| {
-            c["side"] = if c["side"] == "client" { "server" } else { "client" }.into()
+            c["side"] = if c["side"] == "client" { "server" } else { "client" }.into();
         }),
         ("node or role", |c| c["client_node"] = "n9".into()),
         ("protocol", |c| c["version"] = 7.into()),
@@ -221,7 +223,7 @@ fn a_credential_for_anything_but_this_connection_is_refused_on_both_sides() {
             other => panic!("{what}: the client must refuse: {other:?}"),
         }
     }
-    let garbage: fn(&mut serde_json::Value) = |c| *c = "a credential for some other service".into();
+    let garbage: Edit = |c| *c = "a credential for some other service".into();
     assert!(matches!(
         ask(&peer_with(settings("n1"), Forger::new(garbage)), &n2.at, "hello"),
         Err(PeerError::Refused { .. })
@@ -706,6 +708,45 @@ fn a_move_directory_is_private_and_a_stale_one_is_replaced() {
     let path = dir.path().to_owned();
     drop(dir);
     assert!(!path.exists());
+}
+
+#[test]
+fn the_sockets_of_a_move_belong_to_qemu_and_nobody_else_gets_in() {
+    use std::os::unix::fs::MetadataExt;
+    if !nix::unistd::geteuid().is_root() {
+        return println!("not root: owners cannot be set");
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let access = Access {
+        uid: Some(64055),
+        gid: Some(64056),
+        ..Access::default()
+    };
+    let to = PeerAddress {
+        node: "n2".into(),
+        host: "127.0.0.1".into(),
+        port: 1,
+    };
+    let spec = RelaySpec {
+        id: "job-7".into(),
+        token: String::new(),
+        to,
+        root: temp.path().into(),
+        access,
+        encrypt: true,
+    };
+    let relay = RelayListener::open(peer("n1"), spec).unwrap();
+    let of = |p: &Path| std::fs::symlink_metadata(p).map(|m| (m.uid(), m.gid(), m.mode() & 0o777)).unwrap();
+    assert_eq!(of(&temp.path().join("job-7")), (64055, 64056, 0o700));
+    for kind in StreamKind::ALL {
+        assert_eq!(of(&relay.socket(kind)), (64055, 64056, 0o600));
+    }
+    // The peer is not there: the local connection ends, and the relay lives on.
+    let mut s = UnixStream::connect(relay.socket(StreamKind::Migration)).unwrap();
+    s.set_read_timeout(Some(SOON)).unwrap();
+    assert_eq!(s.read(&mut [0]).unwrap_or(0), 0);
+    drop(relay);
+    assert!(!temp.path().join("job-7").exists());
 }
 
 #[test]

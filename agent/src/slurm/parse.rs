@@ -4,9 +4,9 @@ use super::SlurmError;
 use super::hostlist::{expand_hosts, expand_numbers};
 use super::types::{JobBrief, JobId, JobInfo, JobState, NodeAlloc, UserText};
 
-/// The fields asked of `squeue`, in this order. None of them is a text that a user can choose freely, so `|` and the end of the line are safe as delimiters; the
-/// constraint is last, because it may hold a `|` of its own (and slurmctld refuses one with unknown names in it).
-/// `:|` behind a name means "no padding, no cutting, then this delimiter": a width such as `:20` would cut long values without a word.
+/// The fields asked of `squeue`, in this order. None of them is a text that a user can choose freely, and the delimiters are control characters, so that a `|` in a
+/// constraint or a line break in a plugin's reason moves nothing.
+/// `:` and the delimiter behind a name mean "no padding, no cutting": a width such as `:20` would cut long values without a word.
 const FIELDS: [&str; 28] = [
     "JobID",
     "ArrayJobID",
@@ -38,19 +38,35 @@ const FIELDS: [&str; 28] = [
     "Feature",
 ];
 
+/// Between fields, and at the end of a record (before its line break).
+const UNIT: char = '\x1f';
+const RECORD: char = '\x1e';
+
 /// The argument of `squeue --Format`.
 pub(super) fn squeue_format() -> String {
-    FIELDS.iter().map(|f| format!("{f}:|")).collect::<Vec<_>>().join(",")
+    let last = FIELDS.len() - 1;
+    FIELDS
+        .iter()
+        .enumerate()
+        .map(|(i, f)| format!("{f}:{}", if i == last { RECORD } else { UNIT }))
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
-/// Reads `squeue`'s lines into jobs without allocations and texts.
+/// Reads `squeue`'s records into jobs without allocations and texts.
 pub(super) fn squeue(text: &str) -> Result<Vec<JobInfo>, SlurmError> {
-    text.lines().filter(|l| !l.is_empty()).map(squeue_line).collect()
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    let records = text
+        .strip_suffix("\x1e\n")
+        .ok_or_else(|| SlurmError::parse("end of squeue's records", text))?;
+    records.split("\x1e\n").map(squeue_line).collect()
 }
 
 fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
     let bad = |field: &'static str| SlurmError::parse(field, line);
-    let values: Vec<&str> = line.splitn(FIELDS.len(), '|').collect();
+    let values: Vec<&str> = line.split(UNIT).collect();
     let [
         id,
         array_job,
@@ -84,7 +100,6 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
     else {
         return Err(bad("squeue line"));
     };
-    let feature = feature.strip_suffix('|').ok_or_else(|| bad("end of the squeue line"))?;
     let batch = flag(batch).ok_or_else(|| bad("BatchFlag"))?;
     let brief = JobBrief {
         id: id.parse().map_err(|_| bad("JobID"))?,

@@ -62,7 +62,8 @@ fn samples() -> impl Iterator<Item = Samples> {
             } else {
                 let sample = all.get_mut(&name).expect("a header first");
                 let to = if in_err { &mut sample.err } else { &mut sample.out };
-                to.push_str(line);
+                // Shown as symbols in the files.
+                to.push_str(&line.replace('␟', "\x1f").replace('␞', "\x1e"));
                 to.push('\n');
             }
         }
@@ -411,10 +412,145 @@ fn answers_that_are_not_understood_are_errors() {
         "1|2|3",
         &good.replacen("2001", "alice", 1),
         &good[..good.len() / 2],
-        &good.replace("n1|n1", "n1|n[1-"),
+        &good.replace("n1\x1fn1", "n1\x1fn[1-"),
     ] {
         assert!(matches!(parse::briefs(bad), Err(SlurmError::Parse { .. })), "{bad}");
     }
+    let odd = good.replacen("None", "a plugin said: |\n\u{1e}no", 1);
+    assert_eq!(
+        parse::briefs(&odd).unwrap()[0].reason,
+        "a plugin said: |\n\u{1e}no",
+        "a reason moves nothing"
+    );
+    assert!(parse::briefs("").unwrap().is_empty());
     assert!(parse_admin::nodes("NodeName=n1 State=IDLE\n").is_err());
     assert!(parse_admin::config("ClusterName = x\n").is_err());
+}
+
+/// Run it on the controller of a test cluster with a job of alice's that is in its grace time and an idle node with the feature `vm`.
+#[test]
+fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
+    if std::env::var_os("SLURM_VM_TEST_SLURM").is_none() {
+        return println!("no cluster given (SLURM_VM_TEST_SLURM): not tested");
+    }
+    let slurm = SlurmCommands::new(SlurmSettings::default());
+    let until = |what: &str, is: &dyn Fn() -> bool| {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !is() {
+            assert!(std::time::Instant::now() < end, "{what}");
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+    };
+    slurm.ping().unwrap();
+    let config = slurm.config().unwrap();
+    println!("{config:?}\n{:?}", slurm.partitions().unwrap());
+    let victim = slurm
+        .jobs_poll()
+        .unwrap()
+        .into_iter()
+        .find(JobBrief::in_grace)
+        .expect("a job in grace");
+    let before = slurm.job(victim.id).unwrap().unwrap();
+    assert_eq!(before.allocs.len(), 1);
+    let spec = ReservationSpec {
+        name: format!("vm-{}", victim.id),
+        nodes: ReservationNodes::Count(1),
+        partition: Some(victim.partition.clone()),
+        features: Some("vm".into()),
+        users: vec![victim.user.clone()],
+    };
+    let made = slurm.create_reservation(&spec).unwrap();
+    assert_eq!(slurm.create_reservation(&spec).unwrap(), made, "a second time it is the same one");
+    assert!(
+        slurm
+            .create_reservation(&ReservationSpec {
+                name: "vm-x".into(),
+                ..spec.clone()
+            })
+            .unwrap_err()
+            .is_busy()
+    );
+    let limit = JobUpdate {
+        time_limit_min: Some(7),
+        ..JobUpdate::default()
+    };
+    assert!(slurm.update_job(victim.id, &limit).is_err(), "no new limit within grace");
+    slurm.requeuehold(victim.id).unwrap();
+    let now = || slurm.job(victim.id).unwrap().unwrap();
+    until("back in the queue", &|| now().brief.state == JobState::Pending);
+    assert!(now().brief.is_held());
+    assert!(slurm.requeuehold(victim.id).unwrap_err().is_already_pending());
+    let steer = JobUpdate {
+        reservation: Some(Some(spec.name.clone())),
+        start_now: true,
+        time_limit_min: Some(7),
+        comment: Some("moved by a test".into()),
+        ..JobUpdate::default()
+    };
+    slurm.update_job(victim.id, &steer).unwrap();
+    slurm.release(victim.id).unwrap();
+    until("runs on the reserved node", &|| now().brief.state == JobState::Running);
+    let after = now();
+    assert_eq!(
+        (&after.brief.nodes, after.brief.restarts, after.time_limit_min),
+        (&made.nodes, victim.restarts + 1, Some(7))
+    );
+    assert_eq!(after.allocs[0].cpus.len(), before.allocs[0].cpus.len());
+    assert_eq!(after.user_text.comment.as_deref(), Some("moved by a test"));
+    slurm
+        .update_job(
+            victim.id,
+            &JobUpdate {
+                reservation: Some(None),
+                ..JobUpdate::default()
+            },
+        )
+        .unwrap();
+    assert!(slurm.delete_reservation(&spec.name).unwrap() && !slurm.delete_reservation(&spec.name).unwrap());
+    assert!(slurm.reservations().unwrap().is_empty());
+
+    let named = ReservationSpec {
+        name: "vm-n".into(),
+        nodes: ReservationNodes::Named(vec!["n1".into()]),
+        partition: None,
+        features: None,
+        users: spec.users,
+    };
+    assert_eq!(slurm.create_reservation(&named).unwrap().nodes, ["n1"]);
+    assert!(slurm.delete_reservation("vm-n").unwrap());
+    let features = || slurm.nodes().unwrap().into_iter().find(|n| n.name == "n1").unwrap().active_features;
+    slurm.set_active_features("n1", &[]).unwrap();
+    assert!(features().is_empty());
+    slurm.set_active_features("n1", &["vm".into()]).unwrap();
+    assert_eq!(features(), ["vm"]);
+    assert!(slurm.set_active_features("n1", &["nosuch".into()]).is_err());
+    assert!(slurm.set_active_features("n1 State=DOWN", &[]).is_err(), "not a name");
+
+    assert_eq!(slurm.job(4_000_000).unwrap(), None);
+    assert_eq!(slurm.requeue(4_000_000), Err(SlurmError::NoSuchJob));
+    slurm.cancel(4_000_000, None).unwrap();
+    slurm.cancel(victim.id, Some(18)).unwrap();
+    slurm.requeue(victim.id).unwrap();
+    until("back in the queue again", &|| now().brief.state == JobState::Pending);
+    let nodes = JobUpdate {
+        req_nodes: Some(vec!["n2".into()]),
+        exclude_nodes: Some(vec!["n1".into()]),
+        ..JobUpdate::default()
+    };
+    slurm.update_job(victim.id, &nodes).unwrap();
+    assert_eq!(now().req_nodes, ["n2"]);
+    let clear = JobUpdate {
+        req_nodes: Some(vec![]),
+        exclude_nodes: Some(vec![]),
+        features: Some("vm".into()),
+        ..JobUpdate::default()
+    };
+    slurm.update_job(victim.id, &clear).unwrap();
+    assert_eq!((now().req_nodes.len(), now().brief.features.as_deref()), (0, Some("vm")));
+    slurm.hold(victim.id).unwrap();
+    assert!(now().brief.is_held());
+    slurm.cancel(victim.id, None).unwrap();
+    until("cancelled", &|| now().brief.state == JobState::Cancelled);
+    slurm.cancel(victim.id, None).unwrap();
+    assert!(slurm.update_job(victim.id, &limit).unwrap_err().is_already_finished());
 }

@@ -1,11 +1,12 @@
 # Records what Slurm prints, as root on the controller of a test cluster with the nodes n1 and n2 (4 CPUs, 4000 MiB, features vm,fast and vm) and the
 # partitions low (tier 1, REQUEUE, GraceTime=120) and high (tier 10). One file for each command and stream; each release has them joined in one .txt:
-# "=== NAME STATUS", then "--- out" and "--- err". Kernel names, load and free memory are replaced.
+# "=== NAME STATUS", then "--- out" and "--- err". Kernel names, load and free memory are replaced, and the two control characters are
+# shown as ␟ and ␞.
 export SLURM_TIME_FORMAT=%s LC_ALL=C
 cd /home/alice
 O=${1:?directory for the samples}; mkdir -p $O
 U="setpriv --reuid=2001 --regid=2001 --clear-groups env HOME=/home/alice"
-SQ='JobID:|,ArrayJobID:|,ArrayTaskID:|,HetJobID:|,HetJobOffset:|,UserID:|,GroupID:|,UserName:|,GroupName:|,State:|,PreemptTime:|,StartTime:|,EndTime:|,TimeLimit:|,PriorityLong:|,Requeue:|,RestartCnt:|,BatchFlag:|,exit_code:|,NumNodes:|,NumCPUs:|,BatchHost:|,NodeList:|,Partition:|,Reservation:|,ReqNodes:|,Reason:|,Feature:|'
+SQ=$'JobID:\x1f,ArrayJobID:\x1f,ArrayTaskID:\x1f,HetJobID:\x1f,HetJobOffset:\x1f,UserID:\x1f,GroupID:\x1f,UserName:\x1f,GroupName:\x1f,State:\x1f,PreemptTime:\x1f,StartTime:\x1f,EndTime:\x1f,TimeLimit:\x1f,PriorityLong:\x1f,Requeue:\x1f,RestartCnt:\x1f,BatchFlag:\x1f,exit_code:\x1f,NumNodes:\x1f,NumCPUs:\x1f,BatchHost:\x1f,NodeList:\x1f,Partition:\x1f,Reservation:\x1f,ReqNodes:\x1f,Reason:\x1f,Feature:\x1e'
 # name cmd... : keep stdout, stderr, rc
 k() { n=$1; shift; set +e; "$@" >$O/$n.out 2>$O/$n.err; rc=$?; set -e; [ -s $O/$n.err ] || rm $O/$n.err; [ -s $O/$n.out ] || rm $O/$n.out; [ $rc = 0 ] || echo $rc > $O/$n.rc; }
 j() { k job_$1 scontrol show job -d -o $2; k squeue_$1 squeue -h -a -t all -j $2 -O "$SQ"; }

@@ -109,10 +109,8 @@ impl Node {
                 return;
             }
         };
-        let domains = self.world.hypervisor.list().unwrap_or_else(|e| {
-            log::error!("libvirt cannot be asked for its domains: {e}");
-            Vec::new()
-        });
+        // No answer is not "none": a VM must not be taken for lost because libvirt is away.
+        let domains = self.world.hypervisor.list().inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}")).ok();
         let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
         let now = self.world.clock.now_ms();
         let mut known = Vec::new();
@@ -121,6 +119,8 @@ impl Node {
                 Ok(record) => record,
                 Err(e) => {
                     log::error!("{}", crate::text::chain(&e));
+                    // Another version's record, perhaps: its domain is not ours to end.
+                    known.extend(e.domain());
                     continue;
                 }
             };
@@ -134,22 +134,34 @@ impl Node {
                 }
                 continue;
             }
-            let domain_here = domains.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid());
-            let job_here = match self.world.slurm.job(job) {
-                Ok(Some(info)) => Some(info.brief.state.is_on_nodes() && info.brief.nodes.contains(&self.name)),
-                Ok(None) => Some(false),
-                Err(_) => None,
-            };
-            log::info!("job {job}: found {} in the ledger (domain here: {domain_here}, job here: {job_here:?})", record.life.name());
+            let domain_here = domains.as_ref().map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
+            let job_here = self.job_here(job);
+            log::info!("job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})", record.life.name());
             let tx = vm::spawn(self.clone(), Birth::Recovered { record, domain_here, job_here });
             self.vms().insert(job, Entry::Live(tx));
         }
-        for d in domains.iter().filter(|d| !known.contains(&d.name)) {
+        for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {
             log::warn!("domain {} is ours and in no record: ending it", d.name);
             if let Err(e) = self.world.hypervisor.destroy(&d.name) {
                 log::error!("cannot end {}: {e}", d.name);
             }
         }
+    }
+
+    /// Whether Slurm runs the job on this node; `None` when it does not say.
+    #[must_use]
+    pub fn job_here(&self, job: u32) -> Option<bool> {
+        match self.world.slurm.job(job) {
+            Ok(Some(info)) => Some(info.brief.state.is_on_nodes() && info.brief.nodes.contains(&self.name)),
+            Ok(None) => Some(false),
+            Err(_) => None,
+        }
+    }
+
+    /// Slurm says that the job will never run again.
+    #[must_use]
+    pub fn job_is_over(&self, job: u32) -> bool {
+        self.world.slurm.job(job).is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
     }
 
     /// Prolog: the job may run here soon. Returns the run number at once; everything else happens on the VM's thread.
@@ -169,7 +181,7 @@ impl Node {
                     drop(vms);
                     let (reply, answer) = bounded(1);
                     let record = self.ask(&tx, |r| Request::Record(r));
-                    if let Some(record) = record.filter(|r| matches!(r.life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. })) {
+                    if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
                         let run = record.run + 1;
@@ -212,6 +224,21 @@ impl Node {
         }
     }
 
+    /// Which of its job's VMs the one on this node is: the node's place in the job's node list. Domains and overlays of a
+    /// job on several nodes are told apart by it.
+    #[must_use]
+    pub fn place_in(&self, job: u32) -> u32 {
+        let nodes = match self.world.slurm.job(job) {
+            Ok(Some(info)) => info.brief.nodes,
+            Ok(None) => Vec::new(),
+            Err(e) => {
+                log::warn!("job {job}: cannot ask Slurm for its nodes: {e}");
+                Vec::new()
+            }
+        };
+        nodes.iter().position(|n| *n == self.name).and_then(|k| u32::try_from(k).ok()).unwrap_or(0)
+    }
+
     /// A record for a new VM, or the one of a save that waits on shared storage.
     fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
         let now = self.world.clock.now_ms();
@@ -244,6 +271,7 @@ impl Node {
             up_ms: None,
             ended_ms: None,
             boot_id: None,
+            await_until_ms: None,
         })
     }
 
@@ -278,7 +306,7 @@ impl Node {
         if let Ok(outcome) = answer.recv_timeout(wait) {
             return outcome;
         }
-        let domain = domain_name(job, 0);
+        let domain = self.record(job).map_or_else(|| domain_name(job, 0), |r| r.domain());
         log::warn!("job {job}: its VM did not leave within {} s: ending {domain}", wait.as_secs());
         let (reply, answer) = bounded(1);
         let _ = tx.send(Request::Release(reply));
@@ -525,16 +553,21 @@ impl Node {
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
-        let jobs: Vec<(u32, Sender<Request>)> =
-            self.vms().iter().filter_map(|(j, e)| if let Entry::Live(tx) = e { Some((*j, tx.clone())) } else { None }).collect();
-        for (job, tx) in jobs {
+        let owners: Vec<Sender<Request>> =
+            self.vms().values().filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None }).collect();
+        for tx in owners {
             let Some(record) = self.ask(&tx, Request::Record) else { continue };
-            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == domain_name(job, 0)) {
+            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == record.domain()) {
                 let _ = tx.send(Request::Core(crate::core::Event::DomainEnded { how: "it ended while libvirt was away".into() }));
             }
         }
         log::info!("libvirt is back, {} domains", domains.len());
     }
+}
+
+/// The VM's run ends here: a job that begins here meanwhile gets another VM, or this one back, once it is over.
+fn is_on_its_way_out(life: &Life) -> bool {
+    life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. })
 }
 
 /// libvirt's name of a domain type.

@@ -71,6 +71,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
         up_ms: None,
         ended_ms: None,
         boot_id: None,
+        await_until_ms: None,
     };
     let domain = record.domain();
     moving::make_run_dir(config, &domain)?;

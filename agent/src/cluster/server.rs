@@ -90,7 +90,10 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             let waits = node.record(job).is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
-        PeerRequest::RunsHere { job } => PeerReply::RunsHere(moving::runs_here(node, job)),
+        PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
+            Ok(here) => PeerReply::RunsHere(here),
+            Err(why) => PeerReply::Refused(why),
+        },
     }
 }
 

@@ -13,8 +13,12 @@
 //! The invariant: *at most one node runs the guest; until the destination runs it, the source is the one that may
 //! resume it; after that, never.* libvirt's own handshake is the commit point of a live move: its Finish phase starts
 //! the guest at the destination and only then ends the source. When it is unclear, neither side resumes.
+mod event;
 mod life;
+mod machine;
 pub mod record;
+mod recovery;
 
-pub use life::{Effect, Event, Failure, SessionNews, Vm};
+pub use event::{Effect, Event, Failure, SessionNews, Whereabouts};
+pub use machine::{Busy, Vm};
 pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record};

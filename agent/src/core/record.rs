@@ -52,6 +52,9 @@ pub struct Record {
     pub ended_ms: Option<u64>,
     /// The guest's boot id: the same before and after a move.
     pub boot_id: Option<String>,
+    /// While the VM is on its way out again before its job has come here: by when the job must have come if it stays.
+    #[serde(default)]
+    pub await_until_ms: Option<u64>,
 }
 
 /// What Slurm gave the job on one node.

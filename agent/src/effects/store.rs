@@ -35,6 +35,15 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// The domain whose record it is about.
+    #[must_use]
+    pub fn domain(&self) -> Option<String> {
+        let (Self::Io { path, .. } | Self::Record { path, .. }) = self;
+        path.parent()?.file_name()?.to_str().map(str::to_owned)
+    }
+}
+
 /// Durable state of the agent's VMs. Called from the VMs' owner threads.
 pub trait Store: Send + Sync + fmt::Debug {
     /// All records; those that cannot be read come as errors beside them.

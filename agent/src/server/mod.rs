@@ -151,7 +151,10 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
             log::info!("job {job}: epilog");
             match node.release(job, Duration::from_secs(wait_s.into())) {
                 Ok(()) => HookReply::done(None),
-                Err(why) => HookReply::stuck(crate::core::record::domain_name(job, 0), why),
+                Err(why) => {
+                    let domain = node.record(job).map_or_else(|| crate::core::record::domain_name(job, 0), |r| r.domain());
+                    HookReply::stuck(domain, why)
+                }
             }
         }
     }

@@ -32,7 +32,7 @@ use super::prepare;
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{Life, Record},
+    core::{Life, Record, Whereabouts},
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
@@ -132,7 +132,7 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
         node.world.disks.remove(overlay).map_err(|e| e.to_string())?;
     }
     if !not_ours {
-        super::saving::remove_saves(node, &domain);
+        super::saving::remove_saves(node, &domain, node.job_is_over(record.job));
     }
     close_moves_of(node, record.job);
     remove_run_dir(&node.config, &domain);
@@ -478,40 +478,27 @@ fn give_up(node: &Node, domain: &str, why: &str) -> Option<String> {
     Some(why.to_owned())
 }
 
-/// Where a guest is after an unclear end of a move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
-    /// libvirt here has it.
-    Here,
-    /// It runs at the destination.
-    There,
-    /// Neither has it.
-    Nowhere,
-}
-
-/// Asks libvirt here, then the destination, until one of them knows. While it is unclear nobody resumes anything.
+/// Asks libvirt here, then the other end, until one of them knows. While it is unclear nobody resumes anything.
 #[must_use]
-pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) -> Found {
+pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) -> Whereabouts {
     let domain = record.domain();
     let arriving = matches!(record.life, Life::Arriving { .. });
     let (other, address) = match (&record.life, order) {
         (_, Some(order)) => (order.to.clone(), order.address.clone()),
         (Life::Leaving { to, .. }, None) => (to.clone(), to.clone()),
         (Life::Arriving { from, .. }, _) => (from.clone(), from.clone()),
-        _ => return Found::Here,
+        _ => return Whereabouts::AtSource,
     };
     loop {
         match node.world.hypervisor.info(&domain) {
             // The migration may still be running on behalf of an agent that died: wait for its end.
             Ok(Some(_)) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => {}
-            Ok(Some(i)) if runs(&i) => return if arriving { Found::There } else { Found::Here },
-            Ok(Some(_)) if !arriving => {
-                let _ = node.world.hypervisor.resume(&domain);
-                return Found::Here;
-            }
+            Ok(Some(i)) if runs(&i) => return if arriving { Whereabouts::AtDestination } else { Whereabouts::AtSource },
+            // A paused copy proves nothing: a source whose libvirt lost the answer of the Finish phase has one, too.
             Ok(here) => match node.peers.request(&other, &address, &PeerRequest::RunsHere { job: record.job }, CONFIRM_WITHIN) {
-                Ok(PeerReply::RunsHere(true)) => return if arriving { Found::Here } else { Found::There },
-                Ok(PeerReply::RunsHere(false)) if here.is_none() => return Found::Nowhere,
+                Ok(PeerReply::RunsHere(true)) => return if arriving { Whereabouts::AtSource } else { Whereabouts::AtDestination },
+                Ok(PeerReply::RunsHere(false)) if here.is_none() => return Whereabouts::Nowhere,
+                Ok(PeerReply::RunsHere(false)) if !arriving => return Whereabouts::AtSource,
                 Ok(_) => {}
                 Err(e) => log::warn!("job {}: {other} does not say whether it has the guest: {e}", record.job),
             },
@@ -519,7 +506,7 @@ pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) 
         }
         node.world.clock.sleep(Duration::from_secs(1));
         if node.owner(record.job).is_none() {
-            return Found::Nowhere;
+            return Whereabouts::Nowhere;
         }
     }
 }
@@ -528,10 +515,13 @@ fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
     info.state == crate::hypervisor::DomainState::Running
 }
 
-/// Destination: whether libvirt has the guest running here.
-#[must_use]
-pub fn runs_here(node: &Node, job: u32) -> bool {
-    node.world.hypervisor.info(&crate::core::record::domain_name(job, 0)).ok().flatten().is_some_and(|i| runs(&i))
+/// Whether libvirt has the guest running here.
+///
+/// # Errors
+/// When libvirt does not say: that is no "no".
+pub fn runs_here(node: &Node, job: u32) -> Result<bool, String> {
+    let info = node.world.hypervisor.info(&crate::core::record::domain_name(job, 0)).map_err(|e| e.to_string())?;
+    Ok(info.is_some_and(|i| runs(&i)))
 }
 
 /// Source: tells the destination that the move was given up.

@@ -36,8 +36,8 @@ pub enum Birth {
     Recovered {
         /// The ledger's record.
         record: Record,
-        /// libvirt has its domain.
-        domain_here: bool,
+        /// libvirt has its domain; `None` when libvirt did not say.
+        domain_here: Option<bool>,
         /// Slurm runs its job here; `None` when Slurm did not say.
         job_here: Option<bool>,
     },
@@ -87,7 +87,10 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
         let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
-            Birth::New(record) => Vm::new(record),
+            Birth::New(mut record) => {
+                record.k = node.place_in(job);
+                Vm::new(record)
+            }
             Birth::Expected(record) => Vm::expected(record),
             Birth::Recovered { record, domain_here, job_here } => Vm::recovered(record, domain_here, job_here),
         };
@@ -318,10 +321,11 @@ impl Owner {
         let (node, job) = (self.node.clone(), record.job);
         let restarts = self.restart;
         let to = self.programs.sender(session);
+        let domain = self.domain.clone();
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
-            node.world.store.journal(&crate::core::record::domain_name(job, 0), node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
+            node.world.store.journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
             if let Some(to) = to {
                 let _ = to.send(Frame::Control(ToShim::Cause(cause)));
             }
@@ -462,7 +466,13 @@ impl Owner {
             Effect::Destroy => worker(job, "destroy", move || {
                 let _ = tx.send(Request::Core(Event::Destroyed(moving::destroy(&node, &record))));
             }),
-            Effect::Clear => worker(job, "clear", move || moving::clear_here(&node, &record)),
+            Effect::Clear => worker(job, "clear", move || {
+                // libvirt leaves a paused copy where it could not tell how a migration ended.
+                if let Err(e) = node.world.hypervisor.destroy(&domain) {
+                    log::error!("job {job}: cannot end what is left of {domain}: {e}");
+                }
+                moving::clear_here(&node, &record);
+            }),
             Effect::Sessions(news) => self.tell_sessions(news),
             Effect::AnswerRelease(outcome) => {
                 for reply in self.releases.drain(..) {
@@ -503,16 +513,22 @@ impl Owner {
             Effect::AskOwner => {
                 let order = self.order.clone();
                 worker(job, "owner", move || {
-                    let found = moving::find_guest(&node, &record, order.as_ref());
-                    let _ = tx.send(Request::Core(Event::OwnerIs { there: found == moving::Found::There }));
-                    if found == moving::Found::Nowhere {
-                        let _ = tx.send(Request::Core(Event::DomainEnded { how: "it was lost in a move".into() }));
-                    }
+                    let owner = moving::find_guest(&node, &record, order.as_ref());
+                    log::info!("job {job}: the guest is {owner:?}");
+                    let _ = tx.send(Request::Core(Event::OwnerIs(owner)));
                 });
             }
-            Effect::AbandonDestination => {
-                let order = self.order.clone();
-                worker(job, "abandon", move || moving::abandon(&node, &record, order.as_ref()));
+            Effect::AskDomain => worker(job, "domain", move || {
+                let here = node.world.hypervisor.info(&domain).map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+                let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
+            }),
+            Effect::AskJob => worker(job, "job", move || {
+                let _ = tx.send(Request::Core(Event::JobIs(node.job_here(job))));
+            }),
+            Effect::AbandonDestination { to, move_id } => {
+                // After a restart there is no order any more; the address is then Slurm's to tell.
+                let order = self.order.clone().unwrap_or(MoveOrder { move_id, to, address: String::new(), cause: String::new(), deadline_ms: None });
+                worker(job, "abandon", move || moving::abandon(&node, &record, Some(&order)));
             }
             Effect::HandOver => self.begin_hand_over(false),
             Effect::WriteSave => {
@@ -524,9 +540,12 @@ impl Owner {
                 self.begin_hand_over(true);
             }
             Effect::ResumeDomain => worker(job, "resume", move || {
-                if let Err(e) = node.world.hypervisor.resume(&domain) {
-                    log::error!("job {job}: cannot resume {domain}: {e}");
-                }
+                let done = node.world.hypervisor.resume(&domain);
+                let event = match done {
+                    Err(_) if matches!(node.world.hypervisor.info(&domain), Ok(None)) => Event::DomainEnded { how: "its domain is gone".into() },
+                    done => Event::Resumed(done.map_err(|e| e.to_string())),
+                };
+                let _ = tx.send(Request::Core(event));
             }),
             Effect::Restore => worker(job, "restore", move || {
                 let done = saving::restore(&node, &record).map(|(done, kept)| {

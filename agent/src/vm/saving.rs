@@ -169,25 +169,11 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32,
     let domain = record.domain();
     make_run_dir(&node.config, &domain)?;
     let memory = dir.join("memory");
-    let saved = node.world.hypervisor.saved(&memory).map_err(|e| e.to_string())?;
-    let mut disks = Vec::new();
-    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.clone()) {
-        let base = dir.join("overlay.qcow2");
-        node.world.disks.make_overlay(&overlay, &base, "qcow2").map_err(|e| e.to_string())?;
-        let mut backing = vec![(base, DiskFormat::Qcow2)];
-        backing.extend(manifest.chain.iter().map(|(p, f)| (p.clone(), if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 })));
-        disks.push(Disk {
-            path: overlay,
-            format: DiskFormat::Qcow2,
-            backing,
-            target: "vda".into(),
-            readonly: false,
-            serial: None,
-            cache: DiskCache::default(),
-        });
+    // Restored already, by an agent that was restarted before it could say so: not a second time.
+    let here = node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some_and(|d| d.uuid == record.uuid());
+    if !here {
+        load(node, record, dir, &manifest)?;
     }
-    let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
-    node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())?;
     let used = fs::rename(dir.join(MANIFEST), dir.join(USED)).or_else(|e| if dir.join(USED).exists() { Ok(()) } else { Err(e) });
     used.map_err(|e| format!("{}: {e}", dir.display()))?;
     node.world.hypervisor.resume(&domain).map_err(|e| e.to_string())?;
@@ -214,12 +200,38 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32,
     ))
 }
 
-/// Removes all saves of a VM that has ended.
-pub fn remove_saves(node: &Node, domain: &str) {
+/// Puts a fresh layer over the saved disk and starts the guest from its memory, paused.
+fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result<(), String> {
+    let memory = dir.join("memory");
+    let saved = node.world.hypervisor.saved(&memory).map_err(|e| e.to_string())?;
+    let mut disks = Vec::new();
+    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.clone()) {
+        let base = dir.join("overlay.qcow2");
+        node.world.disks.make_overlay(&overlay, &base, "qcow2").map_err(|e| e.to_string())?;
+        let mut backing = vec![(base, DiskFormat::Qcow2)];
+        backing.extend(manifest.chain.iter().map(|(p, f)| (p.clone(), if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 })));
+        disks.push(Disk {
+            path: overlay,
+            format: DiskFormat::Qcow2,
+            backing,
+            target: "vda".into(),
+            readonly: false,
+            serial: None,
+            cache: DiskCache::default(),
+        });
+    }
+    let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
+    node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
+}
+
+/// Removes the saves of a VM that has ended. One that nobody was restored from stays unless the job is over: a restore
+/// that failed here may do better on another node.
+pub fn remove_saves(node: &Node, domain: &str, job_is_over: bool) {
     let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else { return };
     let prefix = format!("{domain}.");
     for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(&prefix)
+            && (job_is_over || !entry.path().join(MANIFEST).exists())
             && let Err(e) = fs::remove_dir_all(entry.path())
         {
             log::warn!("{}: {e}", entry.path().display());

@@ -1,0 +1,209 @@
+//! What goes into the core and what comes out of it.
+use std::path::PathBuf;
+
+use slurm_vm_api::query::MoveView;
+
+use super::record::{Allocation, End, Plan, ProgramRecord};
+
+/// Why an effect failed, by whose fault it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The request or the image is at fault: trying elsewhere would not help.
+    Request(String),
+    /// Node, libvirt or agent.
+    Node(String),
+}
+
+impl From<Failure> for End {
+    fn from(f: Failure) -> Self {
+        match f {
+            Failure::Request(why) => Self::Refused { why },
+            Failure::Node(how) => Self::NodeFault { how },
+        }
+    }
+}
+
+/// Which end of a move has the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// The source has it: its domain is there, and nothing of it runs at the destination.
+    AtSource,
+    /// The destination runs it.
+    AtDestination,
+    /// Neither has it.
+    Nowhere,
+    /// It cannot be told now. Nobody resumes; it is asked again.
+    Unknown,
+}
+
+/// Asked by the source, whose own libvirt has no domain any more: whether the destination runs it.
+impl From<Result<bool, String>> for Whereabouts {
+    fn from(there: Result<bool, String>) -> Self {
+        match there {
+            Ok(true) => Self::AtDestination,
+            Ok(false) => Self::Nowhere,
+            Err(_) => Self::Unknown,
+        }
+    }
+}
+
+/// As above, where "no" and "no answer" are not told apart.
+impl From<bool> for Whereabouts {
+    fn from(there: bool) -> Self {
+        if there { Self::AtDestination } else { Self::Unknown }
+    }
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// [`Effect::Prepare`] ended.
+    Prepared(Result<(Allocation, Plan), Failure>),
+    /// [`Effect::StartDomain`] ended.
+    DomainStarted(Result<(), Failure>),
+    /// The guest's helper answered.
+    GuestUp {
+        /// The kernel's boot id.
+        boot_id: String,
+    },
+    /// The domain is no longer there, or no longer runs, without our doing.
+    DomainEnded {
+        /// What happened, as a fragment.
+        how: String,
+    },
+    /// Slurm starts (or started) the job on this node.
+    JobHere {
+        /// Run number minted for it.
+        run: u64,
+    },
+    /// The job has left this node (epilog), or is known to be over.
+    Release,
+    /// Time passed.
+    Tick,
+    /// [`Effect::Destroy`] ended.
+    Destroyed(Result<(), String>),
+    /// Somebody wants the VM on another node.
+    MoveOut {
+        /// The move.
+        move_id: String,
+        /// Destination node.
+        to: String,
+        /// `preemption`, `drain` or `asked`.
+        cause: String,
+    },
+    /// The destination has prepared, or cannot.
+    DestinationReady(Result<(), String>),
+    /// [`Effect::Migrate`] ended: libvirt has the guest running there, or it says that it failed.
+    Migrated(Result<Box<MoveView>, String>),
+    /// [`Effect::AskOwner`] ended.
+    OwnerIs(Whereabouts),
+    /// [`Effect::AskDomain`] ended: libvirt here has the domain, or not; `None` when libvirt did not say.
+    DomainIs(Option<bool>),
+    /// [`Effect::AskJob`] ended: Slurm runs the job here, or not; `None` when Slurm did not say.
+    JobIs(Option<bool>),
+    /// The destination has taken over the output offsets.
+    HandedOver(Result<(), String>),
+    /// Give the move up; the VM goes on here.
+    CancelMove,
+    /// Destination: the guest runs here now.
+    Arrived,
+    /// Destination: the source has handed over the output offsets and the history.
+    TookOver {
+        /// Programs with what was written of their output.
+        programs: Vec<ProgramRecord>,
+        /// Moves so far, this one included.
+        moves: Vec<MoveView>,
+    },
+    /// Destination: the source gave the move up.
+    Abandoned,
+    /// Save the VM and let the job be requeued.
+    Save {
+        /// Directory of the save.
+        at: PathBuf,
+        /// `preemption`, `drain` or `asked`.
+        cause: String,
+    },
+    /// [`Effect::WriteSave`] ended.
+    SaveWritten(Result<Box<MoveView>, String>),
+    /// [`Effect::Restore`] ended.
+    Restored(Result<Box<MoveView>, String>),
+    /// [`Effect::ResumeDomain`] ended. A domain that is no longer there is [`Event::DomainEnded`] instead.
+    Resumed(Result<(), String>),
+    /// Stop the VM so that the job can start over elsewhere.
+    GiveUp,
+}
+
+/// What is to be done; each ends in the event named. Of those that take long only one is under way at a time
+/// ([`super::Vm::busy`]), questions apart.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Write the record to the ledger before anything that follows.
+    Persist,
+    /// Read the allocation, check the image, make the overlay: [`Event::Prepared`].
+    Prepare,
+    /// Create the domain, or find it created by an agent that was restarted since: [`Event::DomainStarted`].
+    StartDomain,
+    /// Connect to the guest's helper and keep the connection: [`Event::GuestUp`].
+    OpenGuest,
+    /// Drop the connection.
+    CloseGuest,
+    /// End the domain if there is one, and remove what belongs to it here: [`Event::Destroyed`].
+    Destroy,
+    /// Remove what belongs to the VM here while the domain lives elsewhere or in a save. A paused copy that libvirt has
+    /// left here is ended: it must never run again.
+    Clear,
+    /// Tell the sessions.
+    Sessions(SessionNews),
+    /// A line for `svm log`.
+    Journal(String),
+    /// Answer who waits for the VM to have left this node.
+    AnswerRelease(Result<(), String>),
+    /// Ask the destination to prepare: [`Event::DestinationReady`].
+    AskDestination,
+    /// Copy the VM to the destination: [`Event::Migrated`].
+    Migrate,
+    /// Stop the copying (or the save): the pending [`Event::Migrated`] then fails. Repeated as long as that does not come.
+    AbortMigration,
+    /// Find out from libvirt here and the other end where the guest is, once no job runs on the domain here any more:
+    /// [`Event::OwnerIs`].
+    AskOwner,
+    /// Ask libvirt here whether it has the domain: [`Event::DomainIs`].
+    AskDomain,
+    /// Ask Slurm whether it runs the job on this node: [`Event::JobIs`].
+    AskJob,
+    /// Let shims sync their output, then pass the offsets on: [`Event::HandedOver`]. Repeated when it failed.
+    HandOver,
+    /// Tell the destination to forget the move.
+    AbandonDestination {
+        /// The destination.
+        to: String,
+        /// The move.
+        move_id: String,
+    },
+    /// Answer who asked for the move or the save.
+    AnswerMove(Result<Box<MoveView>, String>),
+    /// Pause the guest, let shims sync, write memory, overlay and manifest: [`Event::SaveWritten`].
+    WriteSave,
+    /// Let a paused guest run on: [`Event::Resumed`].
+    ResumeDomain,
+    /// Bring the VM back from a save and let it run: [`Event::Restored`]. A domain that is here already was restored by
+    /// an agent that was restarted since. A save is restored once: from then on no node may find it.
+    Restore,
+    /// Set the guest's clock.
+    SetClock,
+}
+
+/// What sessions (shims) are told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionNews {
+    /// For a terminal.
+    Progress(String),
+    /// The guest answers: programs may be started.
+    Ready,
+    /// The VM is no more.
+    Lost(End),
+    /// Nothing more is to be written: the VM is elsewhere or saved.
+    Left,
+    /// A save failed and the VM goes on.
+    TakeBack,
+}

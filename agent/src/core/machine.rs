@@ -1,0 +1,312 @@
+//! One VM, and the steps that transitions are made of.
+use slurm_vm_api::query::MoveView;
+
+use super::{
+    event::{Effect, SessionNews},
+    record::{End, LeavingStage, Life, ProgramRecord, Record},
+    recovery::Unclear,
+};
+
+/// One VM.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    /// What the ledger holds.
+    pub record: Record,
+    /// The long effect that is under way.
+    pub(super) busy: Option<Busy>,
+    /// A question is under way ([`Effect::AskOwner`], [`Effect::AskDomain`], [`Effect::AskJob`]).
+    pub(super) asking: bool,
+    /// What is to become of the VM as soon as the effect under way has ended: the job left, or the guest was lost.
+    pub(super) then: Option<End>,
+    /// The move is to be given up.
+    pub(super) cancelled: bool,
+    /// How often an effect that is tried again has failed in this state.
+    pub(super) failures: u32,
+    /// When it is tried again.
+    pub(super) retry_at_ms: u64,
+    /// Letting the guest run on has failed.
+    pub(super) resume_failed: bool,
+    /// Since when it is not known who has the guest.
+    pub(super) unknown_since_ms: Option<u64>,
+    /// By when an arriving VM must have come, before the source is asked.
+    pub(super) arrive_by_ms: Option<u64>,
+    /// Slurm has started the job here, before its VM has come.
+    pub(super) job_here: bool,
+    /// Arrived by a live move, and the source has not handed over the output offsets yet: until it has (or the job is
+    /// here), the guest's output is left in its rings.
+    pub(super) offsets_pending: bool,
+    /// A deadline from before a restart of the agent counts anew.
+    pub(super) deadline_is_old: bool,
+    /// What has to be known before a recovered VM may go on.
+    pub(super) unclear: Option<Unclear>,
+}
+
+/// The effects that take long and end in an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Busy {
+    /// [`Effect::Prepare`]
+    Prepare,
+    /// [`Effect::StartDomain`]
+    Start,
+    /// [`Effect::AskDestination`]
+    AskDestination,
+    /// [`Effect::Migrate`]
+    Migrate,
+    /// [`Effect::HandOver`]
+    HandOver,
+    /// [`Effect::WriteSave`]
+    Save,
+    /// [`Effect::Restore`]
+    Restore,
+    /// [`Effect::Destroy`]
+    Destroy,
+}
+
+/// How often ending a domain is tried before the epilog is told.
+pub(super) const DESTROY_ATTEMPTS: u32 = 3;
+/// How often the output offsets are offered to the destination.
+pub(super) const HAND_OVER_ATTEMPTS: u32 = 2;
+/// Milliseconds between two tries of the same.
+pub(super) const RETRY_MS: u64 = 2_000;
+/// The longest pause between two tries of ending a domain.
+pub(super) const RETRY_MOST_MS: u64 = 60_000;
+/// How long a job that has left waits for word from a destination that does not answer.
+pub(super) const UNKNOWN_MS: u64 = 30_000;
+
+impl Vm {
+    pub(super) fn of(record: Record) -> Self {
+        Self {
+            record,
+            busy: None,
+            asking: false,
+            then: None,
+            cancelled: false,
+            failures: 0,
+            retry_at_ms: 0,
+            resume_failed: false,
+            unknown_since_ms: None,
+            arrive_by_ms: None,
+            job_here: false,
+            offsets_pending: false,
+            deadline_is_old: false,
+            unclear: None,
+        }
+    }
+
+    /// A VM that begins here because its job does.
+    #[must_use]
+    pub fn new(record: Record) -> (Self, Vec<Effect>) {
+        let line = format!(
+            "run {} of job {} for {}: preparing image {}",
+            record.run, record.job, record.user.name, record.spec.image
+        );
+        let mut vm = Self::of(record);
+        let work = vm.begin(Busy::Prepare);
+        (vm, vec![Effect::Persist, Effect::Journal(line), work])
+    }
+
+    /// A VM that is expected from another node, or comes from a save: `record.life` says which.
+    #[must_use]
+    pub fn expected(record: Record) -> (Self, Vec<Effect>) {
+        let mut vm = Self::of(record);
+        vm.record.await_until_ms = None;
+        let mut effects = vec![Effect::Persist];
+        match &vm.record.life {
+            Life::Restoring { from } => {
+                effects.push(Effect::Journal(format!("restoring from {}", from.display())));
+                effects.push(vm.begin(Busy::Restore));
+            }
+            Life::Arriving { from, .. } => effects.push(Effect::Journal(format!("expecting the VM from {from}"))),
+            _ => {}
+        }
+        (vm, effects)
+    }
+
+    /// The long effect that is under way.
+    #[must_use]
+    pub fn busy(&self) -> Option<Busy> {
+        self.busy
+    }
+
+    pub(super) fn begin(&mut self, work: Busy) -> Effect {
+        self.busy = Some(work);
+        match work {
+            Busy::Prepare => Effect::Prepare,
+            Busy::Start => Effect::StartDomain,
+            Busy::AskDestination => Effect::AskDestination,
+            Busy::Migrate => Effect::Migrate,
+            Busy::HandOver => Effect::HandOver,
+            Busy::Save => Effect::WriteSave,
+            Busy::Restore => Effect::Restore,
+            Busy::Destroy => Effect::Destroy,
+        }
+    }
+
+    /// The effect under way has ended; `false` if it was not under way, so that its event is an old one.
+    pub(super) fn ended(&mut self, work: Busy) -> bool {
+        let was = self.busy == Some(work);
+        if was {
+            self.busy = None;
+        }
+        was
+    }
+
+    pub(super) fn ask(&mut self, question: Effect) -> Effect {
+        self.asking = true;
+        question
+    }
+
+    pub(super) fn enter(&mut self, life: Life) {
+        self.record.life = life;
+        self.asking = false;
+        self.failures = 0;
+        self.retry_at_ms = 0;
+        self.resume_failed = false;
+        self.unknown_since_ms = None;
+        self.deadline_is_old = false;
+    }
+
+    pub(super) fn stop(&mut self, why: End) -> Vec<Effect> {
+        let line = why
+            .verdict()
+            .map_or_else(|| "stopping: the job has left".to_owned(), |(_, line)| format!("stopping: {line}"));
+        self.enter(Life::Stopping { why: why.clone() });
+        (self.then, self.cancelled, self.unclear) = (None, false, None);
+        let mut effects = vec![
+            Effect::Persist,
+            Effect::Journal(line),
+            Effect::CloseGuest,
+            Effect::Sessions(SessionNews::Lost(why)),
+        ];
+        // What is being made is ended once it has been made: ended before, it would come up afterwards with no owner.
+        if self.busy.is_none() {
+            effects.push(self.begin(Busy::Destroy));
+        }
+        effects
+    }
+
+    /// The guest goes on here: its job runs here, or is still awaited.
+    pub(super) fn go_on(&mut self, line: String) -> Vec<Effect> {
+        let life = self
+            .record
+            .await_until_ms
+            .take()
+            .map_or(Life::Running, |deadline_ms| Life::AwaitingJob { deadline_ms });
+        self.enter(life);
+        (self.then, self.cancelled) = (None, false);
+        vec![Effect::Persist, Effect::Journal(line)]
+    }
+
+    pub(super) fn boot_timeout_s(&self) -> u64 {
+        u64::from(self.record.spec.boot_timeout_s.unwrap_or(120))
+    }
+
+    /// A VM that leaves before its job has come goes on waiting for it should the move fail.
+    pub(super) fn leave_with(&mut self, life: &Life) {
+        self.record.await_until_ms = match life {
+            Life::AwaitingJob { deadline_ms } => Some(*deadline_ms),
+            _ => None,
+        };
+    }
+
+    /// Before the copying has begun there is nothing to stop yet.
+    pub(super) fn abort(&mut self, now_ms: u64, stage: LeavingStage) -> Vec<Effect> {
+        if stage != LeavingStage::Copying || self.busy.is_none() {
+            return vec![];
+        }
+        self.retry_at_ms = now_ms + RETRY_MS;
+        vec![Effect::AbortMigration]
+    }
+
+    /// The guest runs at the destination: never again here.
+    pub(super) fn finish(&mut self, to: String, move_id: String, line: String) -> Vec<Effect> {
+        self.enter(Life::Leaving {
+            to,
+            move_id,
+            stage: LeavingStage::Finishing,
+        });
+        vec![
+            Effect::Persist,
+            Effect::Journal(line),
+            Effect::CloseGuest,
+            Effect::Sessions(SessionNews::Left),
+            self.begin(Busy::HandOver),
+        ]
+    }
+
+    pub(super) fn gone(&mut self, to: String, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+        let done = self.record.moves.last().cloned().unwrap_or_default();
+        self.enter(Life::Gone { to: to.clone() });
+        (self.then, self.cancelled) = (None, false);
+        self.record.generation += 1;
+        let mut effects = vec![Effect::Persist];
+        if let Some(Err(why)) = handed_over {
+            effects.push(Effect::Journal(format!("{to} did not confirm the output offsets: {why}")));
+        }
+        effects.extend([Effect::Clear, Effect::AnswerMove(Ok(Box::new(done))), Effect::AnswerRelease(Ok(()))]);
+        effects
+    }
+
+    /// The guest has not moved: it goes on here, or ends if that was wanted meanwhile. `resume`: the copying had begun.
+    pub(super) fn stay(&mut self, to: String, move_id: String, why: String, resume: bool) -> Vec<Effect> {
+        let mut effects = vec![Effect::AbandonDestination { to, move_id }];
+        if let Some(end) = self.then.take() {
+            effects.extend(self.stop(end));
+        } else {
+            effects.extend(self.go_on(why.clone()));
+            if resume {
+                effects.extend([Effect::ResumeDomain, Effect::OpenGuest]);
+            }
+        }
+        effects.push(Effect::AnswerMove(Err(why)));
+        effects
+    }
+
+    pub(super) fn arrive(&mut self, now_ms: u64, await_job_ms: u64) -> Vec<Effect> {
+        self.offsets_pending = true;
+        let life = if self.job_here {
+            Life::Running
+        } else {
+            Life::AwaitingJob {
+                deadline_ms: now_ms + await_job_ms,
+            }
+        };
+        self.enter(life);
+        self.record.generation += 1;
+        let line = if self.job_here {
+            "the guest runs here, and so does its job"
+        } else {
+            "the guest runs here; waiting for its job"
+        };
+        let mut effects = vec![Effect::Persist, Effect::Journal(line.into())];
+        if self.job_here {
+            effects.extend(self.open_guest());
+        }
+        effects
+    }
+
+    pub(super) fn open_guest(&mut self) -> Vec<Effect> {
+        if std::mem::take(&mut self.offsets_pending) {
+            vec![Effect::OpenGuest, Effect::SetClock]
+        } else {
+            vec![]
+        }
+    }
+
+    pub(super) fn take_over(&mut self, programs: Vec<ProgramRecord>, moves: Vec<MoveView>) -> Vec<Effect> {
+        for p in programs {
+            match self.record.programs.iter_mut().find(|mine| mine.id == p.id) {
+                Some(mine) => {
+                    mine.wrote = [mine.wrote[0].max(p.wrote[0]), mine.wrote[1].max(p.wrote[1])];
+                    mine.ended = mine.ended.take().or(p.ended);
+                }
+                None => self.record.programs.push(p),
+            }
+        }
+        // Handed over twice, the second time may come after moves that only this node knows of.
+        if moves.len() >= self.record.moves.len() {
+            self.record.moves = moves;
+        }
+        vec![Effect::Persist]
+    }
+}

@@ -27,7 +27,16 @@ pub fn test(wishes: &Wishes) -> Result<()> {
     let begun = Instant::now();
     setup::phase()?;
     check("format", "cargo fmt", &["fmt", "--all", "--check"], "as rustfmt has it")?;
-    let lints = ["clippy", "--workspace", "--all-targets", "--features", "slurm-vm/full", "--", "-D", "warnings"];
+    let lints = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--features",
+        "slurm-vm/full",
+        "--",
+        "-D",
+        "warnings",
+    ];
     check("lints", "cargo clippy", &lints, "no warnings")?;
     // Everything, also what tests do not name: a cdylib, and the programs that a lab runs.
     stage::phase()?;
@@ -48,11 +57,16 @@ pub fn test(wishes: &Wishes) -> Result<()> {
 /// A phase that is one cargo command and has nothing to say when it passes.
 fn check(name: &'static str, what: &str, args: &[&str], done: &str) -> Result<()> {
     let mut phase = Phase::begin(name, what);
-    let result = say::run(&mut stage::cargo_command(args), &paths::target().join(format!("{name}.log")), 60, |line| {
-        if let Some(name) = line.strip_prefix("Checking ").or_else(|| line.strip_prefix("Compiling ")) {
-            phase.now(name.split(" (").next().unwrap_or(name));
-        }
-    });
+    let result = say::run(
+        &mut stage::cargo_command(args),
+        &paths::target().join(format!("{name}.log")),
+        60,
+        |line| {
+            if let Some(name) = line.strip_prefix("Checking ").or_else(|| line.strip_prefix("Compiling ")) {
+                phase.now(name.split(" (").next().unwrap_or(name));
+            }
+        },
+    );
     phase.pause();
     if let Err(e) = result {
         let text = e.to_string();
@@ -83,7 +97,9 @@ struct Counts {
 impl Counts {
     /// Takes in one line of what the tests print.
     fn read(&mut self, line: &str) {
-        let Some((_, numbers)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". ")) else { return };
+        let Some((_, numbers)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". ")) else {
+            return;
+        };
         for part in numbers.split("; ") {
             let Some((number, what)) = part.split_once(' ') else { continue };
             let number: u32 = number.parse().unwrap_or(0);
@@ -100,7 +116,11 @@ impl Counts {
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored)?;
-        if self.broken && self.failed == 0 { f.write_str("; a test program did not build or died") } else { Ok(()) }
+        if self.broken && self.failed == 0 {
+            f.write_str("; a test program did not build or died")
+        } else {
+            Ok(())
+        }
     }
 }
 

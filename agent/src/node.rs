@@ -552,7 +552,9 @@ impl Node {
         }
     }
 
-    fn completion_path(&self, job: u32) -> PathBuf {
+    /// Where it is put on record that a job's script ended within its grace time.
+    #[must_use]
+    pub fn completion_path(&self, job: u32) -> PathBuf {
         self.config
             .shared_dir
             .as_ref()
@@ -566,6 +568,22 @@ impl Node {
         let bytes = std::fs::read(self.completion_path(job)).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
+    }
+
+    /// Removes records and logs of VMs that ended longer ago than they are kept.
+    pub fn forget_old(&self) {
+        let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
+        let now = self.world.clock.now_ms();
+        let mut vms = self.vms();
+        vms.retain(|_, entry| match entry {
+            Entry::Over(record) if record.ended_ms.unwrap_or(record.created_ms) + keep_ms < now => {
+                if let Err(e) = self.world.store.remove(&record.domain()) {
+                    log::warn!("job {}: {}", record.job, crate::text::chain(&e));
+                }
+                false
+            }
+            _ => true,
+        });
     }
 
     /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.

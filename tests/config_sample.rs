@@ -7,18 +7,32 @@ const SAMPLE: &str = include_str!("../packaging/slurm-vm.toml");
 
 /// The keys of a table, from the message about one that is unknown.
 fn known_keys(table: &str) -> Vec<String> {
-    let text = if table.is_empty() { "no_such_key = 1\n".to_owned() } else { format!("[{table}]\nno_such_key = 1\n") };
+    let text = if table.is_empty() {
+        "no_such_key = 1\n".to_owned()
+    } else {
+        format!("[{table}]\nno_such_key = 1\n")
+    };
     let message = Config::parse(&text, Path::new("x")).unwrap_err().to_string();
-    let (_, list) = message.split_once("expected one of").unwrap_or_else(|| panic!("no list of keys in: {message}"));
+    let (_, list) = message
+        .split_once("expected one of")
+        .unwrap_or_else(|| panic!("no list of keys in: {message}"));
     list.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 /// The lines of a table in the sample: from its heading, commented out or not, to the next.
 fn table_in_sample(table: &str) -> Vec<&str> {
-    let heading = |line: &str| line.trim_start_matches('#').strip_prefix('[').and_then(|l| l.strip_suffix(']')).map(str::to_owned);
+    let heading = |line: &str| {
+        line.trim_start_matches('#')
+            .strip_prefix('[')
+            .and_then(|l| l.strip_suffix(']'))
+            .map(str::to_owned)
+    };
     let mut lines = SAMPLE.lines();
     if !table.is_empty() {
-        assert!(lines.any(|line| heading(line).as_deref() == Some(table)), "the sample has no table [{table}]");
+        assert!(
+            lines.any(|line| heading(line).as_deref() == Some(table)),
+            "the sample has no table [{table}]"
+        );
     }
     lines.take_while(|line| heading(line).is_none()).collect()
 }
@@ -35,10 +49,15 @@ fn the_sample_has_every_key() {
     let tables = ["hypervisor", "peer", "node", "controller"];
     for (table, in_sample) in [("", ""), ("images.x", "images.debian")].into_iter().chain(tables.map(|t| (t, t))) {
         let lines = table_in_sample(in_sample);
-        let keys: Vec<String> = known_keys(table).into_iter().filter(|k| !tables.contains(&k.as_str()) && k != "images").collect();
+        let keys: Vec<String> = known_keys(table)
+            .into_iter()
+            .filter(|k| !tables.contains(&k.as_str()) && k != "images")
+            .collect();
         assert!(keys.len() > 2, "{table}: {keys:?}");
         for key in keys {
-            let there = lines.iter().any(|line| line.trim_start_matches('#').split('=').next().is_some_and(|k| k.trim() == key));
+            let there = lines
+                .iter()
+                .any(|line| line.trim_start_matches('#').split('=').next().is_some_and(|k| k.trim() == key));
             assert!(there, "[{table}] {key} is missing in packaging/slurm-vm.toml");
         }
     }

@@ -14,7 +14,15 @@ use xtask::{Lab, Options};
 
 fn lab() -> &'static Lab {
     static LAB: OnceLock<Lab> = OnceLock::new();
-    LAB.get_or_init(|| start(&Options { grace_s: 20, ..Options::named("t-batch") }, &[]))
+    LAB.get_or_init(|| {
+        start(
+            &Options {
+                grace_s: 20,
+                ..Options::named("t-batch")
+            },
+            &[],
+        )
+    })
 }
 
 #[test]
@@ -33,14 +41,21 @@ fn a_script_gets_its_arguments_and_environment_inside_the_guest() {
     assert_eq!(lines[2], format!("slurm-{job}-0"));
     let host = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the host's kernel");
     assert_ne!(lines[3], host.trim(), "that is the host's kernel");
-    assert!(lines[4].parse::<u32>().expect("an uptime") < 120, "that is the host's uptime: {}", lines[4]);
+    assert!(
+        lines[4].parse::<u32>().expect("an uptime") < 120,
+        "that is the host's uptime: {}",
+        lines[4]
+    );
     assert_eq!(lines[5..], ["2001", "2001"]);
 }
 
 #[test]
 fn exit_codes_and_signals_are_what_slurm_shows_without_a_vm() {
     let t = Alice::new(lab(), "ends");
-    t.script("end.sh", "#!/bin/sh\necho ready\ncase $1 in [A-Z]*) kill -$1 $$ ;; *) exit $1 ;; esac\n");
+    t.script(
+        "end.sh",
+        "#!/bin/sh\necho ready\ncase $1 in [A-Z]*) kill -$1 $$ ;; *) exit $1 ;; esac\n",
+    );
     let ways = ["0", "7", "KILL", "TERM"];
     let jobs: Vec<(u32, u32)> = ways
         .iter()
@@ -79,7 +94,10 @@ fn sixty_four_mebibytes_arrive_unchanged_and_stderr_apart() {
 fn what_is_printed_is_in_the_file_as_without_a_vm() {
     let t = Alice::new(lab(), "bytes");
     let scripts = [
-        ("order", "i=0; while [ $i -lt 300 ]; do echo out $i; echo err $i >&2; i=$((i+1)); done"),
+        (
+            "order",
+            "i=0; while [ $i -lt 300 ]; do echo out $i; echo err $i >&2; i=$((i+1)); done",
+        ),
         ("empty", ":"),
         ("unended", "printf 'one\\ntwo'"),
         ("bytes", "printf '\\000\\001\\377\\r\\n\\n'; printf '*** JOB'"),
@@ -148,7 +166,10 @@ fn a_line_is_in_the_file_within_two_seconds() {
 #[test]
 fn each_job_of_an_array_has_its_own_vm() {
     let t = Alice::new(lab(), "array");
-    t.script("one.sh", "#!/bin/sh\necho $SLURM_ARRAY_TASK_ID $(hostname) $(cat /proc/sys/kernel/random/boot_id)\n");
+    t.script(
+        "one.sh",
+        "#!/bin/sh\necho $SLURM_ARRAY_TASK_ID $(hostname) $(cat /proc/sys/kernel/random/boot_id)\n",
+    );
     let said = t.sh("sbatch --wait --array=1-4 --vm=tiny -o out.%a one.sh");
     assert_eq!(said.code, Some(0));
     let mut boots = std::collections::BTreeSet::new();
@@ -188,7 +209,14 @@ fn two_jobs_on_one_node_have_their_own_cpus_and_memory() {
         let info: common::Said = lab().node("n2", &["virsh", "dominfo", &domain]).into();
         assert!(info.out.contains(&format!("{} KiB", given << 10)), "{}", info.out);
         let pin: common::Said = lab().node("n2", &["virsh", "vcpupin", &domain]).into();
-        pins.push(pin.out.lines().find(|l| l.trim().starts_with("0 ")).unwrap_or_default().trim().to_owned());
+        pins.push(
+            pin.out
+                .lines()
+                .find(|l| l.trim().starts_with("0 "))
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+        );
     }
     assert_ne!(pins[0], pins[1], "both on the same core");
     let list = t.sh("svm list");

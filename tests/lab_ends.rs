@@ -18,12 +18,28 @@ fn lab() -> &'static Lab {
     LAB.get_or_init(|| {
         let conf = images(&[
             // No helper of ours comes up in it.
-            Image { name: "mute", cmdline: "console=ttyS0 quiet rdinit=/bin/cat" },
-            Image { name: "unbootable", cmdline: "console=ttyS0 quiet rdinit=/absent init=/absent" },
-            Image { name: "halting", cmdline: "console=ttyS0 quiet slurm_vm.poweroff_after=3" },
-            Image { name: "panicking", cmdline: "console=ttyS0 quiet slurm_vm.panic_after=3" },
+            Image {
+                name: "mute",
+                cmdline: "console=ttyS0 quiet rdinit=/bin/cat",
+            },
+            Image {
+                name: "unbootable",
+                cmdline: "console=ttyS0 quiet rdinit=/absent init=/absent",
+            },
+            Image {
+                name: "halting",
+                cmdline: "console=ttyS0 quiet slurm_vm.poweroff_after=3",
+            },
+            Image {
+                name: "panicking",
+                cmdline: "console=ttyS0 quiet slurm_vm.panic_after=3",
+            },
         ]);
-        let options = Options { grace_s: 20, agent_conf: conf, ..Options::named("t-ends") };
+        let options = Options {
+            grace_s: 20,
+            agent_conf: conf,
+            ..Options::named("t-ends")
+        };
         start(&options, &["mute", "unbootable", "halting", "panicking"])
     })
 }
@@ -49,7 +65,10 @@ fn a_cancelled_program_gets_sigterm_and_the_output_one_line() {
     let text = t.text("out");
     let lines: Vec<&str> = text.lines().filter(|l| *l != "Terminated").collect();
     assert!(lines[0] == "ready" && lines[1] == "got TERM", "{text}");
-    assert!(lines.len() == 3 && lines[2].starts_with(&format!("slurm-vm: job {job} on n")) && lines[2].ends_with(": cancelled"), "{text}");
+    assert!(
+        lines.len() == 3 && lines[2].starts_with(&format!("slurm-vm: job {job} on n")) && lines[2].ends_with(": cancelled"),
+        "{text}"
+    );
     t.leaves_nothing(job);
 }
 
@@ -81,7 +100,10 @@ fn a_guest_that_does_not_come_up_is_a_boot_timeout() {
     let (t, job) = ends("mute", "mute", LONG, "--vm-boot-timeout=6");
     assert_eq!(t.end_of(job), of("FAILED", "124:0"));
     let text = t.text("out");
-    assert!(text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")), "{text}");
+    assert!(
+        text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")),
+        "{text}"
+    );
     t.leaves_nothing(job);
 }
 
@@ -93,7 +115,10 @@ fn a_kernel_that_cannot_boot_is_told_at_once() {
     let text = t.text("out");
     println!("{state} {code}: {text}");
     assert_eq!((state.as_str(), code.as_str()), ("FAILED", "124:0"));
-    assert!(text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")), "{text}");
+    assert!(
+        text.lines().count() == 1 && text.starts_with(&format!("slurm-vm: job {job}: ")),
+        "{text}"
+    );
     t.leaves_nothing(job);
 }
 
@@ -103,7 +128,10 @@ fn a_guest_that_powers_off_is_lost() {
     let (t, job) = ends("halting", "halting", LONG, "");
     assert_eq!(t.end_of(job), of("FAILED", "123:0"));
     let text = t.text("out");
-    assert!(text.starts_with("ready\nslurm-vm: ") && text.lines().count() == 2 && text.contains("powered off"), "{text}");
+    assert!(
+        text.starts_with("ready\nslurm-vm: ") && text.lines().count() == 2 && text.contains("powered off"),
+        "{text}"
+    );
     t.leaves_nothing(job);
 }
 

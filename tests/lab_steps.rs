@@ -14,7 +14,15 @@ use xtask::{Lab, Options};
 
 fn lab() -> &'static Lab {
     static LAB: OnceLock<Lab> = OnceLock::new();
-    LAB.get_or_init(|| start(&Options { grace_s: 20, ..Options::named("t-steps") }, &[]))
+    LAB.get_or_init(|| {
+        start(
+            &Options {
+                grace_s: 20,
+                ..Options::named("t-steps")
+            },
+            &[],
+        )
+    })
 }
 
 /// Runs a line with standard input.
@@ -41,7 +49,11 @@ fn fed(t: &Alice, line: &str, input: &[u8]) -> Output {
 fn piped_input_reaches_the_program_and_its_output_the_pipe() {
     let t = Alice::new(lab(), "pipe");
     let input: Vec<u8> = (0u32..300_000).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-    let output = fed(&t, "srun --vm=tiny sh -c 'tee /tmp/in | sha256sum; cat /tmp/in | wc -c; hostname; exit 3'", &input);
+    let output = fed(
+        &t,
+        "srun --vm=tiny sh -c 'tee /tmp/in | sha256sum; cat /tmp/in | wc -c; hostname; exit 3'",
+        &input,
+    );
     let sum = Sha256::digest(&input).iter().fold(String::new(), |s, b| s + &format!("{b:02x}"));
     let out = String::from_utf8_lossy(&output.stdout).into_owned();
     let lines: Vec<&str> = out.lines().collect();
@@ -93,7 +105,10 @@ fn the_tasks_of_a_step_on_two_nodes_run_in_their_nodes_vms() {
     let of = |column: usize| lines.iter().map(|l| l[column]).collect::<BTreeSet<_>>();
     assert_eq!((of(1).len(), of(2).len(), of(3).len()), (2, 2, 2), "{}", said.out);
     for l in &lines {
-        assert!(l[2].ends_with(&format!("-{}", l[1])), "the guest's name has the node's place: {l:?}");
+        assert!(
+            l[2].ends_with(&format!("-{}", l[1])),
+            "the guest's name has the node's place: {l:?}"
+        );
     }
 }
 

@@ -15,11 +15,11 @@ use slurm_vm_api::{
 };
 
 use crate::{
+    cluster::Peers,
     config::{Config, DomainTypeChoice},
     core::{End, Life, Record, record::RECORD_VERSION, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
-    cluster::Peers,
     vm::{self, Attach, Birth, Request, view},
 };
 
@@ -110,7 +110,12 @@ impl Node {
             }
         };
         // No answer is not "none": a VM must not be taken for lost because libvirt is away.
-        let domains = self.world.hypervisor.list().inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}")).ok();
+        let domains = self
+            .world
+            .hypervisor
+            .list()
+            .inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}"))
+            .ok();
         let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
         let now = self.world.clock.now_ms();
         let mut known = Vec::new();
@@ -134,10 +139,22 @@ impl Node {
                 }
                 continue;
             }
-            let domain_here = domains.as_ref().map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
+            let domain_here = domains
+                .as_ref()
+                .map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
             let job_here = self.job_here(job);
-            log::info!("job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})", record.life.name());
-            let tx = vm::spawn(self.clone(), Birth::Recovered { record, domain_here, job_here });
+            log::info!(
+                "job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})",
+                record.life.name()
+            );
+            let tx = vm::spawn(
+                self.clone(),
+                Birth::Recovered {
+                    record,
+                    domain_here,
+                    job_here,
+                },
+            );
             self.vms().insert(job, Entry::Live(tx));
         }
         for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {
@@ -161,7 +178,10 @@ impl Node {
     /// Slurm says that the job will never run again.
     #[must_use]
     pub fn job_is_over(&self, job: u32) -> bool {
-        self.world.slurm.job(job).is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
+        self.world
+            .slurm
+            .job(job)
+            .is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
     }
 
     /// Prolog: the job may run here soon. Returns the run number at once; everything else happens on the VM's thread.
@@ -236,7 +256,11 @@ impl Node {
                 Vec::new()
             }
         };
-        nodes.iter().position(|n| *n == self.name).and_then(|k| u32::try_from(k).ok()).unwrap_or(0)
+        nodes
+            .iter()
+            .position(|n| *n == self.name)
+            .and_then(|k| u32::try_from(k).ok())
+            .unwrap_or(0)
     }
 
     /// A record for a new VM, or the one of a save that waits on shared storage.
@@ -259,7 +283,10 @@ impl Node {
             job,
             k: 0,
             user,
-            spec: VmSpec { boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)), ..spec },
+            spec: VmSpec {
+                boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)),
+                ..spec
+            },
             run,
             generation: 1,
             life: Life::Preparing,
@@ -324,13 +351,19 @@ impl Node {
     pub fn attach(self: &Arc<Self>, attach: Attach, peer_uid: u32) {
         let job = attach.open.job;
         let refuse = |outcome: u8, why: String| {
-            let _ = attach.to.send(Frame::Control(ToShim::Failed { outcome: outcome.into(), why }));
+            let _ = attach.to.send(Frame::Control(ToShim::Failed {
+                outcome: outcome.into(),
+                why,
+            }));
         };
         if attach.open.step == slurm_vm_api::session::BATCH_STEP
             && attach.open.restart > 0
             && let Some(ended) = self.completion(job, attach.open.user.uid)
         {
-            let _ = attach.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+            let _ = attach.to.send(Frame::Control(ToShim::Started {
+                from: vec![],
+                resumed: true,
+            }));
             let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
             let _ = std::fs::remove_file(self.completion_path(job));
             return;
@@ -373,7 +406,11 @@ impl Node {
     }
 
     fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
-        let info = self.world.slurm.job(job).map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
+        let info = self
+            .world
+            .slurm
+            .job(job)
+            .map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
         let info = info.ok_or_else(|| format!("Slurm knows no job {job}"))?;
         if info.brief.uid != uid && uid != 0 {
             return Err(format!("job {job} is not yours"));
@@ -382,7 +419,14 @@ impl Node {
             return Err(format!("job {job} does not run on {}", self.name));
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
-        self.ensure(job, UserEntry { uid: info.brief.uid, ..attach.open.user.clone() }, attach.open.spec.clone())?;
+        self.ensure(
+            job,
+            UserEntry {
+                uid: info.brief.uid,
+                ..attach.open.user.clone()
+            },
+            attach.open.spec.clone(),
+        )?;
         match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Ok(tx.clone()),
             _ => Err(format!("the VM of job {job} ended at once")),
@@ -437,7 +481,10 @@ impl Node {
     /// What this node's VMs have been given.
     #[must_use]
     pub fn totals(&self, views: &[VmView]) -> Totals {
-        let mut t = Totals { scope: self.name.clone(), ..Totals::default() };
+        let mut t = Totals {
+            scope: self.name.clone(),
+            ..Totals::default()
+        };
         for v in views {
             let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
             if alive {
@@ -491,7 +538,11 @@ impl Node {
     /// to run again. On shared storage where there is some, so that every node knows.
     pub fn keep_completion(&self, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
         let path = self.completion_path(record.job);
-        let done = Completion { v: 1, uid: record.user.uid, ended: vm::programs::ended(*status, "") };
+        let done = Completion {
+            v: 1,
+            uid: record.user.uid,
+            ended: vm::programs::ended(*status, ""),
+        };
         let write = || {
             std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
             crate::effects::store::write_durably(&path, &serde_json::to_vec(&done)?)
@@ -502,7 +553,12 @@ impl Node {
     }
 
     fn completion_path(&self, job: u32) -> PathBuf {
-        self.config.shared_dir.as_ref().unwrap_or(&self.config.state_dir).join("done").join(format!("{job}.json"))
+        self.config
+            .shared_dir
+            .as_ref()
+            .unwrap_or(&self.config.state_dir)
+            .join("done")
+            .join(format!("{job}.json"))
     }
 
     /// How a job's script ended within the grace time of an earlier run.
@@ -544,7 +600,10 @@ impl Node {
     }
 
     fn tell(&self, domain: &str, event: crate::core::Event) {
-        let job = domain.strip_prefix("slurm-").and_then(|r| r.split('-').next()).and_then(|j| j.parse::<u32>().ok());
+        let job = domain
+            .strip_prefix("slurm-")
+            .and_then(|r| r.split('-').next())
+            .and_then(|j| j.parse::<u32>().ok());
         if let Some(tx) = job.and_then(|j| self.owner(j)) {
             let _ = tx.send(Request::Core(event));
         }
@@ -553,12 +612,17 @@ impl Node {
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
-        let owners: Vec<Sender<Request>> =
-            self.vms().values().filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None }).collect();
+        let owners: Vec<Sender<Request>> = self
+            .vms()
+            .values()
+            .filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None })
+            .collect();
         for tx in owners {
             let Some(record) = self.ask(&tx, Request::Record) else { continue };
             if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == record.domain()) {
-                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded { how: "it ended while libvirt was away".into() }));
+                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded {
+                    how: "it ended while libvirt was away".into(),
+                }));
             }
         }
         log::info!("libvirt is back, {} domains", domains.len());
@@ -582,8 +646,14 @@ pub fn type_name(t: DomainType) -> &'static str {
 /// What a shim that comes after the end is told; `None` where the job may begin anew.
 fn over_verdict(last: &Record) -> Option<(u8, String)> {
     match &last.life {
-        Life::Stopped { why: End::Released | End::Requeued | End::NotArrived } | Life::Gone { .. } | Life::Saved { .. } => None,
-        Life::Stopped { why } => why.verdict().map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
+        Life::Stopped {
+            why: End::Released | End::Requeued | End::NotArrived,
+        }
+        | Life::Gone { .. }
+        | Life::Saved { .. } => None,
+        Life::Stopped { why } => why
+            .verdict()
+            .map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
         _ => None,
     }
 }

@@ -52,7 +52,12 @@ pub fn start(options: &Options, more_images: &[&str]) -> Lab {
     lab.keep();
     let xtask = xtask::paths::xtask().expect("the xtask program");
     let mut guard = Command::new("/bin/sh")
-        .args(["-c", "cat >/dev/null; exec \"$0\" lab down --name \"$1\"", &xtask.to_string_lossy(), &options.name])
+        .args([
+            "-c",
+            "cat >/dev/null; exec \"$0\" lab down --name \"$1\"",
+            &xtask.to_string_lossy(),
+            &options.name,
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -155,9 +160,10 @@ impl<'a> Alice<'a> {
 
     /// Slurm's own words on a job, by field.
     pub fn job(&self, job: u32) -> BTreeMap<String, String> {
-        let output = self.lab.command("ctl", "alice", &["scontrol", "-o", "show", "job", &job.to_string()]).and_then(|mut c| {
-            c.output().map_err(|e| e.to_string().into())
-        });
+        let output = self
+            .lab
+            .command("ctl", "alice", &["scontrol", "-o", "show", "job", &job.to_string()])
+            .and_then(|mut c| c.output().map_err(|e| e.to_string().into()));
         let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).expect("scontrol");
         text.split_whitespace()
             .filter_map(|word| word.split_once('='))
@@ -285,7 +291,11 @@ pub fn no_node_is_drained(lab: &Lab) {
     let bad: BTreeSet<&str> = said
         .out
         .lines()
-        .filter(|l| ["drain", "down", "fail"].iter().any(|s| l.split(' ').nth(1).is_some_and(|state| state.contains(s))))
+        .filter(|l| {
+            ["drain", "down", "fail"]
+                .iter()
+                .any(|s| l.split(' ').nth(1).is_some_and(|state| state.contains(s)))
+        })
         .collect();
     assert!(bad.is_empty(), "{bad:?}");
 }

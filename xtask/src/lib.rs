@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod apt;
+pub mod bench;
 pub mod demo;
 pub mod error;
 pub mod image;

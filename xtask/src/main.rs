@@ -4,7 +4,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
 use xtask::{
-    Error, Result,
+    Error, Result, bench,
     demo::{self, Wishes},
     image,
     lab::{self, Lab, Options, Places, Slurm, Was},
@@ -53,6 +53,14 @@ enum Command {
         /// Which: tiny
         #[arg(value_parser = ["tiny"])]
         name: String,
+    },
+    /// Measure, in a lab of its own (docs/performance.md)
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchInside {
+        #[arg(trailing_var_arg = true)]
+        words: Vec<String>,
     },
     #[command(hide = true)]
     LabInit {
@@ -238,6 +246,8 @@ fn run(command: Command) -> Result<i32> {
             println!("{}", image::build()?.display());
             Ok(0)
         }
+        Command::Bench(bench) => bench::run(&bench).map(|()| 0),
+        Command::BenchInside { words } => bench::run_inside(&words).map(|()| 0),
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),
         Command::LabInit { inner: true, name } => lab::supervisor_inner(&name).map(|()| 0),
         Command::LabHost { inner: false, name, host } => lab::host_outer(&name, &host).map(|()| 0),

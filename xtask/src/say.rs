@@ -137,9 +137,14 @@ mod tests {
         let mut seen = Vec::new();
         let mut command = Command::new("sh");
         command.args(["-c", "echo one; echo two >&2; echo three; exit 4"]);
-        let error = run(&mut command, &log, 2, |line| seen.push(line.to_owned())).expect_err("it failed").to_string();
+        let error = run(&mut command, &log, 2, |line| seen.push(line.to_owned()))
+            .expect_err("it failed")
+            .to_string();
         assert_eq!(seen, ["one", "two", "three"]);
-        assert!(error.contains("two\nthree") && !error.contains("\none") && error.contains("exit status: 4"), "{error}");
+        assert!(
+            error.contains("two\nthree") && !error.contains("\none") && error.contains("exit status: 4"),
+            "{error}"
+        );
         assert_eq!(std::fs::read_to_string(&log).expect("a log"), "one\ntwo\nthree\n");
         std::fs::remove_file(&log).expect("clean");
     }

@@ -140,7 +140,10 @@ fn apt_get(args: &[&str], say: &mut dyn FnMut(&str)) -> Result<()> {
     command.args(["-q", "-o", "DPkg::Lock::Timeout=300"]).args(args);
     command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
     say::run(&mut command, &paths::target().join("apt.log"), 12, |line| {
-        if ["Get:", "Unpacking ", "Setting up ", "Reading "].iter().any(|start| line.starts_with(start)) {
+        if ["Get:", "Unpacking ", "Setting up ", "Reading "]
+            .iter()
+            .any(|start| line.starts_with(start))
+        {
             say(line);
         }
     })
@@ -163,7 +166,8 @@ fn fetch_kernel(say: &mut dyn FnMut(&str)) -> Result<()> {
     paths::dir(&fresh, 0o755)?;
     let mut get = Command::new("apt-get");
     // As root, for the directory is root's.
-    get.args(["-q", "-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&fresh);
+    get.args(["-q", "-o", "APT::Sandbox::User=root", "download", &package])
+        .current_dir(&fresh);
     say(&format!("downloads {package}"));
     say::run(&mut get, &paths::target().join("apt.log"), 12, |_| {})?;
     let deb = fs::read_dir(&fresh)
@@ -228,7 +232,9 @@ fn add_backports(codename: &str, say: &mut dyn FnMut(&str)) -> Result<()> {
     let mirror = sources
         .mirror_of(codename)
         .ok_or_else(|| format!("apt knows no mirror of {codename}"))?;
-    say(&format!("adds {suite} to apt's sources in {BACKPORTS_FILE}, because QEMU or libvirt is from there"));
+    say(&format!(
+        "adds {suite} to apt's sources in {BACKPORTS_FILE}, because QEMU or libvirt is from there"
+    ));
     paths::file(BACKPORTS_FILE, 0o644, format!("deb {mirror} {suite} main\n"))
 }
 

@@ -60,7 +60,7 @@ pub(crate) fn cargo_command(args: &[&str]) -> Command {
     command
 }
 
-fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let mut command = cargo_command(args);
     command.envs(environment.iter().copied());
     let status = command.status().at("run", "cargo")?;
@@ -105,7 +105,14 @@ pub fn build_guest() -> Result<std::path::PathBuf> {
 pub fn phase() -> Result<()> {
     let _lock = build_lock()?;
     let first = !paths::target().join("debug/slurm-vmd").exists();
-    let mut phase = Phase::begin("build", if first { "the first time takes some minutes" } else { "looks for changes" });
+    let mut phase = Phase::begin(
+        "build",
+        if first {
+            "the first time takes some minutes"
+        } else {
+            "looks for changes"
+        },
+    );
     let mut crates = 0_u32;
     let result = say::run(
         cargo_command(&["build", "--workspace", "--color", "never"]).env("CARGO_TERM_PROGRESS_WHEN", "never"),

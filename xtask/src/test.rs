@@ -26,7 +26,16 @@ pub fn test(wishes: &Wishes) -> Result<()> {
     let begun = Instant::now();
     setup::phase()?;
     check("format", "cargo fmt", &["fmt", "--all", "--check"], "as rustfmt has it")?;
-    let lints = ["clippy", "--workspace", "--all-targets", "--features", "slurm-vm/full", "--", "-D", "warnings"];
+    let lints = [
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--features",
+        "slurm-vm/full",
+        "--",
+        "-D",
+        "warnings",
+    ];
     check("lints", "cargo clippy", &lints, "no warnings")?;
     // Everything, also what tests do not name: a cdylib, and the programs that a lab runs.
     stage::phase()?;
@@ -37,7 +46,12 @@ pub fn test(wishes: &Wishes) -> Result<()> {
     let tests = Instant::now();
     println!("{:12}{runner}, {THREADS} at a time", "tests");
     let passed = run_tests(wishes);
-    println!("{:12}{} ({})", "tests", if passed.is_ok() { "passed" } else { "failed" }, seconds(tests.elapsed()));
+    println!(
+        "{:12}{} ({})",
+        "tests",
+        if passed.is_ok() { "passed" } else { "failed" },
+        seconds(tests.elapsed())
+    );
     passed?;
     println!("all of it took {}", seconds(begun.elapsed()));
     Ok(())
@@ -46,11 +60,16 @@ pub fn test(wishes: &Wishes) -> Result<()> {
 /// A phase that is one cargo command and has nothing to say when it passes.
 fn check(name: &'static str, what: &str, args: &[&str], done: &str) -> Result<()> {
     let mut phase = Phase::begin(name, what);
-    let result = say::run(&mut stage::cargo_command(args), &paths::target().join(format!("{name}.log")), 60, |line| {
-        if let Some(name) = line.strip_prefix("Checking ").or_else(|| line.strip_prefix("Compiling ")) {
-            phase.now(name.split(" (").next().unwrap_or(name));
-        }
-    });
+    let result = say::run(
+        &mut stage::cargo_command(args),
+        &paths::target().join(format!("{name}.log")),
+        60,
+        |line| {
+            if let Some(name) = line.strip_prefix("Checking ").or_else(|| line.strip_prefix("Compiling ")) {
+                phase.now(name.split(" (").next().unwrap_or(name));
+            }
+        },
+    );
     phase.pause();
     if let Err(e) = result {
         let text = e.to_string();
@@ -69,7 +88,10 @@ fn check(name: &'static str, what: &str, args: &[&str], done: &str) -> Result<()
 }
 
 fn has_nextest() -> bool {
-    Command::new("cargo-nextest").arg("--version").output().is_ok_and(|o| o.status.success())
+    Command::new("cargo-nextest")
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success())
 }
 
 fn run_tests(wishes: &Wishes) -> Result<()> {

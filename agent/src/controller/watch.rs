@@ -22,8 +22,19 @@ impl Controller {
         let (jobs, draining, back) = {
             let cluster = self.cluster();
             let is_vm = |j: &&JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
-            let draining: Vec<String> = cluster.slurm_nodes.values().filter(|n| n.is_draining()).map(|n| n.name.clone()).collect();
-            let jobs: Vec<JobBrief> = cluster.jobs.iter().filter(is_vm).filter(|j| !cluster.moves.contains_key(&j.id)).cloned().collect();
+            let draining: Vec<String> = cluster
+                .slurm_nodes
+                .values()
+                .filter(|n| n.is_draining())
+                .map(|n| n.name.clone())
+                .collect();
+            let jobs: Vec<JobBrief> = cluster
+                .jobs
+                .iter()
+                .filter(is_vm)
+                .filter(|j| !cluster.moves.contains_key(&j.id))
+                .cloned()
+                .collect();
             let back: Vec<(u32, Vec<String>)> = cluster
                 .req_nodes
                 .iter()
@@ -33,14 +44,24 @@ impl Controller {
             (jobs, draining, back)
         };
         for (job, nodes) in back {
-            let update = JobUpdate { req_nodes: Some(nodes), ..JobUpdate::default() };
+            let update = JobUpdate {
+                req_nodes: Some(nodes),
+                ..JobUpdate::default()
+            };
             match self.world.slurm.update_job(job, &update) {
                 Ok(()) => drop(self.cluster().req_nodes.remove(&job)),
                 Err(e) => log::debug!("job {job}: its node list is not put back yet: {e}"),
             }
         }
         for j in jobs {
-            let Some(from) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()).filter(|_| j.state.is_on_nodes()) else { continue };
+            let Some(from) = j
+                .batch_host
+                .clone()
+                .or_else(|| j.nodes.first().cloned())
+                .filter(|_| j.state.is_on_nodes())
+            else {
+                continue;
+            };
             if j.in_grace() {
                 if self.cluster().handled.get(&j.id) == Some(&j.restarts) {
                     continue;
@@ -58,7 +79,15 @@ impl Controller {
 
     /// Plans and starts one move.
     fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> bool {
-        let view = match self.peers.request(&from, &self.address(&from), &PeerRequest::Grace { job: j.id, preempted: deadline_ms.is_some() }, Duration::from_secs(3)) {
+        let view = match self.peers.request(
+            &from,
+            &self.address(&from),
+            &PeerRequest::Grace {
+                job: j.id,
+                preempted: deadline_ms.is_some(),
+            },
+            Duration::from_secs(3),
+        ) {
             Ok(PeerReply::Ways(ways)) => Some(ways),
             other => {
                 log::warn!("job {}: {from} does not say what its VM can: {other:?}", j.id);
@@ -115,7 +144,12 @@ impl Controller {
         if !info.brief.batch {
             return Err(format!("job {job} cannot move: not a batch job"));
         }
-        let from = info.brief.batch_host.clone().or_else(|| info.brief.nodes.first().cloned()).ok_or_else(|| format!("job {job} has no node"))?;
+        let from = info
+            .brief
+            .batch_host
+            .clone()
+            .or_else(|| info.brief.nodes.first().cloned())
+            .ok_or_else(|| format!("job {job} has no node"))?;
         if let Some(to) = &to {
             let cluster = self.cluster();
             if !cluster.slurm_nodes.contains_key(to) {
@@ -130,6 +164,10 @@ impl Controller {
             return Err(format!("job {job} is being preempted: its VM moves anyway"));
         }
         self.cluster().results.remove(&job);
-        if self.plan(&info.brief, from, "asked", to, None) { Ok(()) } else { Err(format!("job {job} is moving already")) }
+        if self.plan(&info.brief, from, "asked", to, None) {
+            Ok(())
+        } else {
+            Err(format!("job {job} is moving already"))
+        }
     }
 }

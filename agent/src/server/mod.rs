@@ -132,7 +132,13 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
         return HookReply::refused("this agent has no node role");
     };
     match request {
-        HookRequest::Ensure { job, uid, gid, spec, restart } => {
+        HookRequest::Ensure {
+            job,
+            uid,
+            gid,
+            spec,
+            restart,
+        } => {
             log::info!("job {job}: prolog (restart {restart}, uid {uid}, image {})", spec.image);
             let name = nix::unistd::User::from_uid(uid.into()).ok().flatten();
             let user = UserEntry {
@@ -152,7 +158,9 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
             match node.release(job, Duration::from_secs(wait_s.into())) {
                 Ok(()) => HookReply::done(None),
                 Err(why) => {
-                    let domain = node.record(job).map_or_else(|| crate::core::record::domain_name(job, 0), |r| r.domain());
+                    let domain = node
+                        .record(job)
+                        .map_or_else(|| crate::core::record::domain_name(job, 0), |r| r.domain());
                     HookReply::stuck(domain, why)
                 }
             }

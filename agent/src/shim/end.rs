@@ -95,7 +95,10 @@ fn fault(whose: Whose, why: &str, signals: Option<&Signals>) -> ! {
         exit(outcome::NODE_FAULT.into());
     }
     if whose.restarts >= MOST_RESTARTS {
-        journal(job, &format!("node fault on {node}: {why}; not requeued again after {} restarts", whose.restarts));
+        journal(
+            job,
+            &format!("node fault on {node}: {why}; not requeued again after {} restarts", whose.restarts),
+        );
         say(&format!(
             "slurm-vm: job {job}: {why} (node {node}; not requeued again after {} restarts)",
             whose.restarts

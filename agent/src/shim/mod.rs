@@ -58,7 +58,11 @@ pub fn main() -> ! {
         Ok(task) => run(task),
         // slurmd's own copy is gone: that is the node's fault, not the user's.
         Err(e @ ContractError::Script { .. }) => {
-            let whose = Whose { job, batch: true, restarts };
+            let whose = Whose {
+                job,
+                batch: true,
+                restarts,
+            };
             end::finish(whose, End::Fault(e.to_string()), Signals::block_all().ok().as_ref(), None)
         }
         Err(e) => {
@@ -69,18 +73,17 @@ pub fn main() -> ! {
 }
 
 fn run(task: Task) -> ! {
-    let whose = Whose { job: task.args.job, batch: task.is_batch(), restarts: task.args.restart };
+    let whose = Whose {
+        job: task.args.job,
+        batch: task.is_batch(),
+        restarts: task.args.restart,
+    };
     match prepare(task) {
         Ok(relay) => {
             let (end, signals, terminal) = relay.run();
             end::finish(whose, end, Some(&signals), terminal)
         }
-        Err(e) => end::finish(
-            whose,
-            End::Fault(format!("the task's streams cannot be used: {e}")),
-            None,
-            None,
-        ),
+        Err(e) => end::finish(whose, End::Fault(format!("the task's streams cannot be used: {e}")), None, None),
     }
 }
 

@@ -92,7 +92,11 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
                 Vm::new(record)
             }
             Birth::Expected(record) => Vm::expected(record),
-            Birth::Recovered { record, domain_here, job_here } => Vm::recovered(record, domain_here, job_here),
+            Birth::Recovered {
+                record,
+                domain_here,
+                job_here,
+            } => Vm::recovered(record, domain_here, job_here),
         };
         let domain = vm.record.domain();
         let dir = node.world.store.vm_dir(&domain);
@@ -148,7 +152,11 @@ impl Owner {
                 }
                 self.core(Event::Tick);
             }
-            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() && self.node.retire(&self.vm.record, rx) {
+            if self.vm.record.life.is_over_here()
+                && self.releases.is_empty()
+                && !self.programs.attached()
+                && self.node.retire(&self.vm.record, rx)
+            {
                 return;
             }
         }
@@ -201,7 +209,11 @@ impl Owner {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
                 }
-                let event = Event::MoveOut { move_id: order.move_id.clone(), to: order.to.clone(), cause: order.cause.clone() };
+                let event = Event::MoveOut {
+                    move_id: order.move_id.clone(),
+                    to: order.to.clone(),
+                    cause: order.cause.clone(),
+                };
                 self.order = Some(order);
                 self.move_reply = Some(reply);
                 self.core(event);
@@ -221,7 +233,12 @@ impl Owner {
                     }
                 }
             }
-            Request::Kept { program, stream, offset, bytes } => self.programs.take_spool(program, stream, offset, &bytes),
+            Request::Kept {
+                program,
+                stream,
+                offset,
+                bytes,
+            } => self.programs.take_spool(program, stream, offset, &bytes),
             Request::TookOver { programs, moves, reply } => {
                 for p in &programs {
                     self.programs.adopt(p);
@@ -243,13 +260,22 @@ impl Owner {
         self.restart = self.restart.max(a.open.restart);
         match &self.vm.record.life {
             Life::Stopping { why } | Life::Stopped { why } => {
-                if let Some(ended) = self.programs.batch_ended().filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP) {
+                if let Some(ended) = self
+                    .programs
+                    .batch_ended()
+                    .filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP)
+                {
                     // Slurm >= 24.05 requeues a job that ended within its grace time: it is not run again.
-                    let _ = a.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+                    let _ = a.to.send(Frame::Control(ToShim::Started {
+                        from: vec![],
+                        resumed: true,
+                    }));
                     let _ = a.to.send(Frame::Control(ToShim::Exited(ended)));
                     return;
                 }
-                let (outcome, why) = why.verdict().unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
+                let (outcome, why) = why
+                    .verdict()
+                    .unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
                 let _ = a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
             }
             Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } => {
@@ -263,7 +289,10 @@ impl Owner {
                 self.to_guest(requests);
             }
             _ => {
-                let _ = a.to.send(Frame::Control(ToShim::Progress(format!("the VM is {}", self.vm.record.life.name()))));
+                let _ = a.to.send(Frame::Control(ToShim::Progress(format!(
+                    "the VM is {}",
+                    self.vm.record.life.name()
+                ))));
                 self.waiting_attach.push(a);
             }
         }
@@ -278,14 +307,26 @@ impl Owner {
             return;
         };
         let requests = match frame {
-            Frame::Data { stream: Stream::Stdin, offset, bytes } => vec![ToGuest::Stdin { program, offset, bytes }],
+            Frame::Data {
+                stream: Stream::Stdin,
+                offset,
+                bytes,
+            } => vec![ToGuest::Stdin { program, offset, bytes }],
             Frame::Control(ToAgent::StdinEof { offset }) => vec![ToGuest::StdinEof { program, offset }],
             Frame::Control(ToAgent::Wrote { stream, offset }) => self.programs.wrote(session, stream, offset),
             Frame::Control(ToAgent::Signal { signo }) => {
                 let all = !batch || matches!(signo, libc::SIGTERM | libc::SIGKILL | libc::SIGCONT);
-                vec![ToGuest::Signal { program, signo, scope: if all { Scope::All } else { Scope::Leader } }]
+                vec![ToGuest::Signal {
+                    program,
+                    signo,
+                    scope: if all { Scope::All } else { Scope::Leader },
+                }]
             }
-            Frame::Control(ToAgent::Resize(t)) => vec![ToGuest::Resize { program, rows: t.rows, cols: t.cols }],
+            Frame::Control(ToAgent::Resize(t)) => vec![ToGuest::Resize {
+                program,
+                rows: t.rows,
+                cols: t.cols,
+            }],
             Frame::Control(ToAgent::WhyTerm) => {
                 self.explain_term(session);
                 vec![]
@@ -313,9 +354,17 @@ impl Owner {
     fn explain_term(&mut self, session: u64) {
         let record = &self.vm.record;
         let left = matches!(record.life, Life::Gone { .. } | Life::Saved { .. });
-        let stopped_for_requeue = matches!(&record.life, Life::Stopping { why: crate::core::End::Requeued } | Life::Stopped { why: crate::core::End::Requeued });
+        let stopped_for_requeue = matches!(
+            &record.life,
+            Life::Stopping {
+                why: crate::core::End::Requeued
+            } | Life::Stopped {
+                why: crate::core::End::Requeued
+            }
+        );
         if left || stopped_for_requeue {
-            self.programs.tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            self.programs
+                .tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
             return;
         }
         let (node, job) = (self.node.clone(), record.job);
@@ -325,7 +374,9 @@ impl Owner {
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
-            node.world.store.journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
+            node.world
+                .store
+                .journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
             if let Some(to) = to {
                 let _ = to.send(Frame::Control(ToShim::Cause(cause)));
             }
@@ -336,7 +387,9 @@ impl Owner {
         match event {
             LinkEvent::Up { hello } => {
                 let requests = self.programs.guest_up(&hello.programs);
-                self.core(Event::GuestUp { boot_id: hello.boot_id.clone() });
+                self.core(Event::GuestUp {
+                    boot_id: hello.boot_id.clone(),
+                });
                 // A guest that was moved or restored has lost time.
                 self.effect(Effect::SetClock);
                 self.to_guest(requests);
@@ -346,7 +399,12 @@ impl Owner {
                 log::debug!("job {}: guest link down: {reason}", self.vm.record.job);
                 self.programs.guest_down();
             }
-            LinkEvent::Data { program, stream, offset, bytes } => {
+            LinkEvent::Data {
+                program,
+                stream,
+                offset,
+                bytes,
+            } => {
                 let requests = self.programs.data(program, stream, offset, &bytes);
                 self.to_guest(requests);
             }
@@ -412,7 +470,10 @@ impl Owner {
     }
 
     fn action(&self, action: Action) -> LinkRequest {
-        LinkRequest::Do { token: self.next_request, action }
+        LinkRequest::Do {
+            token: self.next_request,
+            action,
+        }
     }
 
     fn journal(&self, line: &str) {
@@ -519,7 +580,11 @@ impl Owner {
                 });
             }
             Effect::AskDomain => worker(job, "domain", move || {
-                let here = node.world.hypervisor.info(&domain).map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+                let here = node
+                    .world
+                    .hypervisor
+                    .info(&domain)
+                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
                 let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
             }),
             Effect::AskJob => worker(job, "job", move || {
@@ -527,7 +592,13 @@ impl Owner {
             }),
             Effect::AbandonDestination { to, move_id } => {
                 // After a restart there is no order any more; the address is then Slurm's to tell.
-                let order = self.order.clone().unwrap_or(MoveOrder { move_id, to, address: String::new(), cause: String::new(), deadline_ms: None });
+                let order = self.order.clone().unwrap_or(MoveOrder {
+                    move_id,
+                    to,
+                    address: String::new(),
+                    cause: String::new(),
+                    deadline_ms: None,
+                });
                 worker(job, "abandon", move || moving::abandon(&node, &record, Some(&order)));
             }
             Effect::HandOver => self.begin_hand_over(false),
@@ -542,7 +613,9 @@ impl Owner {
             Effect::ResumeDomain => worker(job, "resume", move || {
                 let done = node.world.hypervisor.resume(&domain);
                 let event = match done {
-                    Err(_) if matches!(node.world.hypervisor.info(&domain), Ok(None)) => Event::DomainEnded { how: "its domain is gone".into() },
+                    Err(_) if matches!(node.world.hypervisor.info(&domain), Ok(None)) => Event::DomainEnded {
+                        how: "its domain is gone".into(),
+                    },
                     done => Event::Resumed(done.map_err(|e| e.to_string())),
                 };
                 let _ = tx.send(Request::Core(event));
@@ -550,7 +623,12 @@ impl Owner {
             Effect::Restore => worker(job, "restore", move || {
                 let done = saving::restore(&node, &record).map(|(done, kept)| {
                     for (program, stream, offset, bytes) in kept {
-                        let _ = tx.send(Request::Kept { program, stream, offset, bytes });
+                        let _ = tx.send(Request::Kept {
+                            program,
+                            stream,
+                            offset,
+                            bytes,
+                        });
                     }
                     Box::new(done)
                 });
@@ -593,7 +671,11 @@ impl Owner {
     }
 
     fn begin_hand_over(&mut self, save: bool) {
-        self.hand_over = Some(HandOver { waiting: self.programs.session_ids(), deadline: Instant::now() + HAND_OVER, save });
+        self.hand_over = Some(HandOver {
+            waiting: self.programs.session_ids(),
+            deadline: Instant::now() + HAND_OVER,
+            save,
+        });
         if self.hand_over.as_ref().is_some_and(|h| h.waiting.is_empty()) {
             self.end_hand_over();
         }
@@ -614,8 +696,13 @@ impl Owner {
             self.journal(&format!("{} shim(s) did not report their output in time", h.waiting.len()));
         }
         self.vm.record.programs = self.programs.records();
-        let (node, record, tx, order, job) =
-            (self.node.clone(), self.vm.record.clone(), self.tx.clone(), self.order.clone(), self.vm.record.job);
+        let (node, record, tx, order, job) = (
+            self.node.clone(),
+            self.vm.record.clone(),
+            self.tx.clone(),
+            self.order.clone(),
+            self.vm.record.job,
+        );
         let spools = self.programs.spools();
         if h.save {
             worker(job, "save", move || {
@@ -629,12 +716,14 @@ impl Owner {
             });
         }
     }
-
 }
 
 impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Owner").field("domain", &self.domain).field("age", &self.started_at.elapsed()).finish_non_exhaustive()
+        f.debug_struct("Owner")
+            .field("domain", &self.domain)
+            .field("age", &self.started_at.elapsed())
+            .finish_non_exhaustive()
     }
 }
 
@@ -655,7 +744,13 @@ fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
         Ok(()) => {}
         // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
         Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })
-            if node.world.hypervisor.info(&spec.name).ok().flatten().is_some_and(|i| i.uuid == spec.uuid) => {}
+            if node
+                .world
+                .hypervisor
+                .info(&spec.name)
+                .ok()
+                .flatten()
+                .is_some_and(|i| i.uuid == spec.uuid) => {}
         Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
     }
     node.world.faults.pass("start-domain.after").map_err(fault)

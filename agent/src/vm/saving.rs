@@ -56,7 +56,12 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
     let need = node.world.hypervisor.memory_in_use(&record.domain()).map_err(|e| e.to_string())?;
     let free = node.world.disks.free_bytes(shared).map_err(|e| e.to_string())?;
     if need + (64 << 20) > free {
-        return Err(format!("a save needs {} MiB and {} has {} MiB free", need >> 20, shared.display(), free >> 20));
+        return Err(format!(
+            "a save needs {} MiB and {} has {} MiB free",
+            need >> 20,
+            shared.display(),
+            free >> 20
+        ));
     }
     Ok(dir)
 }
@@ -67,7 +72,9 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
 /// Why there is no save; the domain is then still there, paused.
 pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)]) -> Result<MoveView, String> {
     node.world.faults.pass("save.before")?;
-    let Life::Saving { at: dir } = &record.life else { return Err("the VM is not being saved".into()) };
+    let Life::Saving { at: dir } = &record.life else {
+        return Err("the VM is not being saved".into());
+    };
     let begun = Instant::now();
     let _ = fs::remove_dir_all(dir);
     fs::create_dir_all(dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
@@ -163,14 +170,23 @@ fn read(path: &Path) -> Option<Manifest> {
 /// Why it cannot be restored; nothing of it runs then.
 pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32, usize, u64, Vec<u8>)>), String> {
     node.world.faults.pass("restore.before")?;
-    let Life::Restoring { from: dir } = &record.life else { return Err("the VM is not being restored".into()) };
+    let Life::Restoring { from: dir } = &record.life else {
+        return Err("the VM is not being restored".into());
+    };
     let begun = Instant::now();
-    let manifest = read(&dir.join(MANIFEST)).or_else(|| read(&dir.join(USED))).ok_or_else(|| format!("{} has no manifest", dir.display()))?;
+    let manifest = read(&dir.join(MANIFEST))
+        .or_else(|| read(&dir.join(USED)))
+        .ok_or_else(|| format!("{} has no manifest", dir.display()))?;
     let domain = record.domain();
     make_run_dir(&node.config, &domain)?;
     let memory = dir.join("memory");
     // Restored already, by an agent that was restarted before it could say so: not a second time.
-    let here = node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some_and(|d| d.uuid == record.uuid());
+    let here = node
+        .world
+        .hypervisor
+        .info(&domain)
+        .map_err(|e| e.to_string())?
+        .is_some_and(|d| d.uuid == record.uuid());
     if !here {
         load(node, record, dir, &manifest)?;
     }
@@ -181,7 +197,11 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32,
     let bytes = node.world.disks.used_bytes(&memory);
     let _ = fs::remove_file(&memory);
     node.world.faults.pass("restore.after")?;
-    let kept = manifest.kept.iter().filter_map(|(p, s, o, hex)| Some((*p, *s, *o, crate::text::unhex(hex)?))).collect();
+    let kept = manifest
+        .kept
+        .iter()
+        .filter_map(|(p, s, o, hex)| Some((*p, *s, *o, crate::text::unhex(hex)?)))
+        .collect();
     let from = record.moves.last().map(|m| m.from.clone()).unwrap_or_default();
     Ok((
         MoveView {
@@ -209,7 +229,12 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
         let base = dir.join("overlay.qcow2");
         node.world.disks.make_overlay(&overlay, &base, "qcow2").map_err(|e| e.to_string())?;
         let mut backing = vec![(base, DiskFormat::Qcow2)];
-        backing.extend(manifest.chain.iter().map(|(p, f)| (p.clone(), if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 })));
+        backing.extend(
+            manifest
+                .chain
+                .iter()
+                .map(|(p, f)| (p.clone(), if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 })),
+        );
         disks.push(Disk {
             path: overlay,
             format: DiskFormat::Qcow2,
@@ -227,7 +252,9 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
 /// Removes the saves of a VM that has ended. One that nobody was restored from stays unless the job is over: a restore
 /// that failed here may do better on another node.
 pub fn remove_saves(node: &Node, domain: &str, job_is_over: bool) {
-    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else { return };
+    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
+        return;
+    };
     let prefix = format!("{domain}.");
     for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(&prefix)

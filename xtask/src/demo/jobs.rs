@@ -62,7 +62,12 @@ impl<'a> Door<'a> {
     }
 
     fn ask_on(&self, host: &str, argv: &[&str]) -> Result<String> {
-        let output = self.lab.command(host, self.user, argv)?.stdin(Stdio::null()).output().at("run", argv[0])?;
+        let output = self
+            .lab
+            .command(host, self.user, argv)?
+            .stdin(Stdio::null())
+            .output()
+            .at("run", argv[0])?;
         self.stop.check()?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
@@ -163,16 +168,25 @@ pub fn in_a_vm(lab: &Lab, stop: &Stop) -> Result<()> {
     let node = get(&job, "BatchHost").to_owned();
     let door = Door::root(lab, stop);
     let kernel = door.ask_on(&node, &["uname", "-r"])?;
-    println!("\n  That was the guest. Below it is node {node}, with kernel {}: the script ran in the VM, not there.", kernel.trim());
+    println!(
+        "\n  That was the guest. Below it is node {node}, with kernel {}: the script ran in the VM, not there.",
+        kernel.trim()
+    );
     if get(&job, "ExitCode") != "3:0" {
         return Err(format!("the script ended with `exit 3`, but Slurm says {}", summary(&job)).into());
     }
-    println!("  Its exit code came back as well: Slurm says JobState={} ExitCode={}.", get(&job, "JobState"), get(&job, "ExitCode"));
+    println!(
+        "  Its exit code came back as well: Slurm says JobState={} ExitCode={}.",
+        get(&job, "JobState"),
+        get(&job, "ExitCode")
+    );
     Ok(())
 }
 
 fn summary(job: &BTreeMap<String, String>) -> String {
-    ["JobState", "Reason", "ExitCode", "Restarts", "NodeList"].map(|key| format!("{key}={}", get(job, key))).join(" ")
+    ["JobState", "Reason", "ExitCode", "Restarts", "NodeList"]
+        .map(|key| format!("{key}={}", get(job, key)))
+        .join(" ")
 }
 
 /// Part two: a counter is preempted, its VM moves, nothing is lost.
@@ -212,7 +226,11 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
         Ok(state_is(&alice, &id, "RUNNING")?.filter(|job| is(job, "Restarts", "1")))
     })?;
     let there = get(&landed, "BatchHost").to_owned();
-    println!("    {:>8}  job {id} runs on {there}: same id, Restarts={}", since(), get(&landed, "Restarts"));
+    println!(
+        "    {:>8}  job {id} runs on {there}: same id, Restarts={}",
+        since(),
+        get(&landed, "Restarts")
+    );
     if there == home {
         return Err(format!("job {id} came back to {home}").into());
     }
@@ -223,8 +241,14 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
         })?;
         println!("    {:>8}  bob's job {urgent} runs on {home}", since());
     }
-    let ended = stop.wait("the counter's end", Duration::from_secs(120), || Ok(Some(alice.job(&id)?).filter(over)))?;
-    println!("    {:>8}  the counter has reached its end: JobState={}", since(), get(&ended, "JobState"));
+    let ended = stop.wait("the counter's end", Duration::from_secs(120), || {
+        Ok(Some(alice.job(&id)?).filter(over))
+    })?;
+    println!(
+        "    {:>8}  the counter has reached its end: JobState={}",
+        since(),
+        get(&ended, "JobState")
+    );
     if !is(&ended, "JobState", "COMPLETED") || !is(&ended, "ExitCode", "0:0") {
         return Err(format!("the counter did not end well: {}", summary(&ended)).into());
     }

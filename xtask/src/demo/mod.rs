@@ -58,7 +58,10 @@ pub fn demo(wishes: &Wishes) -> Result<()> {
     lab::down(&wishes.name)?;
     phase.done("the cluster is gone, nothing of it is left on this machine");
     result?;
-    println!("\nAll of it took {}. Next: README.md, docs/, and `cargo xtask lab up` for a cluster to play with.", seconds(begun.elapsed()));
+    println!(
+        "\nAll of it took {}. Next: README.md, docs/, and `cargo xtask lab up` for a cluster to play with.",
+        seconds(begun.elapsed())
+    );
     Ok(())
 }
 
@@ -71,7 +74,9 @@ fn cluster(wishes: &Wishes, stop: &Stop) -> Result<Lab> {
     stop.check()?;
     let version = Door::root(&lab, stop).ask(&["scontrol", "--version"])?;
     let release = version.trim().rsplit(' ').next().unwrap_or("?").to_owned();
-    phase.done(&format!("Slurm {release}: a login host, and nodes n1 and n2, each with a libvirt and an agent of its own"));
+    phase.done(&format!(
+        "Slurm {release}: a login host, and nodes n1 and n2, each with a libvirt and an agent of its own"
+    ));
     Ok(lab)
 }
 
@@ -100,7 +105,11 @@ pub struct Stop(Arc<AtomicBool>);
 impl Stop {
     fn on_signals() -> Result<Self> {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        for signal in [
+            signal_hook::consts::SIGINT,
+            signal_hook::consts::SIGTERM,
+            signal_hook::consts::SIGHUP,
+        ] {
             signal_hook::flag::register(signal, flag.clone()).map_err(|e| format!("cannot catch signal {signal}: {e}"))?;
         }
         Ok(Self(flag))

@@ -84,7 +84,10 @@ struct Kernel {
 
 /// The newest cloud kernel, with its modules, that the machine has installed or setup has unpacked.
 fn newest_kernel() -> Result<Kernel> {
-    let mut found: Vec<(Vec<u64>, Kernel)> = [Path::new("/"), Path::new(paths::KERNEL)].into_iter().flat_map(kernels_below).collect();
+    let mut found: Vec<(Vec<u64>, Kernel)> = [Path::new("/"), Path::new(paths::KERNEL)]
+        .into_iter()
+        .flat_map(kernels_below)
+        .collect();
     found.sort_by(|a, b| a.0.cmp(&b.0));
     found
         .pop()

@@ -15,7 +15,7 @@ use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
     config::Config,
     core::{Life, Record, record::domain_name},
-    effects::{Faults, Store, SystemClock, World, disks::QemuImg, store::DirStore},
+    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
     hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
     node::Node,
     peer::Role,
@@ -181,6 +181,7 @@ impl Bench {
             up_ms: None,
             ended_ms: None,
             boot_id: None,
+            await_until_ms: None,
         }
     }
 

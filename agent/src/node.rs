@@ -506,17 +506,20 @@ impl Node {
             ..Totals::default()
         };
         for v in views {
-            let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
-            if alive {
+            // A VM that has left is counted where it is now, with all the time it has run.
+            let left = matches!(v.state.as_str(), "gone" | "saved");
+            if v.state == "stopped" {
+                t.ended += 1;
+            } else if !left {
                 t.vms += 1;
                 t.vcpus += v.vcpus;
                 t.mem_mib += v.mem_mib;
                 t.disk_bytes += v.disk_bytes;
-            } else {
-                t.ended += 1;
             }
-            t.run_seconds += v.run_seconds;
-            t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            if !left {
+                t.run_seconds += v.run_seconds;
+                t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            }
             for m in v.moves.iter().filter(|m| m.from == self.name && m.outcome == "done") {
                 t.moves += 1;
                 t.moved_bytes += m.bytes;

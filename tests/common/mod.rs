@@ -1,6 +1,8 @@
 //! What the tests in the lab share: one lab for each test program, a directory of its own for each test, and looking from outside.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod moves;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

@@ -157,10 +157,15 @@ pub fn in_a_vm(lab: &Lab, stop: &Stop) -> Result<()> {
         }
         Ok((alice.output(&id)?.lines().count() >= 2).then_some(()))
     })?;
-    let listed = alice.show(&["svm", "list"])?;
-    if !listed.lines().any(|line| line.split_whitespace().next() == Some(id.as_str())) {
-        return Err(format!("svm list does not show job {id}").into());
-    }
+    // The controller hears from the nodes about once a second.
+    stop.wait("the VM in `svm list`", DEADLINE, || {
+        let listed = alice.ask(&["svm", "list"])?;
+        let shown = listed
+            .lines()
+            .any(|line| line.split_whitespace().next() == Some(id.as_str()) && line.ends_with(" running"));
+        Ok(shown.then_some(()))
+    })?;
+    alice.show(&["svm", "list"])?;
     let job = stop.wait("the job's end", DEADLINE, || Ok(Some(alice.job(&id)?).filter(over)))?;
     println!("  alice@login$ cat slurm-{id}.out");
     let output = alice.output(&id)?;
@@ -251,6 +256,10 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
     );
     if !is(&ended, "JobState", "COMPLETED") || !is(&ended, "ExitCode", "0:0") {
         return Err(format!("the counter did not end well: {}", summary(&ended)).into());
+    }
+    let shown = alice.ask(&["svm", "show", &id])?;
+    if let Some(moved) = shown.lines().find_map(|line| line.trim().strip_prefix("Move=")) {
+        println!("            the move, says svm show {id}: {moved}");
     }
     let boot = checked(&alice.output(&id)?).map_err(Error::Other)?;
     println!("\n  slurm-{id}.out has every number from 1 to {LAST}, once and in order, and the first line is the last one:");

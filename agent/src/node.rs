@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -56,6 +59,8 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
+    /// A start with a hard limit has failed here: there are no cgroups for libvirt.
+    hard_limit_fails: AtomicBool,
 }
 
 impl Node {
@@ -71,6 +76,7 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
+            hard_limit_fails: AtomicBool::new(false),
         })
     }
 
@@ -82,6 +88,20 @@ impl Node {
     #[must_use]
     pub fn domain_type(&self) -> DomainType {
         self.domain_type_and_reason().0
+    }
+
+    /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.
+    #[must_use]
+    pub fn hard_limit_mib(&self, record: &Record) -> Option<u64> {
+        let given = record.allocation.as_ref().and_then(|a| a.mem_mib);
+        given.filter(|_| !self.hard_limit_fails.load(Ordering::Relaxed))
+    }
+
+    /// Remembers, and says once, that hard limits do not work on this host.
+    pub fn no_hard_limit(&self, why: &str) {
+        if !self.hard_limit_fails.swap(true, Ordering::Relaxed) {
+            log::warn!("QEMU's memory is not held to the job's allocation on this node: {why}");
+        }
     }
 
     /// As [`Node::domain_type`], with the reason for people.
@@ -486,17 +506,20 @@ impl Node {
             ..Totals::default()
         };
         for v in views {
-            let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
-            if alive {
+            // A VM that has left is counted where it is now, with all the time it has run.
+            let left = matches!(v.state.as_str(), "gone" | "saved");
+            if v.state == "stopped" {
+                t.ended += 1;
+            } else if !left {
                 t.vms += 1;
                 t.vcpus += v.vcpus;
                 t.mem_mib += v.mem_mib;
                 t.disk_bytes += v.disk_bytes;
-            } else {
-                t.ended += 1;
             }
-            t.run_seconds += v.run_seconds;
-            t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            if !left {
+                t.run_seconds += v.run_seconds;
+                t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            }
             for m in v.moves.iter().filter(|m| m.from == self.name && m.outcome == "done") {
                 t.moves += 1;
                 t.moved_bytes += m.bytes;

@@ -72,7 +72,11 @@ impl Vm {
             (Life::Booting { deadline_ms }, Event::Tick) if self.busy.is_none() && now_ms >= deadline_ms => self.stop(End::BootTimeout {
                 seconds: self.boot_timeout_s(),
             }),
-            (Life::Booting { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
+            (Life::Booting { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
+                self.then = Some(End::BootFailed { how });
+                vec![]
+            }
+            (Life::Restoring { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
                 self.then = Some(End::GuestLost { how });
                 vec![]
             }
@@ -441,7 +445,8 @@ impl Vm {
             (Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::GiveUp) => {
                 self.stop(End::Requeued)
             }
-            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
+            (Life::Booting { .. }, Event::DomainEnded { how }) => self.stop(End::BootFailed { how }),
+            (Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
                 self.stop(End::GuestLost { how })
             }
             // What was under way when the VM was ended has come to its end: now nothing can come up any more.

@@ -762,10 +762,23 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
 fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let fault = |e: String| Failure::Node(e);
     node.world.faults.pass("start-domain.before").map_err(fault)?;
-    let spec = prepare::domain_spec(&node.config, &node.world, record)
+    let mut spec = prepare::domain_spec(&node.config, &node.world, record)
         .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
     moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
-    match node.world.hypervisor.start(&spec, false) {
+    spec.hard_limit_mib = node.hard_limit_mib(record);
+    let mut started = node.world.hypervisor.start(&spec, false);
+    if spec.hard_limit_mib.is_some()
+        && let Err(e) = &started
+        && !matches!(
+            e,
+            crate::hypervisor::HypervisorError::AlreadyExists { .. } | crate::hypervisor::HypervisorError::Connect { .. }
+        )
+    {
+        node.no_hard_limit(&e.to_string());
+        spec.hard_limit_mib = None;
+        started = node.world.hypervisor.start(&spec, false);
+    }
+    match started {
         Ok(()) => {}
         // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
         Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })

@@ -258,9 +258,17 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
     let shown = alice.ask(&["svm", "show", &id])?;
     if let Some(moved) = shown.lines().map(str::trim).find(|line| line.starts_with("Move=")) {
         let moved = fields(moved);
-        let gap = ["GuestGap", "Downtime"].into_iter().map(|key| get(&moved, key)).find(|v| v.ends_with("ms"));
+        let gap = ["GuestGap", "Downtime"]
+            .into_iter()
+            .map(|key| get(&moved, key))
+            .find(|v| v.ends_with("ms"));
         let stood = gap.map_or_else(String::new, |gap| format!("; the guest stood still for {gap}"));
-        println!("            svm show {id}: moved {}, {} in {}{stood}", get(&moved, "Move"), get(&moved, "Bytes"), get(&moved, "Took"));
+        println!(
+            "            svm show {id}: moved {}, {} in {}{stood}",
+            get(&moved, "Move"),
+            get(&moved, "Bytes"),
+            get(&moved, "Took")
+        );
     }
     let boot = checked(&alice.output(&id)?).map_err(Error::Other)?;
     println!("\n  slurm-{id}.out has every number from 1 to {LAST}, once and in order, and the first line is the last one:");

@@ -59,6 +59,8 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
+    /// QEMU's version, asked once: libvirt may probe QEMU for seconds to tell it.
+    qemu: OnceLock<String>,
     /// A start with a hard limit has failed here: there are no cgroups for libvirt.
     hard_limit_fails: AtomicBool,
 }
@@ -76,6 +78,7 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
+            qemu: OnceLock::new(),
             hard_limit_fails: AtomicBool::new(false),
         })
     }
@@ -88,6 +91,21 @@ impl Node {
     #[must_use]
     pub fn domain_type(&self) -> DomainType {
         self.domain_type_and_reason().0
+    }
+
+    /// QEMU's version (`10.0.2`), empty while libvirt does not tell it.
+    #[must_use]
+    pub fn qemu_version(&self) -> String {
+        if let Some(known) = self.qemu.get() {
+            return known.clone();
+        }
+        match self.world.hypervisor.host(self.domain_type()) {
+            Ok(host) => self.qemu.get_or_init(|| host.hypervisor_version).clone(),
+            Err(e) => {
+                log::warn!("libvirt does not tell QEMU's version: {e}");
+                String::new()
+            }
+        }
     }
 
     /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.

@@ -270,6 +270,7 @@ impl Bench {
             up_ms: None,
             ended_ms: None,
             boot_id: None,
+            await_until_ms: None,
         };
         let world = &self.node.world;
         world.store.put(&record).map_err(|e| e.to_string())?;

@@ -233,12 +233,7 @@ fn facts(node: &Node, domain_type: &str) -> HostFacts {
         agent: env!("CARGO_PKG_VERSION").into(),
         domain_type: domain_type.into(),
         cpu_model: node.config.hypervisor.cpu_model.clone(),
-        qemu: node
-            .world
-            .hypervisor
-            .host(node.domain_type())
-            .map(|h| h.hypervisor_version)
-            .unwrap_or_default(),
+        qemu: node.qemu_version(),
     }
 }
 

@@ -105,7 +105,7 @@ impl Clients {
                 Ok(json!({"step_ms": time(&mut slurm("srun", &args))?.0}))
             }
             "sbatch" => {
-                args.extend(["--hold", "--parsable", "-Q", "-o", "/dev/null", &script]);
+                args.extend(["--hold", "--parsable", "-o", "/dev/null", &script]);
                 let (took, job) = time(&mut slurm("sbatch", &args))?;
                 proc::run("scancel", &[&job])?;
                 Ok(json!({"sbatch_ms": took}))

@@ -238,7 +238,7 @@ impl Node {
                     let tx = tx.clone();
                     drop(vms);
                     let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, |r| Request::Record(r));
+                    let record = self.ask(&tx, Request::Record);
                     if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();

@@ -105,8 +105,9 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
                     offset,
                     bytes,
                 })
+                .is_ok()
             });
-            if matches!(sent, Some(Ok(()))) {
+            if sent == Some(true) {
                 PeerReply::Ok
             } else {
                 PeerReply::Refused(format!("job {job} has no VM on {}", node.name))

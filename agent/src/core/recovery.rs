@@ -26,6 +26,7 @@ impl Vm {
         (vm, effects)
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "an event is over once it has been taken in")]
     pub(super) fn on_event_while_unclear(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
         let Some(mut known) = self.unclear else { return vec![] };
         match event {

@@ -39,6 +39,9 @@ pub struct Attach {
     pub to: ToSession,
 }
 
+/// Output of a program that travels with its VM: program, index of the stream, offset of the first byte, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
+
 /// What is to be sent to the guest.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToGuest {
@@ -262,8 +265,7 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
-            for i in 0..2 {
-                let o = &mut p.outputs[i];
+            for (i, o) in p.outputs.iter_mut().enumerate() {
                 let from = a
                     .open
                     .resume
@@ -588,9 +590,9 @@ impl Programs {
         }
     }
 
-    /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
+    /// Kept output of all programs, to travel with a move.
     #[must_use]
-    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
+    pub fn spools(&self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {
@@ -656,8 +658,7 @@ impl Programs {
             if !p.told_start {
                 continue;
             }
-            for i in 0..2 {
-                let o = &mut p.outputs[i];
+            for (i, o) in p.outputs.iter_mut().enumerate() {
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
                         Ok(bytes) if !bytes.is_empty() => {

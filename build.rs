@@ -6,7 +6,11 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let package = env::var("CARGO_PKG_NAME").expect("cargo sets CARGO_PKG_NAME");
-    let include = if package == "spank_vm" { manifest.join("../include") } else { manifest.join("include") };
+    let include = if package == "spank_vm" {
+        manifest.join("../include")
+    } else {
+        manifest.join("include")
+    };
     println!("cargo:rerun-if-changed={}", include.display());
     match package.as_str() {
         "spank_vm" => bind(
@@ -17,8 +21,20 @@ fn main() {
             "libslurm-dev",
         ),
         "slurm-vm" => {
-            bind(&include.join("slurm-vm-libvirt.h"), &["vir.*"], &["vir.*", "VIR_.*"], &out.join("libvirt.rs"), "libvirt-dev");
-            bind(&include.join("slurm-vm-munge.h"), &["munge_.*"], &["munge_.*", "EMUNGE_.*", "MUNGE_.*"], &out.join("munge.rs"), "libmunge-dev");
+            bind(
+                &include.join("slurm-vm-libvirt.h"),
+                &["vir.*"],
+                &["vir.*", "VIR_.*"],
+                &out.join("libvirt.rs"),
+                "libvirt-dev",
+            );
+            bind(
+                &include.join("slurm-vm-munge.h"),
+                &["munge_.*"],
+                &["munge_.*", "EMUNGE_.*", "MUNGE_.*"],
+                &out.join("munge.rs"),
+                "libmunge-dev",
+            );
         }
         other => panic!("build.rs serves spank_vm and slurm-vm, not {other}"),
     }
@@ -26,13 +42,24 @@ fn main() {
 
 fn bind(header: &std::path::Path, functions: &[&str], others: &[&str], out: &std::path::Path, debian_package: &str) {
     println!("cargo:rerun-if-changed={}", header.display());
-    let mut builder = bindgen::Builder::default().header(header.to_string_lossy()).layout_tests(false).generate_comments(false).wrap_unsafe_ops(true);
+    let mut builder = bindgen::Builder::default()
+        .header(header.to_string_lossy())
+        .layout_tests(false)
+        .generate_comments(false)
+        .wrap_unsafe_ops(true);
     for f in functions {
         builder = builder.allowlist_function(f);
     }
     for o in others {
         builder = builder.allowlist_type(o).allowlist_var(o);
     }
-    let bindings = builder.generate().unwrap_or_else(|e| panic!("cannot read {}: {e}\nIs the package {debian_package} installed? `cargo xtask setup` installs what the build needs.", header.display()));
-    bindings.write_to_file(out).unwrap_or_else(|e| panic!("cannot write {}: {e}", out.display()));
+    let bindings = builder.generate().unwrap_or_else(|e| {
+        panic!(
+            "cannot read {}: {e}\nIs the package {debian_package} installed? `cargo xtask setup` installs what the build needs.",
+            header.display()
+        )
+    });
+    bindings
+        .write_to_file(out)
+        .unwrap_or_else(|e| panic!("cannot write {}: {e}", out.display()));
 }

@@ -798,13 +798,30 @@ fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
         .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let shim = Shim::spawn(command);
     let until = Instant::now() + DEADLINE;
-    while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold 12\n") {
+    while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold State=SpecialExit 12\n") {
         assert!(Instant::now() < until, "no requeue");
         thread::sleep(Duration::from_millis(5));
     }
     shim.signal(15);
     let (status, out, err) = shim.finish();
     assert_eq!((status.code(), out.as_str(), err.as_str()), (Some(0), "", ""));
+}
+
+#[test]
+fn a_job_that_met_three_broken_nodes_is_not_requeued_again() {
+    let bench = Bench::without_agent();
+    let args = ShimArgs {
+        restart: 3,
+        ..bench.args(slurm_vm_api::shim::StepKind::Batch, OpenMode::Default)
+    };
+    let mut command = bench.command(&args);
+    command
+        .env("SLURM_VM_SLURM_BIN", fake_scontrol(&bench, 0))
+        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
+    let (status, _, err) = Shim::spawn(command).finish();
+    assert_eq!(status.code(), Some(125));
+    assert!(err.ends_with("(node n1; not requeued again after 3 restarts)\n"), "{err}");
+    assert!(!bench.path("asked").exists(), "it asked for a requeue");
 }
 
 #[test]

@@ -211,13 +211,23 @@ fn default_min_mem() -> u64 {
 
 impl Default for HypervisorConfig {
     fn default() -> Self {
-        Self { uri: "qemu:///system".into(), domain_type: DomainTypeChoice::Auto, cpu_model: String::new(), probe_timeout_s: 20 }
+        Self {
+            uri: "qemu:///system".into(),
+            domain_type: DomainTypeChoice::Auto,
+            cpu_model: String::new(),
+            probe_timeout_s: 20,
+        }
     }
 }
 
 impl Default for PeerConfig {
     fn default() -> Self {
-        Self { listen: "0.0.0.0:6822".into(), port: 6822, encrypt_migration: true, qemu_user: "libvirt-qemu".into() }
+        Self {
+            listen: "0.0.0.0:6822".into(),
+            port: 6822,
+            encrypt_migration: true,
+            qemu_user: "libvirt-qemu".into(),
+        }
     }
 }
 
@@ -264,18 +274,31 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, path: &std::path::Path) -> Result<Self, ConfigError> {
-        let config: Self =
-            toml::from_str(text).map_err(|e| ConfigError::Parse { path: path.into(), text: e.to_string().trim_end().to_owned() })?;
-        let value = |key: &str, text: String| ConfigError::Value { path: path.into(), key: key.into(), text };
+        let config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
+            path: path.into(),
+            text: e.to_string().trim_end().to_owned(),
+        })?;
+        let value = |key: &str, text: String| ConfigError::Value {
+            path: path.into(),
+            key: key.into(),
+            text,
+        };
         for (name, image) in &config.images {
             let key = |k: &str| format!("images.{name}.{k}");
             if !["qcow2", "raw"].contains(&image.disk_format.as_str()) {
-                return Err(value(&key("disk_format"), format!("`{}` is not known; qcow2 and raw are", image.disk_format)));
+                return Err(value(
+                    &key("disk_format"),
+                    format!("`{}` is not known; qcow2 and raw are", image.disk_format),
+                ));
             }
             if image.kernel.is_none() && image.disk.is_none() {
                 return Err(value(&key("kernel"), "an image needs a kernel, a disk or both".into()));
             }
-            if image.sha256.as_ref().is_some_and(|s| s.len() != 64 || !s.bytes().all(|b| b.is_ascii_hexdigit())) {
+            if image
+                .sha256
+                .as_ref()
+                .is_some_and(|s| s.len() != 64 || !s.bytes().all(|b| b.is_ascii_hexdigit()))
+            {
                 return Err(value(&key("sha256"), "64 hexadecimal digits are needed".into()));
             }
         }
@@ -289,7 +312,9 @@ impl Config {
     #[must_use]
     pub fn node(&self) -> String {
         self.node_name.clone().unwrap_or_else(|| {
-            let name = nix::unistd::gethostname().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let name = nix::unistd::gethostname()
+                .map(|n| n.to_string_lossy().into_owned())
+                .unwrap_or_default();
             name.split('.').next().unwrap_or_default().to_owned()
         })
     }
@@ -309,13 +334,20 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_refused_and_the_known_ones_are_listed() {
-        let e = Config::parse("[node]\nboot_timout_s = 3\n", Path::new("x.toml")).unwrap_err().to_string();
-        assert!(e.contains("boot_timout_s") && e.contains("boot_timeout_s") && e.contains("x.toml"), "{e}");
+        let e = Config::parse("[node]\nboot_timout_s = 3\n", Path::new("x.toml"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            e.contains("boot_timout_s") && e.contains("boot_timeout_s") && e.contains("x.toml"),
+            "{e}"
+        );
     }
 
     #[test]
     fn an_image_with_an_unknown_format_is_refused() {
-        let e = Config::parse("[images.a]\ndisk='/d'\ndisk_format='vmdk'\n", Path::new("x.toml")).unwrap_err().to_string();
+        let e = Config::parse("[images.a]\ndisk='/d'\ndisk_format='vmdk'\n", Path::new("x.toml"))
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("images.a.disk_format") && e.contains("qcow2"), "{e}");
     }
 }

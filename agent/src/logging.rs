@@ -23,9 +23,15 @@ impl log::Log for Stderr {
             };
             format!("<{priority}>{}\n", record.args())
         } else {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            let now = std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap_or_default();
             let level = record.level().as_str().to_lowercase();
-            format!("{} {level}: {}\n", crate::text::utc(u64::try_from(now.as_millis()).unwrap_or(0)), record.args())
+            format!(
+                "{} {level}: {}\n",
+                crate::text::utc(u64::try_from(now.as_millis()).unwrap_or(0)),
+                record.args()
+            )
         };
         // A log that cannot be written has nowhere to say so.
         let _ = std::io::stderr().lock().write_all(line.as_bytes());

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,11 +18,11 @@ use slurm_vm_api::{
 };
 
 use crate::{
+    cluster::Peers,
     config::{Config, DomainTypeChoice},
     core::{End, Life, Record, record::RECORD_VERSION, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
-    cluster::Peers,
     vm::{self, Attach, Birth, Request, view},
 };
 
@@ -56,6 +59,10 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
+    /// QEMU's version, asked once: libvirt may probe QEMU for seconds to tell it.
+    qemu: OnceLock<String>,
+    /// A start with a hard limit has failed here: there are no cgroups for libvirt.
+    hard_limit_fails: AtomicBool,
 }
 
 impl Node {
@@ -71,6 +78,8 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
+            qemu: OnceLock::new(),
+            hard_limit_fails: AtomicBool::new(false),
         })
     }
 
@@ -82,6 +91,35 @@ impl Node {
     #[must_use]
     pub fn domain_type(&self) -> DomainType {
         self.domain_type_and_reason().0
+    }
+
+    /// QEMU's version (`10.0.2`), empty while libvirt does not tell it.
+    #[must_use]
+    pub fn qemu_version(&self) -> String {
+        if let Some(known) = self.qemu.get() {
+            return known.clone();
+        }
+        match self.world.hypervisor.host(self.domain_type()) {
+            Ok(host) => self.qemu.get_or_init(|| host.hypervisor_version).clone(),
+            Err(e) => {
+                log::warn!("libvirt does not tell QEMU's version: {e}");
+                String::new()
+            }
+        }
+    }
+
+    /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.
+    #[must_use]
+    pub fn hard_limit_mib(&self, record: &Record) -> Option<u64> {
+        let given = record.allocation.as_ref().and_then(|a| a.mem_mib);
+        given.filter(|_| !self.hard_limit_fails.load(Ordering::Relaxed))
+    }
+
+    /// Remembers, and says once, that hard limits do not work on this host.
+    pub fn no_hard_limit(&self, why: &str) {
+        if !self.hard_limit_fails.swap(true, Ordering::Relaxed) {
+            log::warn!("QEMU's memory is not held to the job's allocation on this node: {why}");
+        }
     }
 
     /// As [`Node::domain_type`], with the reason for people.
@@ -110,7 +148,12 @@ impl Node {
             }
         };
         // No answer is not "none": a VM must not be taken for lost because libvirt is away.
-        let domains = self.world.hypervisor.list().inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}")).ok();
+        let domains = self
+            .world
+            .hypervisor
+            .list()
+            .inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}"))
+            .ok();
         let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
         let now = self.world.clock.now_ms();
         let mut known = Vec::new();
@@ -134,10 +177,22 @@ impl Node {
                 }
                 continue;
             }
-            let domain_here = domains.as_ref().map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
+            let domain_here = domains
+                .as_ref()
+                .map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
             let job_here = self.job_here(job);
-            log::info!("job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})", record.life.name());
-            let tx = vm::spawn(self.clone(), Birth::Recovered { record, domain_here, job_here });
+            log::info!(
+                "job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})",
+                record.life.name()
+            );
+            let tx = vm::spawn(
+                self.clone(),
+                Birth::Recovered {
+                    record,
+                    domain_here,
+                    job_here,
+                },
+            );
             self.vms().insert(job, Entry::Live(tx));
         }
         for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {
@@ -161,7 +216,10 @@ impl Node {
     /// Slurm says that the job will never run again.
     #[must_use]
     pub fn job_is_over(&self, job: u32) -> bool {
-        self.world.slurm.job(job).is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
+        self.world
+            .slurm
+            .job(job)
+            .is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
     }
 
     /// Prolog: the job may run here soon. Returns the run number at once; everything else happens on the VM's thread.
@@ -180,7 +238,7 @@ impl Node {
                     let tx = tx.clone();
                     drop(vms);
                     let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, |r| Request::Record(r));
+                    let record = self.ask(&tx, Request::Record);
                     if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
@@ -224,6 +282,25 @@ impl Node {
         }
     }
 
+    /// Which of its job's VMs the one on this node is: the node's place in the job's node list. Domains and overlays of a
+    /// job on several nodes are told apart by it.
+    #[must_use]
+    pub fn place_in(&self, job: u32) -> u32 {
+        let nodes = match self.world.slurm.job(job) {
+            Ok(Some(info)) => info.brief.nodes,
+            Ok(None) => Vec::new(),
+            Err(e) => {
+                log::warn!("job {job}: cannot ask Slurm for its nodes: {e}");
+                Vec::new()
+            }
+        };
+        nodes
+            .iter()
+            .position(|n| *n == self.name)
+            .and_then(|k| u32::try_from(k).ok())
+            .unwrap_or(0)
+    }
+
     /// A record for a new VM, or the one of a save that waits on shared storage.
     fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
         let now = self.world.clock.now_ms();
@@ -248,7 +325,10 @@ impl Node {
             job,
             k: 0,
             user,
-            spec: VmSpec { boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)), ..spec },
+            spec: VmSpec {
+                boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)),
+                ..spec
+            },
             run,
             generation: 1,
             life: Life::Preparing,
@@ -295,7 +375,7 @@ impl Node {
         if let Ok(outcome) = answer.recv_timeout(wait) {
             return outcome;
         }
-        let domain = domain_name(job, 0);
+        let domain = self.record(job).map_or_else(|| domain_name(job, 0), |r| r.domain());
         log::warn!("job {job}: its VM did not leave within {} s: ending {domain}", wait.as_secs());
         let (reply, answer) = bounded(1);
         let _ = tx.send(Request::Release(reply));
@@ -313,13 +393,19 @@ impl Node {
     pub fn attach(self: &Arc<Self>, attach: Attach, peer_uid: u32) {
         let job = attach.open.job;
         let refuse = |outcome: u8, why: String| {
-            let _ = attach.to.send(Frame::Control(ToShim::Failed { outcome: outcome.into(), why }));
+            let _ = attach.to.send(Frame::Control(ToShim::Failed {
+                outcome: outcome.into(),
+                why,
+            }));
         };
         if attach.open.step == slurm_vm_api::session::BATCH_STEP
             && attach.open.restart > 0
             && let Some(ended) = self.completion(job, attach.open.user.uid)
         {
-            let _ = attach.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+            let _ = attach.to.send(Frame::Control(ToShim::Started {
+                from: vec![],
+                resumed: true,
+            }));
             let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
             let _ = std::fs::remove_file(self.completion_path(job));
             return;
@@ -362,7 +448,11 @@ impl Node {
     }
 
     fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
-        let info = self.world.slurm.job(job).map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
+        let info = self
+            .world
+            .slurm
+            .job(job)
+            .map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
         let info = info.ok_or_else(|| format!("Slurm knows no job {job}"))?;
         if info.brief.uid != uid && uid != 0 {
             return Err(format!("job {job} is not yours"));
@@ -371,7 +461,14 @@ impl Node {
             return Err(format!("job {job} does not run on {}", self.name));
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
-        self.ensure(job, UserEntry { uid: info.brief.uid, ..attach.open.user.clone() }, attach.open.spec.clone())?;
+        self.ensure(
+            job,
+            UserEntry {
+                uid: info.brief.uid,
+                ..attach.open.user.clone()
+            },
+            attach.open.spec.clone(),
+        )?;
         match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Ok(tx.clone()),
             _ => Err(format!("the VM of job {job} ended at once")),
@@ -426,19 +523,25 @@ impl Node {
     /// What this node's VMs have been given.
     #[must_use]
     pub fn totals(&self, views: &[VmView]) -> Totals {
-        let mut t = Totals { scope: self.name.clone(), ..Totals::default() };
+        let mut t = Totals {
+            scope: self.name.clone(),
+            ..Totals::default()
+        };
         for v in views {
-            let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
-            if alive {
+            // A VM that has left is counted where it is now, with all the time it has run.
+            let left = matches!(v.state.as_str(), "gone" | "saved");
+            if v.state == "stopped" {
+                t.ended += 1;
+            } else if !left {
                 t.vms += 1;
                 t.vcpus += v.vcpus;
                 t.mem_mib += v.mem_mib;
                 t.disk_bytes += v.disk_bytes;
-            } else {
-                t.ended += 1;
             }
-            t.run_seconds += v.run_seconds;
-            t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            if !left {
+                t.run_seconds += v.run_seconds;
+                t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            }
             for m in v.moves.iter().filter(|m| m.from == self.name && m.outcome == "done") {
                 t.moves += 1;
                 t.moved_bytes += m.bytes;
@@ -480,7 +583,11 @@ impl Node {
     /// to run again. On shared storage where there is some, so that every node knows.
     pub fn keep_completion(&self, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
         let path = self.completion_path(record.job);
-        let done = Completion { v: 1, uid: record.user.uid, ended: vm::programs::ended(*status, "") };
+        let done = Completion {
+            v: 1,
+            uid: record.user.uid,
+            ended: vm::programs::ended(*status, ""),
+        };
         let write = || {
             std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
             crate::effects::store::write_durably(&path, &serde_json::to_vec(&done)?)
@@ -490,8 +597,15 @@ impl Node {
         }
     }
 
-    fn completion_path(&self, job: u32) -> PathBuf {
-        self.config.shared_dir.as_ref().unwrap_or(&self.config.state_dir).join("done").join(format!("{job}.json"))
+    /// Where it is put on record that a job's script ended within its grace time.
+    #[must_use]
+    pub fn completion_path(&self, job: u32) -> PathBuf {
+        self.config
+            .shared_dir
+            .as_ref()
+            .unwrap_or(&self.config.state_dir)
+            .join("done")
+            .join(format!("{job}.json"))
     }
 
     /// How a job's script ended within the grace time of an earlier run.
@@ -499,6 +613,22 @@ impl Node {
         let bytes = std::fs::read(self.completion_path(job)).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
+    }
+
+    /// Removes records and logs of VMs that ended longer ago than they are kept.
+    pub fn forget_old(&self) {
+        let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
+        let now = self.world.clock.now_ms();
+        let mut vms = self.vms();
+        vms.retain(|_, entry| match entry {
+            Entry::Over(record) if record.ended_ms.unwrap_or(record.created_ms) + keep_ms < now => {
+                if let Err(e) = self.world.store.remove(&record.domain()) {
+                    log::warn!("job {}: {}", record.job, crate::text::chain(&e));
+                }
+                false
+            }
+            _ => true,
+        });
     }
 
     /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.
@@ -533,7 +663,10 @@ impl Node {
     }
 
     fn tell(&self, domain: &str, event: crate::core::Event) {
-        let job = domain.strip_prefix("slurm-").and_then(|r| r.split('-').next()).and_then(|j| j.parse::<u32>().ok());
+        let job = domain
+            .strip_prefix("slurm-")
+            .and_then(|r| r.split('-').next())
+            .and_then(|j| j.parse::<u32>().ok());
         if let Some(tx) = job.and_then(|j| self.owner(j)) {
             let _ = tx.send(Request::Core(event));
         }
@@ -542,12 +675,17 @@ impl Node {
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
-        let jobs: Vec<(u32, Sender<Request>)> =
-            self.vms().iter().filter_map(|(j, e)| if let Entry::Live(tx) = e { Some((*j, tx.clone())) } else { None }).collect();
-        for (job, tx) in jobs {
+        let owners: Vec<Sender<Request>> = self
+            .vms()
+            .values()
+            .filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None })
+            .collect();
+        for tx in owners {
             let Some(record) = self.ask(&tx, Request::Record) else { continue };
-            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == domain_name(job, 0)) {
-                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded { how: "it ended while libvirt was away".into() }));
+            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == record.domain()) {
+                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded {
+                    how: "it ended while libvirt was away".into(),
+                }));
             }
         }
         log::info!("libvirt is back, {} domains", domains.len());
@@ -571,8 +709,14 @@ pub fn type_name(t: DomainType) -> &'static str {
 /// What a shim that comes after the end is told; `None` where the job may begin anew.
 fn over_verdict(last: &Record) -> Option<(u8, String)> {
     match &last.life {
-        Life::Stopped { why: End::Released | End::Requeued | End::NotArrived } | Life::Gone { .. } | Life::Saved { .. } => None,
-        Life::Stopped { why } => why.verdict().map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
+        Life::Stopped {
+            why: End::Released | End::Requeued | End::NotArrived,
+        }
+        | Life::Gone { .. }
+        | Life::Saved { .. } => None,
+        Life::Stopped { why } => why
+            .verdict()
+            .map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
         _ => None,
     }
 }

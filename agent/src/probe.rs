@@ -27,7 +27,11 @@ pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
     if let Some((known, answer)) = std::fs::read_to_string(&file).ok().as_deref().and_then(|t| t.split_once('\n'))
         && known == boot.trim()
     {
-        let kind = if answer.starts_with("kvm") { DomainType::Kvm } else { DomainType::Qemu };
+        let kind = if answer.starts_with("kvm") {
+            DomainType::Kvm
+        } else {
+            DomainType::Qemu
+        };
         return (kind, format!("{} (probed since the last boot)", answer.trim()));
     }
     let (kind, why) = match probe(config, world) {
@@ -42,8 +46,11 @@ pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
 
 /// Boots a guest with KVM and waits for its helper.
 fn probe(config: &Config, world: &World) -> Result<f64, String> {
-    let (name, image) =
-        config.images.iter().find(|(_, i)| i.kernel.is_some()).ok_or("no image of the catalogue has a kernel to probe KVM with")?;
+    let (name, image) = config
+        .images
+        .iter()
+        .find(|(_, i)| i.kernel.is_some())
+        .ok_or("no image of the catalogue has a kernel to probe KVM with")?;
     let record = Record {
         v: RECORD_VERSION,
         cluster: config.cluster.clone(),
@@ -62,7 +69,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             domain_type: "kvm".into(),
             overlay: None,
             overlay_shared: false,
-        layers: vec![],
+            layers: vec![],
             base_sha256: None,
         }),
         programs: vec![],
@@ -92,13 +99,19 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             cmdline: format!("{} panic=1", image.cmdline),
         },
         disks: vec![],
-        channels: vec![Channel { name: PORT_NAME.into(), socket: socket.clone() }],
+        channels: vec![Channel {
+            name: PORT_NAME.into(),
+            socket: socket.clone(),
+        }],
         serial_log: prepare::run_dir(config, &domain).join("serial.log"),
         metadata: prepare::metadata(&record),
     };
     let begun = Instant::now();
     let limit = Duration::from_secs(config.hypervisor.probe_timeout_s.into());
-    world.hypervisor.start(&spec, false).map_err(|e| format!("the probe guest did not start: {e}"))?;
+    world
+        .hypervisor
+        .start(&spec, false)
+        .map_err(|e| format!("the probe guest did not start: {e}"))?;
     let up = GuestLink::start(LinkConfig::new("probe", 1), Box::new(UnixTransport::new(socket)))
         .map_err(|e| e.to_string())
         .and_then(|(link, events)| {
@@ -107,7 +120,12 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
                 match left.map(|l| events.recv_timeout(l)) {
                     Some(Ok(LinkEvent::Up { .. })) => break Ok(begun.elapsed().as_secs_f64()),
                     Some(Ok(_)) => {}
-                    _ => break Err(format!("/dev/kvm is there, but a probe guest did not come up within {} s", limit.as_secs())),
+                    _ => {
+                        break Err(format!(
+                            "/dev/kvm is there, but a probe guest did not come up within {} s",
+                            limit.as_secs()
+                        ));
+                    }
                 }
             };
             link.stop();

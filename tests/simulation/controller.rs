@@ -49,7 +49,12 @@ pub struct Controller {
 
 impl Default for Controller {
     fn default() -> Self {
-        Self { alive: true, epoch: 1, moves: BTreeMap::new(), answers: BTreeMap::new() }
+        Self {
+            alive: true,
+            epoch: 1,
+            moves: BTreeMap::new(),
+            answers: BTreeMap::new(),
+        }
     }
 }
 
@@ -83,7 +88,9 @@ impl Cluster {
     /// Begins a move of a job's VM unless one is under way.
     pub fn ask_move(&mut self, job: u32, cause: &str) {
         let brief = self.slurm.job(job).ok().flatten().map(|i| i.brief);
-        let Some(brief) = brief.filter(|b| b.state.is_on_nodes() && self.controller.alive) else { return };
+        let Some(brief) = brief.filter(|b| b.state.is_on_nodes() && self.controller.alive) else {
+            return;
+        };
         let Some(from) = brief.nodes.first().cloned() else { return };
         if self.controller.moves.contains_key(&job) {
             return;
@@ -97,8 +104,17 @@ impl Cluster {
                 _ => vec![Way::Live, Way::Save, Way::Requeue],
             }
         };
-        self.say(format!("controller: job {job} is to leave {from} ({cause}): {ways:?}"));
-        let m = Move { from, to: None, ways, step: Step::Planned, restarts: brief.restarts, waiting: None, since: self.now, unsettled: false };
+        self.say(&format!("controller: job {job} is to leave {from} ({cause}): {ways:?}"));
+        let m = Move {
+            from,
+            to: None,
+            ways,
+            step: Step::Planned,
+            restarts: brief.restarts,
+            waiting: None,
+            since: self.now,
+            unsettled: false,
+        };
         self.controller.moves.insert(job, m);
     }
 
@@ -107,7 +123,11 @@ impl Cluster {
             return;
         }
         let Ok(poll) = self.slurm.jobs_poll() else { return };
-        let victims: Vec<u32> = poll.iter().filter(|j| j.in_grace() && self.vm_jobs.contains_key(&j.id)).map(|j| j.id).collect();
+        let victims: Vec<u32> = poll
+            .iter()
+            .filter(|j| j.in_grace() && self.vm_jobs.contains_key(&j.id))
+            .map(|j| j.id)
+            .collect();
         for job in victims {
             self.ask_move(job, "preemption");
         }
@@ -135,8 +155,16 @@ impl Cluster {
     fn order_out(&mut self, node: &str, job: u32, order: Order) -> u64 {
         let id = self.id();
         let delay = self.delay();
-        self.say(format!("controller: {order:?} of {job} to {node}"));
-        self.at(delay, Message::Order { node: node.into(), job, id, order });
+        self.say(&format!("controller: {order:?} of {job} to {node}"));
+        self.at(
+            delay,
+            Message::Order {
+                node: node.into(),
+                job,
+                id,
+                order,
+            },
+        );
         id
     }
 
@@ -144,7 +172,7 @@ impl Cluster {
     fn go_on(&mut self, job: u32, brief: Option<JobBrief>) -> Option<()> {
         let mut m = self.controller.moves.get(&job)?.clone();
         let Some(brief) = brief else {
-            self.say(format!("controller: job {job} is over"));
+            self.say(&format!("controller: job {job} is over"));
             for node in [Some(m.from.clone()), m.to.clone()].into_iter().flatten() {
                 self.order_out(&node, job, Order::Release);
             }
@@ -191,7 +219,7 @@ impl Cluster {
                             m.since = self.now;
                         }
                         Some(Err(why)) => {
-                            self.say(format!("controller: job {job}: {why}"));
+                            self.say(&format!("controller: job {job}: {why}"));
                             m.unsettled = true;
                             m.ways.remove(0);
                         }
@@ -237,7 +265,7 @@ impl Cluster {
                         if self.random.permille(500) {
                             self.order_out(&m.from, job, Order::GiveUp);
                         }
-                        self.say(format!("controller: requeue {job}"));
+                        self.say(&format!("controller: requeue {job}"));
                         let _ = self.slurm.requeue(job);
                         return None;
                     }
@@ -245,7 +273,7 @@ impl Cluster {
             }
             Step::Moved => {
                 if brief.restarts == m.restarts && !brief.state.is_waiting() {
-                    self.say(format!("controller: requeuehold {job}"));
+                    self.say(&format!("controller: requeuehold {job}"));
                     let _ = self.slurm.requeuehold(job);
                 }
                 if brief.state.is_waiting() || (brief.restarts > m.restarts && brief.state.is_on_nodes()) {
@@ -254,8 +282,15 @@ impl Cluster {
             }
             Step::Requeued => {
                 if brief.state.is_waiting() {
-                    let update = JobUpdate { reservation: m.to.as_ref().map(|_| Some(reservation(job))), start_now: true, ..JobUpdate::default() };
-                    if self.slurm.update_job(job, &update).is_err() && m.to.is_some() && self.slurm.reservation(&reservation(job)).is_ok_and(|r| r.is_some()) {
+                    let update = JobUpdate {
+                        reservation: m.to.as_ref().map(|_| Some(reservation(job))),
+                        start_now: true,
+                        ..JobUpdate::default()
+                    };
+                    if self.slurm.update_job(job, &update).is_err()
+                        && m.to.is_some()
+                        && self.slurm.reservation(&reservation(job)).is_ok_and(|r| r.is_some())
+                    {
                         return Some(());
                     }
                     if self.slurm.release(job).is_err() {
@@ -266,7 +301,7 @@ impl Cluster {
                 m.step = Step::Released;
             }
             Step::Released => {
-                let Some(to) = m.to.clone() else { return None };
+                let to = m.to.clone()?;
                 if brief.state.is_on_nodes() {
                     if !brief.nodes.contains(&to) {
                         self.order_out(&to, job, Order::Release);
@@ -275,7 +310,7 @@ impl Cluster {
                     return None;
                 }
                 if self.now > m.since + AWAIT_JOB_MS - 5_000 {
-                    self.say(format!("controller: job {job} is kept out of {to}"));
+                    self.say(&format!("controller: job {job} is kept out of {to}"));
                     let order = if self.random.permille(700) { Order::Save } else { Order::Release };
                     self.order_out(&to, job, order);
                     self.unreserve(job);
@@ -287,7 +322,10 @@ impl Cluster {
     }
 
     fn unreserve(&mut self, job: u32) {
-        let update = JobUpdate { reservation: Some(None), ..JobUpdate::default() };
+        let update = JobUpdate {
+            reservation: Some(None),
+            ..JobUpdate::default()
+        };
         let _ = self.slurm.update_job(job, &update);
         let _ = self.slurm.delete_reservation(&reservation(job));
     }

@@ -18,7 +18,12 @@ impl Cluster {
         let epoch = n.epoch;
         let Some(owner) = n.vms.get_mut(&job) else { return };
         let record = owner.vm.record.clone();
-        let later = |act| Message::Act { node: node.into(), epoch, job, act };
+        let later = |act| Message::Act {
+            node: node.into(),
+            epoch,
+            job,
+            act,
+        };
         match effect {
             Effect::Persist => {
                 n.ledger.insert(job, record);
@@ -51,11 +56,25 @@ impl Cluster {
             Effect::AskDestination => {
                 let Life::Leaving { to, move_id, .. } = &record.life else { return };
                 let (to, move_id) = (to.clone(), move_id.clone());
-                let import = Message::Import { from: node.into(), epoch, to, record: Box::new(record), move_id };
+                let import = Message::Import {
+                    from: node.into(),
+                    epoch,
+                    to,
+                    record: Box::new(record),
+                    move_id,
+                };
                 if self.rough(100) {
                     // Given up by the source, and perhaps carried out by the destination all the same.
                     let (timeout, late) = (self.random.between(5_000, 15_000), self.random.between(1, 20_000));
-                    self.at(timeout, Message::Core { node: node.into(), epoch, job, event: Event::DestinationReady(Err("no answer".into())) });
+                    self.at(
+                        timeout,
+                        Message::Core {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            event: Event::DestinationReady(Err("no answer".into())),
+                        },
+                    );
                     if self.random.permille(500) {
                         self.at(late, import);
                     }
@@ -77,13 +96,26 @@ impl Cluster {
             Effect::HandOver => {
                 let Life::Leaving { to, .. } = &record.life else { return };
                 let to = to.clone();
-                let take_over = Message::TakeOver { from: node.into(), epoch, to, record: Box::new(record) };
+                let take_over = Message::TakeOver {
+                    from: node.into(),
+                    epoch,
+                    to,
+                    record: Box::new(record),
+                };
                 if self.rough(60) {
                     let late = self.random.between(100, 30_000);
                     self.at(late, take_over.clone());
                 }
                 if self.rough(60) {
-                    self.at(3_000, Message::Core { node: node.into(), epoch, job, event: Event::HandedOver(Err("no answer".into())) });
+                    self.at(
+                        3_000,
+                        Message::Core {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            event: Event::HandedOver(Err("no answer".into())),
+                        },
+                    );
                 } else {
                     self.soon(take_over);
                 }
@@ -98,10 +130,18 @@ impl Cluster {
                 let Life::Saving { at } = &record.life else { return };
                 let at = at.clone();
                 if let Err(e) = self.hypervisors[node].suspend(&domain(job)) {
-                    self.soon(Message::Core { node: node.into(), epoch, job, event: Event::SaveWritten(Err(e.to_string())) });
+                    self.soon(Message::Core {
+                        node: node.into(),
+                        epoch,
+                        job,
+                        event: Event::SaveWritten(Err(e.to_string())),
+                    });
                     return;
                 }
-                self.soon(later(Act::Save { at, record: Box::new(record) }));
+                self.soon(later(Act::Save {
+                    at,
+                    record: Box::new(record),
+                }));
             }
             Effect::Restore => {
                 let Life::Restoring { from } = &record.life else { return };
@@ -123,24 +163,50 @@ impl Cluster {
         if let Some(owner) = n.vms.get_mut(&job) {
             owner.link = link;
         }
-        self.at(delay, Message::Act { node: node.into(), epoch, job, act: Act::OpenGuest { link } });
+        self.at(
+            delay,
+            Message::Act {
+                node: node.into(),
+                epoch,
+                job,
+                act: Act::OpenGuest { link },
+            },
+        );
     }
 
     fn tell(&mut self, node: &str, epoch: u64, job: u32, event: Event) {
         let delay = self.delay();
-        self.at(delay, Message::Core { node: node.into(), epoch, job, event });
+        self.at(
+            delay,
+            Message::Core {
+                node: node.into(),
+                epoch,
+                job,
+                event,
+            },
+        );
     }
 
     /// The half of an effect that reaches out.
     pub fn act(&mut self, node: &str, epoch: u64, job: u32, act: Act) {
         let hypervisor = self.hypervisors[node].clone();
         let name = domain(job);
-        let Some(record) = self.nodes[node].vms.get(&job).map(|o| o.vm.record.clone()) else { return };
+        let Some(record) = self.nodes[node].vms.get(&job).map(|o| o.vm.record.clone()) else {
+            return;
+        };
         let words = |e: HypervisorError| e.to_string();
         match act {
             Act::Prepare => {
                 if self.evict_elsewhere(node, job) {
-                    self.at(500, Message::Act { node: node.into(), epoch, job, act: Act::Prepare });
+                    self.at(
+                        500,
+                        Message::Act {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            act: Act::Prepare,
+                        },
+                    );
                     return;
                 }
                 let done = if self.job_here(node, job) != Some(true) {
@@ -172,7 +238,12 @@ impl Cluster {
                 let done = match done {
                     Ok(None) => {
                         let over = self.job_is_over(job);
-                        if !matches!(record.life, Life::Stopping { why: slurm_vm::core::End::NotArrived }) {
+                        if !matches!(
+                            record.life,
+                            Life::Stopping {
+                                why: slurm_vm::core::End::NotArrived
+                            }
+                        ) {
                             self.remove_overlay(&record);
                             self.saves.retain(|s| s.job != job || (!over && !s.used && s.manifest.is_some()));
                         }
@@ -185,7 +256,9 @@ impl Cluster {
             }
             Act::Resume => {
                 let event = match hypervisor.resume(&name) {
-                    Err(_) if matches!(hypervisor.info(&name), Ok(None)) => Event::DomainEnded { how: "its domain is gone".into() },
+                    Err(_) if matches!(hypervisor.info(&name), Ok(None)) => Event::DomainEnded {
+                        how: "its domain is gone".into(),
+                    },
                     done => Event::Resumed(done.map_err(words)),
                 };
                 self.tell(node, epoch, job, event);
@@ -200,7 +273,15 @@ impl Cluster {
             }
             Act::AskOwner => match self.find_guest(node, &record) {
                 Some(found) => self.tell(node, epoch, job, Event::OwnerIs(found)),
-                None => self.at(1_000, Message::Act { node: node.into(), epoch, job, act: Act::AskOwner }),
+                None => self.at(
+                    1_000,
+                    Message::Act {
+                        node: node.into(),
+                        epoch,
+                        job,
+                        act: Act::AskOwner,
+                    },
+                ),
             },
             Act::OpenGuest { link } => {
                 if self.nodes[node].vms.get(&job).is_none_or(|o| o.link != link) {
@@ -212,7 +293,15 @@ impl Cluster {
                         self.tell(node, epoch, job, Event::GuestUp { boot_id });
                     }
                     // The link tries again as long as it is wanted.
-                    _ => self.at(1_000, Message::Act { node: node.into(), epoch, job, act: Act::OpenGuest { link } }),
+                    _ => self.at(
+                        1_000,
+                        Message::Act {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            act: Act::OpenGuest { link },
+                        },
+                    ),
                 }
             }
             Act::Migrate { to, to_epoch } => {
@@ -226,7 +315,12 @@ impl Cluster {
             Act::Save { at, record } => {
                 let long = self.random.between(300, 10_000);
                 self.saves.retain(|s| s.at != at);
-                self.saves.push(SaveFile { at: at.clone(), job, manifest: None, used: false });
+                self.saves.push(SaveFile {
+                    at: at.clone(),
+                    job,
+                    manifest: None,
+                    used: false,
+                });
                 self.libvirt_job(node, job, epoch, Act::Save { at, record }, long);
             }
             Act::Restore { from } => {
@@ -255,7 +349,11 @@ impl Cluster {
     }
 
     fn same_run(&self, node: &str, record: &Record) -> bool {
-        self.hypervisors[node].info(&record.domain()).ok().flatten().is_some_and(|d| d.metadata.run == record.run)
+        self.hypervisors[node]
+            .info(&record.domain())
+            .ok()
+            .flatten()
+            .is_some_and(|d| d.metadata.run == record.run)
     }
 
     fn remove_overlay(&mut self, record: &Record) {
@@ -269,7 +367,11 @@ impl Cluster {
         if self.job_here(node, record.job) != Some(true) {
             return Err("Slurm does not run the job here".into());
         }
-        let save = self.saves.iter_mut().find(|s| s.at == from && s.manifest.is_some()).ok_or("no manifest")?;
+        let save = self
+            .saves
+            .iter_mut()
+            .find(|s| s.at == from && s.manifest.is_some())
+            .ok_or("no manifest")?;
         if hypervisor.info(&record.domain()).map_err(|e| e.to_string())?.is_none() {
             if save.used {
                 return Err("the save was used".into());
@@ -296,14 +398,25 @@ impl Cluster {
             return None;
         }
         if here.as_ref().is_some_and(|d| d.state == DomainState::Running) {
-            return Some(if arriving { Whereabouts::AtDestination } else { Whereabouts::AtSource });
+            return Some(if arriving {
+                Whereabouts::AtDestination
+            } else {
+                Whereabouts::AtSource
+            });
         }
         if !self.nodes[&other].alive || self.rough(150) {
             return None;
         }
-        let there = self.hypervisors[&other].info(&name).ok()?.is_some_and(|d| d.state == DomainState::Running);
+        let there = self.hypervisors[&other]
+            .info(&name)
+            .ok()?
+            .is_some_and(|d| d.state == DomainState::Running);
         match (there, here) {
-            (true, _) => Some(if arriving { Whereabouts::AtSource } else { Whereabouts::AtDestination }),
+            (true, _) => Some(if arriving {
+                Whereabouts::AtSource
+            } else {
+                Whereabouts::AtDestination
+            }),
             (false, None) => Some(Whereabouts::Nowhere),
             (false, Some(_)) if !arriving => Some(Whereabouts::AtSource),
             _ => None,
@@ -315,7 +428,14 @@ impl Cluster {
     fn libvirt_job(&mut self, node: &str, job: u32, epoch: u64, act: Act, long: u64) {
         let id = self.id();
         self.libvirt_jobs.insert((node.to_owned(), job), LibvirtJob { id, epoch, act });
-        self.at(long, Message::LibvirtJobEnds { node: node.into(), job, id });
+        self.at(
+            long,
+            Message::LibvirtJobEnds {
+                node: node.into(),
+                job,
+                id,
+            },
+        );
     }
 
     fn libvirt_job_failed(&mut self, node: &str, job: u32, failed: &LibvirtJob, why: String) {
@@ -339,7 +459,14 @@ impl Cluster {
                 self.libvirt_jobs.remove(&(from.clone(), job));
                 self.libvirt_job_failed(&from, job, &broken, "the line broke".into());
             } else {
-                self.at(20, Message::LibvirtJobEnds { node: from, job, id: broken.id });
+                self.at(
+                    20,
+                    Message::LibvirtJobEnds {
+                        node: from,
+                        job,
+                        id: broken.id,
+                    },
+                );
             }
         }
     }
@@ -355,9 +482,12 @@ impl Cluster {
         let ours = |c: &Cluster| c.nodes[node].alive && c.nodes[node].epoch == ended.epoch;
         match &ended.act {
             Act::Migrate { to, .. } => {
-                let params = MigrateParams { libvirt_uri: format!("fake:///{to}"), ..MigrateParams::default() };
+                let params = MigrateParams {
+                    libvirt_uri: format!("fake:///{to}"),
+                    ..MigrateParams::default()
+                };
                 let done = hypervisor.migrate(&name, &params);
-                self.say(format!("libvirt: {name} {node} -> {to}: {done:?}"));
+                self.say(&format!("libvirt: {name} {node} -> {to}: {done:?}"));
                 match done {
                     Ok(_) => {
                         self.count("live moves");
@@ -379,7 +509,7 @@ impl Cluster {
                     self.tell(node, ended.epoch, job, Event::SaveWritten(Ok(Box::new(view(node, "")))));
                 }
                 // Its memory is written, and nobody is there to write the manifest.
-                Ok(_) => self.say(format!("libvirt: {name} saved for nobody")),
+                Ok(_) => self.say(&format!("libvirt: {name} saved for nobody")),
                 Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
             },
             _ => {}
@@ -404,7 +534,10 @@ impl Cluster {
             self.tell(from, epoch, job, Event::DestinationReady(Err(why)));
             return;
         }
-        record.life = Life::Arriving { from: from.into(), move_id: move_id.into() };
+        record.life = Life::Arriving {
+            from: from.into(),
+            move_id: move_id.into(),
+        };
         record.node = to.into();
         let (vm, effects) = Vm::expected(record);
         self.adopt(to, job, vm, effects);
@@ -434,12 +567,27 @@ impl Cluster {
             Order::MoveOut { .. } | Order::Save if busy => self.answer(id, Err("another move is under way".into())),
             Order::MoveOut { to } => {
                 owner.move_reply = Some(id);
-                self.core(node, job, Event::MoveOut { move_id: format!("{job}-{node}-{now}"), to, cause: "preemption".into() });
+                self.core(
+                    node,
+                    job,
+                    Event::MoveOut {
+                        move_id: format!("{job}-{node}-{now}"),
+                        to,
+                        cause: "preemption".into(),
+                    },
+                );
             }
             Order::Save => {
                 owner.move_reply = Some(id);
                 let at = format!("/shared/saves/{}.{generation}", domain(job)).into();
-                self.core(node, job, Event::Save { at, cause: "preemption".into() });
+                self.core(
+                    node,
+                    job,
+                    Event::Save {
+                        at,
+                        cause: "preemption".into(),
+                    },
+                );
             }
             Order::Cancel => self.core(node, job, Event::CancelMove),
             Order::GiveUp => self.core(node, job, Event::GiveUp),

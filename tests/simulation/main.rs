@@ -7,9 +7,11 @@
 //! What must hold is checked after each step ([`cluster::Cluster::check`]); at the end the cluster is left alone and must
 //! come to rest with nothing left. A failing seed is printed with the last steps; `SLURM_VM_SEED=N` replays it,
 //! `SLURM_VM_SEEDS=N` runs so many.
+mod check;
 mod cluster;
 mod controller;
 mod effects;
+mod jobs;
 mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +22,9 @@ use cluster::{Cluster, Mood};
 const SEEDS: u64 = 200;
 
 fn variable(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is not a number")))
+    std::env::var(name)
+        .ok()
+        .map(|v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is not a number")))
 }
 
 #[test]
@@ -66,7 +70,17 @@ fn whatever_goes_wrong_each_guest_runs_once_and_nothing_is_left() {
     }
     if seeds.len() >= 100 {
         // A simulation that no longer gets anywhere finds nothing.
-        for state in ["preparing", "booting", "running", "leaving", "arriving", "awaiting-job", "saving", "restoring", "stopping"] {
+        for state in [
+            "preparing",
+            "booting",
+            "running",
+            "leaving",
+            "arriving",
+            "awaiting-job",
+            "saving",
+            "restoring",
+            "stopping",
+        ] {
             assert!(reached.get(state).is_some_and(|e| e.len() >= 8), "{state} is hardly reached");
         }
         for what in ["jobs finished", "live moves", "saves", "restores", "agents killed"] {

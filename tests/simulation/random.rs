@@ -28,6 +28,10 @@ impl Random {
     }
 
     pub fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
-        if from.is_empty() { None } else { from.get(usize::try_from(self.next() % from.len() as u64).unwrap_or(0)) }
+        if from.is_empty() {
+            None
+        } else {
+            from.get(usize::try_from(self.next() % from.len() as u64).unwrap_or(0))
+        }
     }
 }

@@ -16,6 +16,8 @@ pub enum Error {
     },
     /// Anything else, with its remedy when there is one.
     Other(String),
+    /// The user has ended it with Ctrl-C.
+    Interrupted,
 }
 
 /// The result of everything in xtask that can fail.
@@ -26,6 +28,7 @@ impl std::fmt::Display for Error {
         match self {
             Self::File { what, path, source } => write!(f, "cannot {what} {}: {source}", path.display()),
             Self::Other(text) => f.write_str(text),
+            Self::Interrupted => f.write_str("ended by a signal"),
         }
     }
 }

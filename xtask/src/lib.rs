@@ -4,13 +4,17 @@
 #![forbid(unsafe_code)]
 
 pub mod apt;
+pub mod bench;
+pub mod demo;
 pub mod error;
 pub mod image;
 pub mod lab;
 pub mod paths;
 pub mod proc;
+pub mod say;
 pub mod setup;
 pub mod stage;
+pub mod test;
 
 pub use error::{Error, Result};
 pub use lab::{Lab, Options, Slurm};

@@ -4,10 +4,15 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
 use xtask::{
-    Result, image,
+    Error, Result, bench,
+    demo::{self, Wishes},
+    image,
     lab::{self, Lab, Options, Places, Slurm, Was},
-    paths, setup, stage,
+    paths, setup, stage, test,
 };
+
+/// Whether the demonstration has its second part.
+const PREEMPTION: bool = true;
 
 /// The project's own commands.
 #[derive(Parser)]
@@ -19,6 +24,23 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Install, build, run a job in a VM on a cluster of two nodes, let it be preempted, clean up (needs root)
+    Demo {
+        /// Name of its lab
+        #[arg(long, default_value = "demo")]
+        name: String,
+        /// Leave the cluster up at the end
+        #[arg(long)]
+        keep: bool,
+    },
+    /// What CI runs: format, lints, build, all tests (needs root for those in the lab)
+    Test {
+        /// The long ones, too
+        #[arg(long)]
+        full: bool,
+        /// Only tests whose names contain one of these
+        filters: Vec<String>,
+    },
     /// A real cluster on this machine, in namespaces (needs root)
     #[command(subcommand)]
     Lab(LabCommand),
@@ -31,6 +53,14 @@ enum Command {
         /// Which: tiny
         #[arg(value_parser = ["tiny"])]
         name: String,
+    },
+    /// Measure, in a lab of its own (docs/performance.md)
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchInside {
+        #[arg(trailing_var_arg = true)]
+        words: Vec<String>,
     },
     #[command(hide = true)]
     LabInit {
@@ -190,13 +220,25 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(e) => {
             eprintln!("error: {e}");
-            ExitCode::FAILURE
+            // As a shell shows the end by a signal.
+            if matches!(e, Error::Interrupted) {
+                ExitCode::from(130)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
 
 fn run(command: Command) -> Result<i32> {
     match command {
+        Command::Demo { name, keep } => demo::demo(&Wishes {
+            name,
+            keep,
+            preemption: PREEMPTION,
+        })
+        .map(|()| 0),
+        Command::Test { full, filters } => test::test(&test::Wishes { full, filters }).map(|()| 0),
         Command::Lab(command) => lab_command(command),
         Command::Setup => setup::setup().map(|()| 0),
         Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),
@@ -204,6 +246,8 @@ fn run(command: Command) -> Result<i32> {
             println!("{}", image::build()?.display());
             Ok(0)
         }
+        Command::Bench(bench) => bench::run(&bench).map(|()| 0),
+        Command::BenchInside { words } => bench::run_inside(&words).map(|()| 0),
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),
         Command::LabInit { inner: true, name } => lab::supervisor_inner(&name).map(|()| 0),
         Command::LabHost { inner: false, name, host } => lab::host_outer(&name, &host).map(|()| 0),

@@ -11,8 +11,16 @@ use std::{
 pub const LAB_STATE: &str = "/run/slurm-vm-lab";
 /// Disks and logs of running labs: one directory per lab, gone with it.
 pub const LAB_DISKS: &str = "/var/tmp/slurm-vm-lab";
-/// Root trees of other Debian releases, kept between labs.
-pub const LAB_ROOTS: &str = "/var/cache/slurm-vm-lab/roots";
+/// Root trees of other Debian releases, kept between labs. `SLURM_VM_LAB_ROOTS` names another directory.
+const LAB_ROOTS: &str = "/var/cache/slurm-vm-lab/roots";
+
+/// Where the root trees of other Debian releases are.
+pub fn lab_roots() -> PathBuf {
+    std::env::var_os("SLURM_VM_LAB_ROOTS").map_or_else(|| PathBuf::from(LAB_ROOTS), PathBuf::from)
+}
+
+/// A kernel for the image, unpacked and not installed: the machine is not to boot it.
+pub const KERNEL: &str = "/var/cache/slurm-vm-lab/kernel";
 
 /// The top of the source tree this xtask was built from.
 pub fn project() -> PathBuf {

@@ -2,7 +2,12 @@
 //!
 //! No daemon starts on the machine: the packages' daemons run in the lab only.
 
-use crate::{Error, Result, apt, error::At, paths};
+use crate::{
+    Error, Result, apt,
+    error::At,
+    image, paths, proc,
+    say::{self, Phase},
+};
 use std::{
     collections::BTreeMap,
     fs,
@@ -20,7 +25,7 @@ const VIRTUAL: [&str; 6] = [
     "libvirt-clients",
     "libvirt-dev",
 ];
-const OTHERS: [&str; 21] = [
+const OTHERS: [&str; 20] = [
     "slurmctld",
     "slurmd",
     "slurm-client",
@@ -29,7 +34,6 @@ const OTHERS: [&str; 21] = [
     "munge",
     "libmunge-dev",
     "busybox-static",
-    "linux-image-cloud-amd64",
     "libclang-dev",
     "gcc",
     "libc6-dev",
@@ -43,11 +47,36 @@ const OTHERS: [&str; 21] = [
     "procps",
     "ca-certificates",
 ];
+/// Depends on the release's cloud kernel, which boots fast and has drivers for VMs only.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 const DPKG_STATUS: &str = "/var/lib/dpkg/status";
 const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/slurm-vm-backports.list";
 
 /// Installs what is missing and says what it did; quick when there is nothing to do.
 pub fn setup() -> Result<()> {
+    match install_missing(&mut |line| println!("{line}"))? {
+        0 => println!("nothing is missing"),
+        _ => println!("done"),
+    }
+    Ok(())
+}
+
+/// The same as a phase of a newcomer's command: what apt says goes to a log.
+pub fn phase() -> Result<()> {
+    let mut phase = Phase::begin("packages", "looks what is missing");
+    let result = install_missing(&mut |line| phase.now(line));
+    if result.is_err() {
+        phase.pause();
+    }
+    phase.done(&match result? {
+        0 => "all there".to_owned(),
+        n => format!("{n} installed, and what they need"),
+    });
+    Ok(())
+}
+
+/// Says what it does, line by line; gives the number of packages that were missing.
+fn install_missing(say: &mut dyn FnMut(&str)) -> Result<usize> {
     let policy = Policy::default();
     policy.put_back()?;
     let installed = installed()?;
@@ -59,65 +88,105 @@ pub fn setup() -> Result<()> {
             .collect::<Vec<_>>()
     };
     let (virtual_part, others) = (missing(&VIRTUAL), missing(&OTHERS));
-    if virtual_part.is_empty() && others.is_empty() {
-        println!("nothing is missing");
-        return Ok(());
+    let kernel = !image::has_kernel();
+    let count = virtual_part.len() + others.len() + usize::from(kernel);
+    if count == 0 {
+        return Ok(0);
     }
-    let wanted = [others.as_slice(), virtual_part.as_slice()].concat().join(" ");
+    let mut wanted = [others.as_slice(), virtual_part.as_slice()].concat().join(" ");
+    if kernel {
+        wanted += &format!(" {KERNEL_PACKAGE} (unpacked in {}, not installed)", paths::KERNEL);
+    }
     let codename =
         codename().ok_or_else(|| format!("this is neither Debian 12 nor 13: install what these Debian packages hold: {wanted}"))?;
     if !nix::unistd::geteuid().is_root() {
         return Err(format!("root is needed to install {wanted}: run `cargo xtask setup` with sudo").into());
     }
-    println!("installs: {wanted}");
+    say(&format!("installs {wanted}"));
     let from_backports = installed.iter().any(|(name, version)| is_virtual(name) && version.contains("~bpo"));
     if from_backports && !virtual_part.is_empty() {
-        add_backports(&codename)?;
+        add_backports(&codename, say)?;
     }
     policy.put_in_place()?;
-    let done = install(&codename, from_backports, &virtual_part, &others);
+    let done = install(&codename, from_backports, &virtual_part, &others, say);
     policy.put_back()?;
-    done
-}
-
-/// The packages that are missing, for a message.
-pub fn missing() -> Result<Vec<&'static str>> {
-    let installed = installed()?;
-    Ok(VIRTUAL
-        .into_iter()
-        .chain(OTHERS)
-        .filter(|name| !installed.contains_key(*name))
-        .collect())
+    done?;
+    if kernel {
+        fetch_kernel(say)?;
+    }
+    Ok(count)
 }
 
 fn is_virtual(name: &str) -> bool {
     VIRTUAL.contains(&name) || name.starts_with("libvirt") || name.starts_with("qemu-system")
 }
 
-fn install(codename: &str, from_backports: bool, virtual_part: &[&str], others: &[&str]) -> Result<()> {
-    apt_get(&["update", "-q"])?;
+fn install(codename: &str, from_backports: bool, virtual_part: &[&str], others: &[&str], say: &mut dyn FnMut(&str)) -> Result<()> {
+    apt_get(&["update"], say)?;
     if !others.is_empty() {
-        apt_get(&[&["install", "-y", "-q", "--no-install-recommends"], others].concat())?;
+        apt_get(&[&["install", "-y", "--no-install-recommends"], others].concat(), say)?;
     }
     if !virtual_part.is_empty() {
         let suite = format!("{codename}-backports");
         let from: &[&str] = if from_backports { &["-t", &suite] } else { &[] };
-        apt_get(&[&["install", "-y", "-q", "--no-install-recommends"], from, virtual_part].concat())?;
+        apt_get(&[&["install", "-y", "--no-install-recommends"], from, virtual_part].concat(), say)?;
     }
     Ok(())
 }
 
-fn apt_get(args: &[&str]) -> Result<()> {
-    let status = Command::new("apt-get")
-        .args(args)
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .status()
-        .at("run", "apt-get")?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("`apt-get {}` failed ({status})", args.join(" ")).into())
+fn apt_get(args: &[&str], say: &mut dyn FnMut(&str)) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    // Another apt may be at work for a while: a fresh machine updates itself.
+    command.args(["-q", "-o", "DPkg::Lock::Timeout=300"]).args(args);
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
+    say::run(&mut command, &paths::target().join("apt.log"), 12, |line| {
+        if ["Get:", "Unpacking ", "Setting up ", "Reading "]
+            .iter()
+            .any(|start| line.starts_with(start))
+        {
+            say(line);
+        }
+    })
+}
+
+/// Fetches the kernel of the image and unpacks it beside the system: an installed one would be a new entry in the machine's boot menu.
+fn fetch_kernel(say: &mut dyn FnMut(&str)) -> Result<()> {
+    let needs = proc::run("apt-cache", &["depends", "--important", KERNEL_PACKAGE])?;
+    let package = needs
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .find(|name| name.starts_with("linux-image-"))
+        .ok_or_else(|| format!("apt does not say which kernel {KERNEL_PACKAGE} is: {needs}"))?
+        .to_owned();
+    let root = Path::new(paths::KERNEL);
+    let fresh = root.with_extension("new");
+    if fresh.exists() {
+        fs::remove_dir_all(&fresh).at("remove", &fresh)?;
     }
+    paths::dir(&fresh, 0o755)?;
+    let mut get = Command::new("apt-get");
+    // As root, for the directory is root's.
+    get.args(["-q", "-o", "APT::Sandbox::User=root", "download", &package])
+        .current_dir(&fresh);
+    say(&format!("downloads {package}"));
+    say::run(&mut get, &paths::target().join("apt.log"), 12, |_| {})?;
+    let deb = fs::read_dir(&fresh)
+        .at("read", &fresh)?
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .find(|path| path.extension().is_some_and(|e| e == "deb"))
+        .ok_or_else(|| format!("apt-get download has left no package in {}", fresh.display()))?;
+    proc::run("dpkg-deb", &["-x", &deb.to_string_lossy(), &fresh.to_string_lossy()])?;
+    fs::remove_file(&deb).at("remove", &deb)?;
+    // From Debian 13 on the modules are below usr, as they are once /lib is a link.
+    if !fresh.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", fresh.join("lib")).at("link", fresh.join("lib"))?;
+    }
+    let release = package.trim_start_matches("linux-image-");
+    proc::run("depmod", &["-b", &fresh.to_string_lossy(), release])?;
+    if root.exists() {
+        fs::remove_dir_all(root).at("remove", root)?;
+    }
+    fs::rename(&fresh, root).at("move into place", root)
 }
 
 /// Installed packages and their versions, from dpkg's own file: asking dpkg takes longer than all the rest.
@@ -154,7 +223,7 @@ fn codename() -> Option<String> {
     field("VERSION_CODENAME=").filter(|name| matches!(name.as_str(), "bookworm" | "trixie"))
 }
 
-fn add_backports(codename: &str) -> Result<()> {
+fn add_backports(codename: &str, say: &mut dyn FnMut(&str)) -> Result<()> {
     let sources = apt::Sources::read()?;
     let suite = format!("{codename}-backports");
     if sources.mirror_of(&suite).is_some() {
@@ -163,7 +232,9 @@ fn add_backports(codename: &str) -> Result<()> {
     let mirror = sources
         .mirror_of(codename)
         .ok_or_else(|| format!("apt knows no mirror of {codename}"))?;
-    println!("adds {suite} to apt's sources in {BACKPORTS_FILE}, because QEMU or libvirt is from there");
+    say(&format!(
+        "adds {suite} to apt's sources in {BACKPORTS_FILE}, because QEMU or libvirt is from there"
+    ));
     paths::file(BACKPORTS_FILE, 0o644, format!("deb {mirror} {suite} main\n"))
 }
 

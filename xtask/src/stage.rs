@@ -1,6 +1,11 @@
 //! Builds the workspace and copies what a lab runs to one directory.
 
-use crate::{Result, error::At, paths};
+use crate::{
+    Result,
+    error::At,
+    image, paths,
+    say::{self, Phase},
+};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -36,7 +41,8 @@ pub(crate) fn build_lock() -> Result<Flock<fs::File>> {
     }
 }
 
-fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+/// Cargo, at the top of the project.
+pub(crate) fn cargo_command(args: &[&str]) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(args).current_dir(paths::project());
@@ -51,6 +57,11 @@ fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
             command.env_remove(&name);
         }
     }
+    command
+}
+
+pub(crate) fn cargo(args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let mut command = cargo_command(args);
     command.envs(environment.iter().copied());
     let status = command.status().at("run", "cargo")?;
     if status.success() {
@@ -88,6 +99,45 @@ pub fn build_guest() -> Result<std::path::PathBuf> {
     ];
     cargo(&args, &environment)?;
     Ok(dir.join(GUEST_TARGET).join("release/slurm-vm-guest"))
+}
+
+/// The build as a phase of a newcomer's command: on one line, with the crate that is being compiled, and all of cargo's words if it fails.
+pub fn phase() -> Result<()> {
+    let _lock = build_lock()?;
+    let first = !paths::target().join("debug/slurm-vmd").exists();
+    let mut phase = Phase::begin(
+        "build",
+        if first {
+            "the first time takes some minutes"
+        } else {
+            "looks for changes"
+        },
+    );
+    let mut crates = 0_u32;
+    let result = say::run(
+        cargo_command(&["build", "--workspace", "--color", "never"]).env("CARGO_TERM_PROGRESS_WHEN", "never"),
+        &paths::target().join("build.log"),
+        60,
+        |line| {
+            if let Some(name) = line.strip_prefix("Compiling ") {
+                crates += 1;
+                phase.now(&format!("crate {crates}, {}", name.split(" (").next().unwrap_or(name)));
+            }
+        },
+    );
+    if result.is_err() {
+        phase.pause();
+    }
+    result?;
+    phase.now("the guest helper");
+    build_guest()?;
+    phase.now("the image of the guest");
+    let _ = image::build_locked()?;
+    phase.done(&match crates {
+        0 => "nothing has changed".to_owned(),
+        n => format!("{n} crates, the guest helper, the image `tiny`"),
+    });
+    Ok(())
 }
 
 /// Builds and copies the programs under test. The copies stay what they are while the next build runs.

@@ -322,7 +322,10 @@ pub fn write_frame<C: Serialize>(to: &mut impl Write, frame: &Frame<C>) -> io::R
     };
     let body = buffer.len() - 5;
     if body > MAX_BODY {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a frame of {body} bytes is over the limit of {MAX_BODY}")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a frame of {body} bytes is over the limit of {MAX_BODY}"),
+        ));
     }
     let length = u32::try_from(body + 1).expect("MAX_BODY fits u32");
     buffer[..4].copy_from_slice(&length.to_le_bytes());
@@ -360,10 +363,16 @@ pub fn read_frame<C: for<'a> Deserialize<'a>>(from: &mut impl Read) -> io::Resul
         };
         let offset = u64::from_le_bytes(*offset);
         body.drain(..8);
-        Ok(Frame::Data { stream, offset, bytes: body })
+        Ok(Frame::Data {
+            stream,
+            offset,
+            bytes: body,
+        })
     };
     Ok(Some(match head[4] {
-        KIND_CONTROL => Frame::Control(serde_json::from_slice(&body).map_err(|e| bad(format!("a control frame that is not understood: {e}")))?),
+        KIND_CONTROL => {
+            Frame::Control(serde_json::from_slice(&body).map_err(|e| bad(format!("a control frame that is not understood: {e}")))?)
+        }
         KIND_STDIN => data(Stream::Stdin, body)?,
         KIND_STDOUT => data(Stream::Stdout, body)?,
         KIND_STDERR => data(Stream::Stderr, body)?,
@@ -383,8 +392,16 @@ mod tests {
         let frames: Vec<Frame<ToAgent>> = vec![
             Frame::Environment(b"A=1\0B=two words\0".to_vec()),
             Frame::Control(ToAgent::Signal { signo: 15 }),
-            Frame::Data { stream: Stream::Stdin, offset: 7, bytes: vec![0, 255, 10] },
-            Frame::Data { stream: Stream::Stdout, offset: 0, bytes: vec![] },
+            Frame::Data {
+                stream: Stream::Stdin,
+                offset: 7,
+                bytes: vec![0, 255, 10],
+            },
+            Frame::Data {
+                stream: Stream::Stdout,
+                offset: 0,
+                bytes: vec![],
+            },
         ];
         let mut wire = Vec::new();
         for f in &frames {

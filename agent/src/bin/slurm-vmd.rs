@@ -50,13 +50,24 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         return Ok(());
     }
     if !config.node.enabled && !config.controller.enabled {
-        return Err(format!("{}: neither the node role nor the controller role is enabled", arguments.config.display()));
+        return Err(format!(
+            "{}: neither the node role nor the controller role is enabled",
+            arguments.config.display()
+        ));
     }
     let config = Arc::new(config);
-    for dir in [&config.state_dir, &config.run_dir, &config.run_dir.join("jobs"), &config.run_dir.join("vm")] {
+    for dir in [
+        &config.state_dir,
+        &config.run_dir,
+        &config.run_dir.join("jobs"),
+        &config.run_dir.join("vm"),
+    ] {
         std::fs::create_dir_all(dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     }
-    let slurm: Arc<dyn Slurm> = Arc::new(SlurmCommands::new(SlurmSettings { conf: config.slurm_conf.clone(), ..SlurmSettings::default() }));
+    let slurm: Arc<dyn Slurm> = Arc::new(SlurmCommands::new(SlurmSettings {
+        conf: config.slurm_conf.clone(),
+        ..SlurmSettings::default()
+    }));
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(|e| e.to_string())?);
     let world = World {
         clock: Arc::new(SystemClock),
@@ -72,25 +83,40 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
     let controller = if config.controller.enabled {
         // A key of its own: what an agent may order depends on the role it proves.
-        Some(Controller::new(config.clone(), world.clone(), TlsPeers::new(&config, &operators, Role::Controller)?))
+        Some(Controller::new(
+            config.clone(),
+            world.clone(),
+            TlsPeers::new(&config, &operators, Role::Controller)?,
+        ))
     } else {
         None
     };
     if let Some(node) = &node {
+        // Overlays and saves hold users' data: only root and QEMU's group get past these directories.
+        let mut private = vec![config.state_dir.join("vms")];
         if let Some(shared) = &config.shared_dir {
-            for dir in ["overlays", "saves"] {
-                std::fs::create_dir_all(shared.join(dir)).map_err(|e| format!("cannot make {}: {e}", shared.join(dir).display()))?;
-            }
+            private.extend([shared.join("overlays"), shared.join("saves")]);
+        }
+        for dir in private {
+            keep_private(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
         }
         let events = world.hypervisor.events();
         let watcher = node.clone();
-        thread::Builder::new().name("domains".into()).spawn(move || watcher.watch_domains(&events)).map_err(|e| e.to_string())?;
+        thread::Builder::new()
+            .name("domains".into())
+            .spawn(move || watcher.watch_domains(&events))
+            .map_err(|e| e.to_string())?;
         node.recover();
+        let sweeper = node.clone();
+        thread::Builder::new()
+            .name("sweep".into())
+            .spawn(move || slurm_vm::sweep::run(&sweeper))
+            .map_err(|e| e.to_string())?;
         let prober = node.clone();
         thread::Builder::new()
             .name("probe".into())
             .spawn(move || {
-                let _ = prober.domain_type();
+                let _ = prober.qemu_version();
             })
             .map_err(|e| e.to_string())?;
         let serving = node.clone();
@@ -98,12 +124,32 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     }
     if let Some(controller) = &controller {
         let controller = controller.clone();
-        thread::Builder::new().name("controller".into()).spawn(move || controller.run()).map_err(|e| e.to_string())?;
+        thread::Builder::new()
+            .name("controller".into())
+            .spawn(move || controller.run())
+            .map_err(|e| e.to_string())?;
     }
     let listener = server::bind(&config.socket).map_err(|e| format!("cannot listen on {}: {e}", config.socket.display()))?;
     log::info!("slurm-vmd {} on {}: ready", env!("CARGO_PKG_VERSION"), config.node());
     // Without systemd there is nobody to notify, and that is no fault.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    server::serve(&listener, &Roles { node, controller, operators });
+    server::serve(
+        &listener,
+        &Roles {
+            node,
+            controller,
+            operators,
+        },
+    );
     Ok(())
+}
+
+/// Makes a directory that only root may list and only QEMU's group may pass.
+fn keep_private(dir: &std::path::Path, qemu_user: &str) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::create_dir_all(dir)?;
+    if let Some(user) = nix::unistd::User::from_name(qemu_user)? {
+        std::os::unix::fs::chown(dir, None, Some(user.gid.as_raw()))?;
+    }
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o710))
 }

@@ -30,7 +30,11 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Status => {
             let vms = node.views();
             let totals = node.totals(&vms);
-            PeerReply::Status { health: health::of(node), vms, totals }
+            PeerReply::Status {
+                health: health::of(node),
+                vms,
+                totals,
+            }
         }
         PeerRequest::Show { job } => PeerReply::Vm(node.view(job).map(Box::new)),
         PeerRequest::Log { job, journal, serial } => {
@@ -46,9 +50,21 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Progress { job } => {
             PeerReply::Progress(node.owner(job).and_then(|owner| node.ask(&owner, Request::Progress)).flatten())
         }
-        PeerRequest::MoveOut { job, to, address, cause, deadline_ms } => {
+        PeerRequest::MoveOut {
+            job,
+            to,
+            address,
+            cause,
+            deadline_ms,
+        } => {
             let move_id = format!("{job}-{}-{}", node.name, node.world.clock.now_ms());
-            let order = MoveOrder { move_id, to, address, cause, deadline_ms };
+            let order = MoveOrder {
+                move_id,
+                to,
+                address,
+                cause,
+                deadline_ms,
+            };
             moved(node, job, |reply| Request::MoveOut { order, reply })
         }
         PeerRequest::Save { job, cause } => moved(node, job, |reply| Request::Save { cause, reply }),
@@ -64,19 +80,50 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
         PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
         PeerRequest::Release { job } => tell(node, job, Event::Release),
-        PeerRequest::Import { move_id, record, token, copy_overlay, overlay: _, host } => {
-            match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
-                Ok(reply) => reply,
-                Err(why) => PeerReply::Refused(why),
+        PeerRequest::Import {
+            move_id,
+            record,
+            token,
+            copy_overlay,
+            overlay: _,
+            host,
+        } => match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
+            Ok(reply) => reply,
+            Err(why) => PeerReply::Refused(why),
+        },
+        PeerRequest::Kept {
+            job,
+            program,
+            stream,
+            offset,
+            hex,
+        } => {
+            let kept = |bytes| Request::Kept {
+                program,
+                stream,
+                offset,
+                bytes,
+            };
+            let sent = node
+                .owner(job)
+                .zip(crate::text::unhex(&hex))
+                .is_some_and(|(owner, bytes)| owner.send(kept(bytes)).is_ok());
+            if sent {
+                PeerReply::Ok
+            } else {
+                PeerReply::Refused(format!("job {job} has no VM on {}", node.name))
             }
         }
-        PeerRequest::Kept { job, program, stream, offset, hex } => {
-            let sent = node.owner(job).zip(crate::text::unhex(&hex)).map(|(o, bytes)| o.send(Request::Kept { program, stream, offset, bytes }));
-            if matches!(sent, Some(Ok(()))) { PeerReply::Ok } else { PeerReply::Refused(format!("job {job} has no VM on {}", node.name)) }
-        }
-        PeerRequest::TakeOver { move_id, job, programs, moves } => {
+        PeerRequest::TakeOver {
+            move_id,
+            job,
+            programs,
+            moves,
+        } => {
             let (reply, answer) = bounded(1);
-            let asked = node.owner(job).is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
+            let asked = node
+                .owner(job)
+                .is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
             node.moves.close_arrival(&move_id);
             if asked && answer.recv_timeout(Duration::from_secs(10)).is_ok() {
                 PeerReply::Ok
@@ -87,7 +134,9 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Abandon { move_id, job } => {
             node.moves.close_arrival(&move_id);
             // Only a VM that is still expected by this very move is forgotten.
-            let waits = node.record(job).is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
+            let waits = node
+                .record(job)
+                .is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
         PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
@@ -116,7 +165,8 @@ fn allowed(role: Role, request: &PeerRequest) -> bool {
 }
 
 fn moved(
-    node: &Arc<Node>, job: u32,
+    node: &Arc<Node>,
+    job: u32,
     request: impl FnOnce(crossbeam_channel::Sender<Result<slurm_vm_api::query::MoveView, String>>) -> Request,
 ) -> PeerReply {
     let Some(owner) = node.owner(job) else {

@@ -12,8 +12,8 @@ use super::{OpenEnd, PeerReply, PeerRequest, Peers};
 use crate::{
     config::Config,
     peer::{
-        Access, Handler, MoveDir, MoveTicket, Munge, OpenMove, OpenMoves, Peer, PeerAddress, PeerServer, PeerSettings, RelayListener, RelaySpec, Role,
-        Session, StreamKind, Who,
+        Access, Handler, MoveDir, MoveTicket, Munge, OpenMove, OpenMoves, Peer, PeerAddress, PeerServer, PeerSettings, RelayListener,
+        RelaySpec, Role, Session, StreamKind, Who,
     },
     text::chain,
 };
@@ -51,14 +51,24 @@ impl TlsPeers {
         let mut allowed = vec![0, nix::unistd::getuid().as_raw()];
         allowed.extend(operators);
         allowed.dedup();
-        let settings =
-            PeerSettings { allow_plain: !config.peer.encrypt_migration, max_message: 4 << 20, ..PeerSettings::new(&config.node(), role, allowed) };
+        let settings = PeerSettings {
+            allow_plain: !config.peer.encrypt_migration,
+            max_message: 4 << 20,
+            ..PeerSettings::new(&config.node(), role, allowed)
+        };
         let user = nix::unistd::User::from_name(&config.peer.qemu_user).ok().flatten();
         if user.is_none() {
-            log::warn!("peer.qemu_user: there is no user {}: live moves will be refused by QEMU", config.peer.qemu_user);
+            log::warn!(
+                "peer.qemu_user: there is no user {}: live moves will be refused by QEMU",
+                config.peer.qemu_user
+            );
         }
         // The directory is QEMU's: it makes its own socket there at the destination, and connects to ours at the source.
-        let access = Access { uid: user.as_ref().map(|u| u.uid.as_raw()), gid: user.as_ref().map(|u| u.gid.as_raw()), ..Access::default() };
+        let access = Access {
+            uid: user.as_ref().map(|u| u.uid.as_raw()),
+            gid: user.as_ref().map(|u| u.gid.as_raw()),
+            ..Access::default()
+        };
         let root = config.run_dir.join("move");
         std::fs::create_dir_all(&root).map_err(|e| format!("cannot make {}: {e}", root.display()))?;
         Ok(Arc::new(Self {
@@ -79,13 +89,18 @@ impl TlsPeers {
     /// A line that names the address.
     pub fn serve(&self, config: &Config, answer: impl Fn(&Who, PeerRequest) -> PeerReply + Send + Sync + 'static) -> Result<(), String> {
         let listener = TcpListener::bind(&config.peer.listen).map_err(|e| format!("cannot listen on {}: {e}", config.peer.listen))?;
-        let server = PeerServer::start(self.peer.clone(), listener, self.moves.clone(), Arc::new(Answers(answer))).map_err(|e| chain(&e))?;
+        let server =
+            PeerServer::start(self.peer.clone(), listener, self.moves.clone(), Arc::new(Answers(answer))).map_err(|e| chain(&e))?;
         *self.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(server);
         Ok(())
     }
 
     fn address(&self, node: &str, address: &str) -> PeerAddress {
-        PeerAddress { node: node.into(), host: address.into(), port: self.port }
+        PeerAddress {
+            node: node.into(),
+            host: address.into(),
+            port: self.port,
+        }
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, HashMap<String, Session>> {
@@ -127,7 +142,11 @@ impl Peers for TlsPeers {
             encrypt: self.encrypt,
         };
         let relay = RelayListener::open(self.peer.clone(), spec).map_err(|e| chain(&e))?;
-        let dir = relay.socket(StreamKind::Libvirt).parent().map(Path::to_path_buf).unwrap_or_default();
+        let dir = relay
+            .socket(StreamKind::Libvirt)
+            .parent()
+            .map(Path::to_path_buf)
+            .unwrap_or_default();
         Ok(Box::new(Source { dir, relay }))
     }
 
@@ -138,7 +157,12 @@ impl Peers for TlsPeers {
             (StreamKind::Migration, dir.socket(StreamKind::Migration)),
             (StreamKind::Disk, dir.socket(StreamKind::Disk)),
         ]);
-        let open = self.moves.open(MoveTicket { id: move_id.into(), token: token.into(), from: from.into(), targets });
+        let open = self.moves.open(MoveTicket {
+            id: move_id.into(),
+            token: token.into(),
+            from: from.into(),
+            targets,
+        });
         Ok(Box::new(Destination { dir, open }))
     }
 }

@@ -16,7 +16,13 @@ impl Controller {
     ///
     /// # Errors
     /// A line for the asker, or that he is gone.
-    pub fn answer(self: &Arc<Self>, ask: &Ask, uid: u32, operator: bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+    pub fn answer(
+        self: &Arc<Self>,
+        ask: &Ask,
+        uid: u32,
+        operator: bool,
+        say: &mut dyn FnMut(Answer) -> io::Result<()>,
+    ) -> Result<(), Refusal> {
         let may_see = |v: &VmView| operator || v.uid == uid;
         match ask {
             Ask::List => {
@@ -29,7 +35,9 @@ impl Controller {
             Ask::Show { job } => {
                 let view = self.find(*job, &may_see)?;
                 // The poll's word may be a second old.
-                let fresh = self.peers.request(&view.node, &self.address(&view.node), &PeerRequest::Show { job: *job }, PEER);
+                let fresh = self
+                    .peers
+                    .request(&view.node, &self.address(&view.node), &PeerRequest::Show { job: *job }, PEER);
                 let view = match fresh {
                     Ok(PeerReply::Vm(Some(fresh))) => *fresh,
                     _ => view,
@@ -53,8 +61,16 @@ impl Controller {
             }
             Ask::CancelMigration { job } => {
                 let view = self.find(*job, &may_see)?;
-                let from = self.cluster().moves.get(job).map(|m| m.from.clone()).ok_or_else(|| format!("job {job} is not moving"))?;
-                match self.peers.request(&from, &self.address(&from), &PeerRequest::CancelMove { job: view.job }, PEER) {
+                let from = self
+                    .cluster()
+                    .moves
+                    .get(job)
+                    .map(|m| m.from.clone())
+                    .ok_or_else(|| format!("job {job} is not moving"))?;
+                match self
+                    .peers
+                    .request(&from, &self.address(&from), &PeerRequest::CancelMove { job: view.job }, PEER)
+                {
                     Ok(PeerReply::Ok) => {}
                     Ok(PeerReply::Refused(why)) => return Err(why.into()),
                     other => return Err(format!("{from}: {other:?}").into()),
@@ -87,7 +103,9 @@ impl Controller {
             };
             let line = match m.step {
                 moves::Step::Planned => {
-                    let progress = self.peers.request(&m.from, &self.address(&m.from), &PeerRequest::Progress { job }, PEER);
+                    let progress = self
+                        .peers
+                        .request(&m.from, &self.address(&m.from), &PeerRequest::Progress { job }, PEER);
                     match (progress, &m.to) {
                         (Ok(PeerReply::Progress(Some(text))), _) => text,
                         (_, Some(to)) => format!("{to} is reserved"),
@@ -109,7 +127,10 @@ impl Controller {
     /// VMs of the cluster, one line per job: where a job was on several nodes, the one that has it now.
     fn list(&self) -> (Vec<VmView>, Totals) {
         let cluster = self.cluster();
-        let mut totals = Totals { scope: "cluster".into(), ..Totals::default() };
+        let mut totals = Totals {
+            scope: "cluster".into(),
+            ..Totals::default()
+        };
         let mut views: Vec<VmView> = Vec::new();
         for status in cluster.nodes.values().flatten() {
             let t = &status.totals;
@@ -142,7 +163,13 @@ impl Controller {
             .ok_or_else(|| format!("job {job} has no VM in the cluster (or it ended long ago)").into())
     }
 
-    fn log(&self, job: u32, follow: bool, may_see: &dyn Fn(&VmView) -> bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+    fn log(
+        &self,
+        job: u32,
+        follow: bool,
+        may_see: &dyn Fn(&VmView) -> bool,
+        say: &mut dyn FnMut(Answer) -> io::Result<()>,
+    ) -> Result<(), Refusal> {
         let node = self.find(job, may_see)?.node;
         let (mut journal, mut serial) = (0, 0);
         loop {
@@ -150,7 +177,14 @@ impl Controller {
                 .peers
                 .request(&node, &self.address(&node), &PeerRequest::Log { job, journal, serial }, PEER)
                 .map_err(|e| format!("{node} does not answer: {e}"))?;
-            let PeerReply::Log { journal: j, journal_bytes, serial: s, serial_bytes, over } = reply else {
+            let PeerReply::Log {
+                journal: j,
+                journal_bytes,
+                serial: s,
+                serial_bytes,
+                over,
+            } = reply
+            else {
                 return Err(format!("{node} gave another answer than asked for").into());
             };
             if !j.is_empty() {

@@ -18,7 +18,10 @@ pub struct NoRoom {
 /// [`NoRoom`]
 pub fn reserve(c: &Controller, m: &JobMove, info: &JobInfo) -> Result<String, NoRoom> {
     if info.brief.nodes.len() > 1 {
-        return Err(NoRoom { text: format!("the job has {} nodes, only jobs of one node can move", info.brief.nodes.len()), wait: false });
+        return Err(NoRoom {
+            text: format!("the job has {} nodes, only jobs of one node can move", info.brief.nodes.len()),
+            wait: false,
+        });
     }
     let name = Controller::reservation(m.job);
     let slurm = &c.world.slurm;
@@ -43,9 +46,17 @@ pub fn reserve(c: &Controller, m: &JobMove, info: &JobInfo) -> Result<String, No
     }
     let held: Vec<String> = match slurm.reservations() {
         Ok(all) => all.into_iter().filter(|r| r.name != name).flat_map(|r| r.nodes).collect(),
-        Err(e) => return Err(NoRoom { text: e.to_string(), wait: true }),
+        Err(e) => {
+            return Err(NoRoom {
+                text: e.to_string(),
+                wait: true,
+            });
+        }
     };
-    let nodes = slurm.nodes().map_err(|e| NoRoom { text: e.to_string(), wait: true })?;
+    let nodes = slurm.nodes().map_err(|e| NoRoom {
+        text: e.to_string(),
+        wait: true,
+    })?;
     let mut ours: Vec<&NodeInfo> = nodes.iter().filter(|n| fits(c, m, info, n)).collect();
     // The fullest that fits: idle nodes stay whole.
     ours.sort_by_key(|n| n.cpus_total - n.cpus_alloc.min(n.cpus_total));
@@ -69,7 +80,10 @@ fn is_healthy(c: &Controller, node: &str) -> bool {
 
 fn fits(c: &Controller, m: &JobMove, info: &JobInfo, n: &NodeInfo) -> bool {
     let wanted = m.to.as_ref().filter(|_| m.to_asked);
-    let (cpus, mem) = info.allocs.first().map_or((info.num_cpus, 0), |a| (u32::try_from(a.cpus.len()).unwrap_or(u32::MAX), a.mem_mib));
+    let (cpus, mem) = info
+        .allocs
+        .first()
+        .map_or((info.num_cpus, 0), |a| (u32::try_from(a.cpus.len()).unwrap_or(u32::MAX), a.mem_mib));
     n.name != m.from
         && wanted.is_none_or(|w| *w == n.name)
         && n.is_usable()

@@ -13,7 +13,9 @@ impl Controller {
             let faulty: Vec<_> = cluster
                 .jobs
                 .iter()
-                .filter(|j| j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str())))
+                .filter(|j| {
+                    j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()))
+                })
                 .map(|j| (j.id, cluster.last_node.get(&j.id).cloned()))
                 .collect();
             (faulty, cluster.slurm_nodes.len())
@@ -21,8 +23,15 @@ impl Controller {
         for (job, node) in jobs {
             // With one node there is nowhere else: the same node is tried again.
             let exclude = node.clone().filter(|_| nodes > 1);
-            log::warn!("job {job}: met a broken node{}; it is released to try elsewhere", node.map_or(String::new(), |n| format!(" ({n})")));
-            let update = JobUpdate { exclude_nodes: exclude.map(|n| vec![n]), start_now: true, ..JobUpdate::default() };
+            log::warn!(
+                "job {job}: met a broken node{}; it is released to try elsewhere",
+                node.map_or(String::new(), |n| format!(" ({n})"))
+            );
+            let update = JobUpdate {
+                exclude_nodes: exclude.map(|n| vec![n]),
+                start_now: true,
+                ..JobUpdate::default()
+            };
             let slurm = &self.world.slurm;
             if let Err(e) = slurm.update_job(job, &update).and_then(|()| slurm.release(job)) {
                 log::error!("job {job}: cannot be sent elsewhere: {e}");

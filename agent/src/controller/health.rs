@@ -17,10 +17,18 @@ pub fn of(cluster: &Cluster, name: &str) -> NodeHealth {
         Some(Some(status)) if status.heard.elapsed() <= STALE => status.health.clone(),
         Some(Some(status)) => NodeHealth {
             healthy: false,
-            why: Some(format!("its agent has not answered for {} s", Instant::now().duration_since(status.heard).as_secs())),
+            why: Some(format!(
+                "its agent has not answered for {} s",
+                Instant::now().duration_since(status.heard).as_secs()
+            )),
             ..status.health.clone()
         },
-        _ => NodeHealth { node: name.to_owned(), healthy: false, why: Some("its agent has not answered yet".into()), ..NodeHealth::default() },
+        _ => NodeHealth {
+            node: name.to_owned(),
+            healthy: false,
+            why: Some("its agent has not answered yet".into()),
+            ..NodeHealth::default()
+        },
     }
 }
 
@@ -41,7 +49,10 @@ pub fn changes(feature: &str, nodes: &[(NodeInfo, bool)]) -> Vec<(String, Vec<St
     for (n, is_healthy) in nodes {
         let has = n.active_features.iter().any(|f| f == feature);
         if !*is_healthy && has && bearers > 1 {
-            out.push((n.name.clone(), n.active_features.iter().filter(|f| *f != feature).cloned().collect()));
+            out.push((
+                n.name.clone(),
+                n.active_features.iter().filter(|f| *f != feature).cloned().collect(),
+            ));
             bearers -= 1;
         }
     }

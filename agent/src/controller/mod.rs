@@ -88,7 +88,13 @@ impl Controller {
     /// A controller that knows nothing yet.
     #[must_use]
     pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
-        Arc::new(Self { config, world, peers, started: Instant::now(), cluster: Mutex::new(Cluster::default()) })
+        Arc::new(Self {
+            config,
+            world,
+            peers,
+            started: Instant::now(),
+            cluster: Mutex::new(Cluster::default()),
+        })
     }
 
     /// What is known of the cluster; hold it shortly.
@@ -162,7 +168,12 @@ impl Controller {
                 if let Ok(PeerReply::Status { health, vms, totals }) =
                     controller.peers.request(&name, &address, &PeerRequest::Status, STATUS_WITHIN)
                 {
-                    let status = NodeStatus { health, vms, totals, heard: Instant::now() };
+                    let status = NodeStatus {
+                        health,
+                        vms,
+                        totals,
+                        heard: Instant::now(),
+                    };
                     controller.cluster().nodes.insert(name.clone(), Some(status));
                 }
                 controller.world.clock.sleep(poll.saturating_sub(begun.elapsed()));
@@ -176,6 +187,9 @@ impl Controller {
     /// Address of a node's agent.
     #[must_use]
     pub fn address(&self, node: &str) -> String {
-        self.cluster().slurm_nodes.get(node).map_or_else(|| node.to_owned(), |n| n.address.clone())
+        self.cluster()
+            .slurm_nodes
+            .get(node)
+            .map_or_else(|| node.to_owned(), |n| n.address.clone())
     }
 }

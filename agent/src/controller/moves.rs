@@ -100,7 +100,10 @@ impl Controller {
     pub(super) fn recover_moves(self: &Arc<Self>) {
         let dir = self.config.state_dir.join("moves");
         for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            match std::fs::read(entry.path()).map_err(|e| e.to_string()).and_then(|b| serde_json::from_slice::<JobMove>(&b).map_err(|e| e.to_string())) {
+            match std::fs::read(entry.path())
+                .map_err(|e| e.to_string())
+                .and_then(|b| serde_json::from_slice::<JobMove>(&b).map_err(|e| e.to_string()))
+            {
                 Ok(m) => {
                     log::info!("job {}: going on with its move ({:?})", m.job, m.step);
                     self.start(m, true);
@@ -122,7 +125,12 @@ impl Controller {
         }
         let controller = self.clone();
         let spawned = thread::Builder::new().name(format!("move-{job}")).spawn(move || {
-            let outcome = Driver { c: &controller, m, resumed }.run();
+            let outcome = Driver {
+                c: &controller,
+                m,
+                resumed,
+            }
+            .run();
             let mut cluster = controller.cluster();
             let last = cluster.moves.remove(&job);
             match &outcome {
@@ -302,7 +310,10 @@ impl Driver<'_> {
                     }
                 },
                 PreemptWay::Save => {
-                    let request = PeerRequest::Save { job: self.m.job, cause: self.m.cause.clone() };
+                    let request = PeerRequest::Save {
+                        job: self.m.job,
+                        cause: self.m.cause.clone(),
+                    };
                     match self.ask(&self.m.from, &request, MOVE_WITHIN) {
                         Ok(PeerReply::Moved(done)) => {
                             self.m.done = Some(*done);
@@ -345,7 +356,11 @@ impl Driver<'_> {
     }
 
     fn because(&self) -> String {
-        if self.m.notes.is_empty() { String::new() } else { format!(" ({})", self.m.notes.join("; ")) }
+        if self.m.notes.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", self.m.notes.join("; "))
+        }
     }
 
     fn vm_is_over(&self) -> bool {
@@ -358,7 +373,10 @@ impl Driver<'_> {
     /// Reserve, then move; both as long as there is time.
     fn live(&mut self) -> Result<MoveView, String> {
         let info = self.job().ok_or("the job has ended")?;
-        let give_up = self.m.deadline_ms.map(|d| d.saturating_sub(SAVE_RESERVE_MS.min(d.saturating_sub(self.now_ms()) / 2)));
+        let give_up = self
+            .m
+            .deadline_ms
+            .map(|d| d.saturating_sub(SAVE_RESERVE_MS.min(d.saturating_sub(self.now_ms()) / 2)));
         let to = loop {
             match destination::reserve(self.c, &self.m, &info) {
                 Ok(to) => break to,
@@ -368,7 +386,13 @@ impl Driver<'_> {
         };
         self.m.to = Some(to.clone());
         self.save();
-        while self.c.cluster().moves.values().filter(|o| o.job != self.m.job && o.step == Step::Planned && o.from == self.m.from && o.moving).count()
+        while self
+            .c
+            .cluster()
+            .moves
+            .values()
+            .filter(|o| o.job != self.m.job && o.step == Step::Planned && o.from == self.m.from && o.moving)
+            .count()
             >= self.c.config.node.moves_out as usize
         {
             if give_up.is_some_and(|t| self.now_ms() >= t) {
@@ -392,7 +416,13 @@ impl Driver<'_> {
             Ok(PeerReply::Refused(why)) => Err(why),
             Ok(other) => Err(format!("{other:?}")),
             Err(why) => match self.settled() {
-                Some(true) => Ok(MoveView { way: "live".into(), from: self.m.from.clone(), to, outcome: "done".into(), ..MoveView::default() }),
+                Some(true) => Ok(MoveView {
+                    way: "live".into(),
+                    from: self.m.from.clone(),
+                    to,
+                    outcome: "done".into(),
+                    ..MoveView::default()
+                }),
                 _ => Err(why),
             },
         }
@@ -400,7 +430,9 @@ impl Driver<'_> {
 
     /// The VM is elsewhere: put the job back into the queue; the source is free for the preemptor as soon as the shim is gone.
     fn moved(&mut self) -> Result<Option<String>, String> {
-        let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+        let Some(info) = self.job() else {
+            return Ok(Some(self.job_is_over()));
+        };
         if let Some(limit) = info.time_limit_min
             && self.m.limit_min.is_none()
         {
@@ -413,11 +445,19 @@ impl Driver<'_> {
             self.save();
         }
         if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
-            self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            if self.m.to.is_some() {
+                // Held, so that it cannot start anywhere before it is steered.
+                self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            } else {
+                // A saved VM is restored wherever its job starts; a hold would only cost the job its priority.
+                self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+            }
         }
         let until = Instant::now() + REQUEUE_WITHIN;
         loop {
-            let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+            let Some(info) = self.job() else {
+                return Ok(Some(self.job_is_over()));
+            };
             if info.brief.state.is_waiting() {
                 break;
             }
@@ -435,7 +475,9 @@ impl Driver<'_> {
     }
 
     fn requeued(&mut self) -> Result<Option<String>, String> {
-        let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+        let Some(info) = self.job() else {
+            return Ok(Some(self.job_is_over()));
+        };
         if info.brief.state.is_waiting() {
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
@@ -451,7 +493,9 @@ impl Driver<'_> {
                 ..JobUpdate::default()
             };
             self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
-            self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            if info.brief.is_held() {
+                self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            }
         }
         self.step(Step::Released);
         Ok(None)
@@ -464,7 +508,9 @@ impl Driver<'_> {
         };
         let until = Instant::now() + Duration::from_secs(self.c.config.node.await_job_s.saturating_sub(5).max(5).into());
         loop {
-            let Some(info) = self.job() else { return Ok(Some(self.job_is_over())) };
+            let Some(info) = self.job() else {
+                return Ok(Some(self.job_is_over()));
+            };
             if info.brief.state.is_on_nodes() {
                 if info.brief.nodes.contains(&to) {
                     self.step(Step::Landed);
@@ -472,7 +518,10 @@ impl Driver<'_> {
                 }
                 let _ = self.ask(&to, &PeerRequest::Release { job: self.m.job }, Duration::from_secs(5));
                 self.drop_reservation();
-                return Err(format!("Slurm started the job on {} and not on {to}: its VM there was ended", info.brief.nodes.join(",")));
+                return Err(format!(
+                    "Slurm started the job on {} and not on {to}: its VM there was ended",
+                    info.brief.nodes.join(",")
+                ));
             }
             if Instant::now() > until {
                 return Ok(Some(self.kept_out(&to)));
@@ -483,14 +532,24 @@ impl Driver<'_> {
 
     /// The job does not come to its VM (a hold, a QOS, a licence): save the VM, else let its deadline end it.
     fn kept_out(&mut self, to: &str) -> String {
-        let saved = self.ask(to, &PeerRequest::Save { job: self.m.job, cause: self.m.cause.clone() }, MOVE_WITHIN);
+        let saved = self.ask(
+            to,
+            &PeerRequest::Save {
+                job: self.m.job,
+                cause: self.m.cause.clone(),
+            },
+            MOVE_WITHIN,
+        );
         self.drop_reservation();
         if matches!(saved, Ok(PeerReply::Moved(_))) {
             return format!("Slurm kept the job out of {to}: its VM was saved and waits for the job");
         }
         // The VM is lost: the full limit is put back.
         let _ = self.ask(to, &PeerRequest::Release { job: self.m.job }, Duration::from_secs(5));
-        let update = JobUpdate { time_limit_min: self.m.limit_min, ..JobUpdate::default() };
+        let update = JobUpdate {
+            time_limit_min: self.m.limit_min,
+            ..JobUpdate::default()
+        };
         if let Err(e) = self.c.world.slurm.update_job(self.m.job, &update) {
             log::warn!("job {}: its time limit was not put back: {e}", self.m.job);
         }
@@ -526,7 +585,10 @@ impl Driver<'_> {
                 && info.brief.reservation.as_deref() == Some(name.as_str())
                 && !info.brief.state.is_finished()
             {
-                let update = JobUpdate { reservation: Some(None), ..JobUpdate::default() };
+                let update = JobUpdate {
+                    reservation: Some(None),
+                    ..JobUpdate::default()
+                };
                 if let Err(e) = slurm.update_job(self.m.job, &update) {
                     log::debug!("job {}: {e}", self.m.job);
                 }

@@ -22,8 +22,19 @@ impl Controller {
         let (jobs, draining, back) = {
             let cluster = self.cluster();
             let is_vm = |j: &&JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
-            let draining: Vec<String> = cluster.slurm_nodes.values().filter(|n| n.is_draining()).map(|n| n.name.clone()).collect();
-            let jobs: Vec<JobBrief> = cluster.jobs.iter().filter(is_vm).filter(|j| !cluster.moves.contains_key(&j.id)).cloned().collect();
+            let draining: Vec<String> = cluster
+                .slurm_nodes
+                .values()
+                .filter(|n| n.is_draining())
+                .map(|n| n.name.clone())
+                .collect();
+            let jobs: Vec<JobBrief> = cluster
+                .jobs
+                .iter()
+                .filter(is_vm)
+                .filter(|j| !cluster.moves.contains_key(&j.id))
+                .cloned()
+                .collect();
             let back: Vec<(u32, Vec<String>)> = cluster
                 .req_nodes
                 .iter()
@@ -33,14 +44,24 @@ impl Controller {
             (jobs, draining, back)
         };
         for (job, nodes) in back {
-            let update = JobUpdate { req_nodes: Some(nodes), ..JobUpdate::default() };
+            let update = JobUpdate {
+                req_nodes: Some(nodes),
+                ..JobUpdate::default()
+            };
             match self.world.slurm.update_job(job, &update) {
                 Ok(()) => drop(self.cluster().req_nodes.remove(&job)),
                 Err(e) => log::debug!("job {job}: its node list is not put back yet: {e}"),
             }
         }
         for j in jobs {
-            let Some(from) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()).filter(|_| j.state.is_on_nodes()) else { continue };
+            let Some(from) = j
+                .batch_host
+                .clone()
+                .or_else(|| j.nodes.first().cloned())
+                .filter(|_| j.state.is_on_nodes())
+            else {
+                continue;
+            };
             if j.in_grace() {
                 if self.cluster().handled.get(&j.id) == Some(&j.restarts) {
                     continue;
@@ -48,24 +69,38 @@ impl Controller {
                 self.cluster().handled.insert(j.id, j.restarts);
                 log::info!("job {}: preempted on {from}, grace ends at {:?}", j.id, j.end_time);
                 let deadline_ms = j.end_time.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
-                self.plan(&j, from, "preemption", None, deadline_ms);
+                if let Err(why) = self.plan(&j, from, "preemption", None, deadline_ms) {
+                    log::warn!("job {}: its preemption is left to Slurm for now: {why}", j.id);
+                }
             } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
                 log::info!("job {}: {from} is being drained", j.id);
-                self.plan(&j, from, "drain", None, None);
+                if let Err(why) = self.plan(&j, from, "drain", None, None) {
+                    log::debug!("job {}: {why}", j.id);
+                }
             }
         }
     }
 
     /// Plans and starts one move.
-    fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> bool {
-        let view = match self.peers.request(&from, &self.address(&from), &PeerRequest::Grace { job: j.id, preempted: deadline_ms.is_some() }, Duration::from_secs(3)) {
-            Ok(PeerReply::Ways(ways)) => Some(ways),
-            other => {
-                log::warn!("job {}: {from} does not say what its VM can: {other:?}", j.id);
-                None
+    fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> Result<(), String> {
+        let asked = PeerRequest::Grace {
+            job: j.id,
+            preempted: deadline_ms.is_some(),
+        };
+        let mut ways = match self.peers.request(&from, &self.address(&from), &asked, Duration::from_secs(3)) {
+            Ok(PeerReply::Ways(ways)) => ways,
+            // A job on a VM node without a VM of its own: Slurm preempts it as ever.
+            Ok(PeerReply::Refused(why)) => {
+                log::debug!("job {}: {why}", j.id);
+                return Err(why);
+            }
+            Ok(other) => return Err(format!("{from} gave another answer than asked for: {other:?}")),
+            // Not acted on: the next poll tries again as long as the grace time lasts.
+            Err(why) => {
+                self.cluster().handled.remove(&j.id);
+                return Err(format!("{from} does not answer: {why}"));
             }
         };
-        let mut ways = view.unwrap_or_else(|| self.site_ways());
         match cause {
             "asked" => ways = vec![PreemptWay::Live],
             // A drain never costs a job its work.
@@ -91,12 +126,11 @@ impl Controller {
             done: None,
             moving: false,
         };
-        self.start(m, false)
-    }
-
-    /// The site's ways.
-    fn site_ways(&self) -> Vec<PreemptWay> {
-        PreemptWay::parse_list(&self.config.controller.preempt.join(",")).unwrap_or_else(|_| PreemptWay::DEFAULT.to_vec())
+        if self.start(m, false) {
+            Ok(())
+        } else {
+            Err(format!("job {} is moving already", j.id))
+        }
     }
 
     /// `svm migrate`: starts a move by hand.
@@ -115,7 +149,12 @@ impl Controller {
         if !info.brief.batch {
             return Err(format!("job {job} cannot move: not a batch job"));
         }
-        let from = info.brief.batch_host.clone().or_else(|| info.brief.nodes.first().cloned()).ok_or_else(|| format!("job {job} has no node"))?;
+        let from = info
+            .brief
+            .batch_host
+            .clone()
+            .or_else(|| info.brief.nodes.first().cloned())
+            .ok_or_else(|| format!("job {job} has no node"))?;
         if let Some(to) = &to {
             let cluster = self.cluster();
             if !cluster.slurm_nodes.contains_key(to) {
@@ -130,6 +169,6 @@ impl Controller {
             return Err(format!("job {job} is being preempted: its VM moves anyway"));
         }
         self.cluster().results.remove(&job);
-        if self.plan(&info.brief, from, "asked", to, None) { Ok(()) } else { Err(format!("job {job} is moving already")) }
+        self.plan(&info.brief, from, "asked", to, None)
     }
 }

@@ -215,7 +215,11 @@ impl Vm {
 
     /// What is to be asked of libvirt or Slurm about a VM that should run, if it is time.
     pub(super) fn look(&mut self, now_ms: u64) -> Option<Effect> {
-        let pause = if self.lost.is_some() || self.job_unsure { RETRY_MS } else { LOOK_MS };
+        let pause = if self.lost.is_some() || self.job_unsure {
+            RETRY_MS
+        } else {
+            LOOK_MS
+        };
         if self.look_at_ms == 0 {
             self.look_at_ms = now_ms + pause;
         }
@@ -273,9 +277,9 @@ impl Vm {
         ]
     }
 
-    pub(super) fn gone(&mut self, now_ms: u64, to: String, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+    pub(super) fn gone(&mut self, now_ms: u64, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
-        self.enter(Life::Gone { to: to.clone() });
+        self.enter(Life::Gone { to: to.to_owned() });
         self.record.ended_ms = Some(now_ms);
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;

@@ -196,6 +196,11 @@ pub enum End {
         /// Seconds it was given.
         seconds: u64,
     },
+    /// The guest ended before it was up: the image cannot boot.
+    BootFailed {
+        /// What happened, as a fragment.
+        how: String,
+    },
     /// The guest crashed, powered off or was destroyed from outside.
     GuestLost {
         /// What happened, as a fragment.
@@ -225,13 +230,21 @@ impl End {
     pub fn verdict(&self) -> Option<(i32, String)> {
         match self {
             Self::Released | Self::NotArrived | Self::Requeued => None,
-            Self::BootTimeout { seconds } => {
-                Some((outcome::BOOT_TIMEOUT.into(), format!("the guest did not come up within {seconds} s (see `svm log`)")))
-            }
+            Self::BootTimeout { seconds } => Some((
+                outcome::BOOT_TIMEOUT.into(),
+                format!("the guest did not come up within {seconds} s (see `svm log`)"),
+            )),
+            Self::BootFailed { how } => Some((
+                outcome::BOOT_TIMEOUT.into(),
+                format!("the guest did not come up: {how} (see `svm log`)"),
+            )),
             Self::GuestLost { how } => Some((outcome::GUEST_LOST.into(), format!("the guest was lost: {how}"))),
             Self::NodeFault { how } => Some((outcome::NODE_FAULT.into(), how.clone())),
             Self::Refused { why } => Some((outcome::REFUSED.into(), why.clone())),
-            Self::NotReadmitted => Some((outcome::GUEST_LOST.into(), "the job was not started again in time after its VM had moved".into())),
+            Self::NotReadmitted => Some((
+                outcome::GUEST_LOST.into(),
+                "the job was not started again in time after its VM had moved".into(),
+            )),
         }
     }
 }
@@ -284,7 +297,10 @@ impl Record {
     #[must_use]
     pub fn uuid(&self) -> uuid::Uuid {
         let name = format!("{}/{}/{}", self.cluster, self.job, self.k);
-        uuid::Uuid::new_v5(&uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, b"https://slurm-vm.org/"), name.as_bytes())
+        uuid::Uuid::new_v5(
+            &uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, b"https://slurm-vm.org/"),
+            name.as_bytes(),
+        )
     }
 
     /// The program of a step's task, if it was ever started.
@@ -308,5 +324,9 @@ pub fn domain_name(job: u32, k: u32) -> String {
 /// Name of a program within its job: `batch.0`, `3.1`.
 #[must_use]
 pub fn program_key(step: u32, task: u32) -> String {
-    if step == slurm_vm_api::session::BATCH_STEP { format!("batch.{task}") } else { format!("{step}.{task}") }
+    if step == slurm_vm_api::session::BATCH_STEP {
+        format!("batch.{task}")
+    } else {
+        format!("{step}.{task}")
+    }
 }

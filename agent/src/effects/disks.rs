@@ -91,38 +91,74 @@ fn identity(path: &Path) -> io::Result<FileIdentity> {
 
 /// `qemu-img` with a cleared environment and fixed arguments.
 fn qemu_img(arguments: &[&std::ffi::OsStr]) -> io::Result<std::process::Output> {
-    Command::new("qemu-img").env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C").args(arguments).stdin(Stdio::null()).output()
+    Command::new("qemu-img")
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("LC_ALL", "C")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
 }
 
 fn last_line(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).lines().last().unwrap_or("no message").trim_start_matches("qemu-img: ").to_owned()
+    String::from_utf8_lossy(bytes)
+        .lines()
+        .last()
+        .unwrap_or("no message")
+        .trim_start_matches("qemu-img: ")
+        .to_owned()
 }
 
 impl Disks for QemuImg {
     fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError> {
         let image = |why: String| DiskError::Image { path: path.into(), why };
         let id = identity(path).map_err(|e| image(e.to_string()))?;
-        if let Some((_, base)) = self.known.lock().ok().and_then(|k| k.get(path).filter(|(known, _)| *known == id).cloned()) {
+        if let Some((_, base)) = self
+            .known
+            .lock()
+            .ok()
+            .and_then(|k| k.get(path).filter(|(known, _)| *known == id).cloned())
+        {
             return Ok(base);
         }
-        let out = qemu_img(&["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), "-f".as_ref(), format.as_ref(), path.as_os_str()])
-            .map_err(|e| DiskError::Node { act: "run qemu-img info on", path: path.into(), why: e.to_string() })?;
+        let out = qemu_img(&[
+            "info".as_ref(),
+            "-U".as_ref(),
+            "--output=json".as_ref(),
+            "-f".as_ref(),
+            format.as_ref(),
+            path.as_os_str(),
+        ])
+        .map_err(|e| DiskError::Node {
+            act: "run qemu-img info on",
+            path: path.into(),
+            why: e.to_string(),
+        })?;
         if !out.status.success() {
             return Err(image(format!("it is not a sound {format} image: {}", last_line(&out.stderr))));
         }
         let info: serde_json::Value = serde_json::from_slice(&out.stdout).map_err(|e| image(format!("qemu-img info gave no JSON: {e}")))?;
         if info.get("backing-filename").is_some() {
-            return Err(image("it stands on another file (backing file), which a base image must not".into()));
+            return Err(image(
+                "it stands on another file (backing file), which a base image must not".into(),
+            ));
         }
         if info.pointer("/format-specific/data/data-file").is_some() {
-            return Err(image("its data is in another file (data file), which a base image must not have".into()));
+            return Err(image(
+                "its data is in another file (data file), which a base image must not have".into(),
+            ));
         }
         if info.pointer("/format-specific/data/corrupt").and_then(serde_json::Value::as_bool) == Some(true) {
             return Err(image("it is marked corrupt".into()));
         }
         if format == "qcow2" {
-            let check = qemu_img(&["check".as_ref(), "-U".as_ref(), "-f".as_ref(), format.as_ref(), path.as_os_str()])
-                .map_err(|e| DiskError::Node { act: "run qemu-img check on", path: path.into(), why: e.to_string() })?;
+            let check = qemu_img(&["check".as_ref(), "-U".as_ref(), "-f".as_ref(), format.as_ref(), path.as_os_str()]).map_err(|e| {
+                DiskError::Node {
+                    act: "run qemu-img check on",
+                    path: path.into(),
+                    why: e.to_string(),
+                }
+            })?;
             if !check.status.success() {
                 return Err(image(format!("it is damaged: {}", last_line(&check.stderr))));
             }
@@ -131,7 +167,10 @@ impl Disks for QemuImg {
         let mut file = fs::File::open(path).map_err(|e| image(e.to_string()))?;
         let mut hash = Sha256::new();
         io::copy(&mut file, &mut hash).map_err(|e| image(e.to_string()))?;
-        let base = Base { sha256: crate::text::hex(&hash.finalize()), virtual_bytes };
+        let base = Base {
+            sha256: crate::text::hex(&hash.finalize()),
+            virtual_bytes,
+        };
         if let Ok(mut known) = self.known.lock() {
             known.insert(path.into(), (id, base.clone()));
         }
@@ -139,7 +178,11 @@ impl Disks for QemuImg {
     }
 
     fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError> {
-        let node = |why: String| DiskError::Node { act: "make overlay", path: overlay.into(), why };
+        let node = |why: String| DiskError::Node {
+            act: "make overlay",
+            path: overlay.into(),
+            why,
+        };
         self.remove(overlay)?;
         let out = qemu_img(&[
             "create".as_ref(),
@@ -153,14 +196,20 @@ impl Disks for QemuImg {
             overlay.as_os_str(),
         ])
         .map_err(|e| node(e.to_string()))?;
-        if out.status.success() { Ok(()) } else { Err(node(last_line(&out.stderr))) }
+        if out.status.success() {
+            Ok(())
+        } else {
+            Err(node(last_line(&out.stderr)))
+        }
     }
 
     fn remove(&self, path: &Path) -> Result<(), DiskError> {
         match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(DiskError::Node { act: "remove", path: path.into(), why: e.to_string() })
-            }
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(DiskError::Node {
+                act: "remove",
+                path: path.into(),
+                why: e.to_string(),
+            }),
             _ => Ok(()),
         }
     }
@@ -171,11 +220,18 @@ impl Disks for QemuImg {
     }
 
     fn free_bytes(&self, path: &Path) -> Result<u64, DiskError> {
-        let s = nix::sys::statvfs::statvfs(path).map_err(|e| DiskError::Node { act: "look at", path: path.into(), why: e.to_string() })?;
+        let s = nix::sys::statvfs::statvfs(path).map_err(|e| DiskError::Node {
+            act: "look at",
+            path: path.into(),
+            why: e.to_string(),
+        })?;
         Ok(s.blocks_available() * s.fragment_size())
     }
 
     fn readable(&self, path: &Path) -> Result<(), DiskError> {
-        fs::File::open(path).map(drop).map_err(|e| DiskError::Image { path: path.into(), why: e.to_string() })
+        fs::File::open(path).map(drop).map_err(|e| DiskError::Image {
+            path: path.into(),
+            why: e.to_string(),
+        })
     }
 }

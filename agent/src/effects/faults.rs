@@ -58,8 +58,17 @@ impl Faults {
                 _ => return Err(bad()),
             };
             let forever = n == "*";
-            let left = if forever { 1 } else { n.parse().ok().filter(|n| *n > 0).ok_or_else(bad)? };
-            armed.push(Armed { point: point.into(), act, left: AtomicU32::new(left), forever });
+            let left = if forever {
+                1
+            } else {
+                n.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?
+            };
+            armed.push(Armed {
+                point: point.into(),
+                act,
+                left: AtomicU32::new(left),
+                forever,
+            });
         }
         Ok(Self { armed: Arc::new(armed) })
     }

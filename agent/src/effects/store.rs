@@ -85,7 +85,11 @@ impl DirStore {
             .recursive(true)
             .mode(0o711)
             .create(&vms)
-            .map_err(|source| StoreError::Io { act: "make", path: vms.clone(), source })?;
+            .map_err(|source| StoreError::Io {
+                act: "make",
+                path: vms.clone(),
+                source,
+            })?;
         Ok(Self { vms })
     }
 }
@@ -121,15 +125,23 @@ impl Store for DirStore {
                     continue;
                 }
             };
-            records.push(serde_json::from_slice::<Record>(&bytes).map_err(|e| StoreError::Record { path: path.clone(), why: e.to_string() }).and_then(
-                |r| {
-                    if r.v == record::RECORD_VERSION {
-                        Ok(r)
-                    } else {
-                        Err(StoreError::Record { path, why: format!("version {}, this agent reads {}", r.v, record::RECORD_VERSION) })
-                    }
-                },
-            ));
+            records.push(
+                serde_json::from_slice::<Record>(&bytes)
+                    .map_err(|e| StoreError::Record {
+                        path: path.clone(),
+                        why: e.to_string(),
+                    })
+                    .and_then(|r| {
+                        if r.v == record::RECORD_VERSION {
+                            Ok(r)
+                        } else {
+                            Err(StoreError::Record {
+                                path,
+                                why: format!("version {}, this agent reads {}", r.v, record::RECORD_VERSION),
+                            })
+                        }
+                    }),
+            );
         }
         Ok(records)
     }
@@ -137,10 +149,18 @@ impl Store for DirStore {
     fn put(&self, record: &Record) -> Result<(), StoreError> {
         let dir = self.vm_dir(&record.domain());
         let path = dir.join("record.json");
-        let io = |source| StoreError::Io { act: "write", path: path.clone(), source };
+        let io = |source| StoreError::Io {
+            act: "write",
+            path: path.clone(),
+            source,
+        };
         if !dir.is_dir() {
             use std::os::unix::fs::DirBuilderExt;
-            fs::DirBuilder::new().mode(0o711).create(&dir).or_else(|e| if dir.is_dir() { Ok(()) } else { Err(e) }).map_err(io)?;
+            fs::DirBuilder::new()
+                .mode(0o711)
+                .create(&dir)
+                .or_else(|e| if dir.is_dir() { Ok(()) } else { Err(e) })
+                .map_err(io)?;
             File::open(&self.vms).and_then(|d| d.sync_all()).map_err(io)?;
         }
         let mut bytes = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;
@@ -151,7 +171,11 @@ impl Store for DirStore {
     fn remove(&self, domain: &str) -> Result<(), StoreError> {
         let path = self.vm_dir(domain);
         match fs::remove_dir_all(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::Io { act: "remove", path, source: e }),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::Io {
+                act: "remove",
+                path,
+                source: e,
+            }),
             _ => Ok(()),
         }
     }

@@ -24,7 +24,11 @@ pub fn serve(stream: &UnixStream, roles: &Roles, uid: u32, line: &str) -> io::Re
     };
     let ask = match serde_json::from_str::<AskLine>(line) {
         Ok(AskLine { v: 1, ask }) => ask,
-        Ok(AskLine { v, .. }) => return say(Answer::Refused(format!("version {v} of the questions is not known here: update svm and the agent together"))),
+        Ok(AskLine { v, .. }) => {
+            return say(Answer::Refused(format!(
+                "version {v} of the questions is not known here: update svm and the agent together"
+            )));
+        }
         Err(e) => return say(Answer::Refused(format!("the question is not understood: {e}"))),
     };
     let end = match answer(&ask, roles, uid, &mut say) {
@@ -88,11 +92,19 @@ fn answer(ask: &Ask, roles: &Roles, uid: u32, say: &mut dyn FnMut(Answer) -> io:
 
 fn find(node: &std::sync::Arc<Node>, job: u32, may_see: &dyn Fn(&VmView) -> bool) -> Result<VmView, Refusal> {
     // Nobody learns that another user's job exists.
-    node.view(job).filter(|v| may_see(v)).ok_or_else(|| format!("job {job} has no VM on {}", node.name).into())
+    node.view(job)
+        .filter(|v| may_see(v))
+        .ok_or_else(|| format!("job {job} has no VM on {}", node.name).into())
 }
 
 /// Journal, then serial log; with `follow` until the VM is over here.
-fn log(node: &std::sync::Arc<Node>, domain: &str, job: u32, follow: bool, say: &mut dyn FnMut(Answer) -> io::Result<()>) -> Result<(), Refusal> {
+fn log(
+    node: &std::sync::Arc<Node>,
+    domain: &str,
+    job: u32,
+    follow: bool,
+    say: &mut dyn FnMut(Answer) -> io::Result<()>,
+) -> Result<(), Refusal> {
     let dir = node.world.store.vm_dir(domain);
     let mut journal = Tail::new(&dir.join("journal.log"), "");
     let mut serial = Tail::new(&dir.join("serial.log"), "guest| ");
@@ -111,7 +123,10 @@ fn log(node: &std::sync::Arc<Node>, domain: &str, job: u32, follow: bool, say: &
 #[must_use]
 pub fn log_text(node: &Node, domain: &str, journal_from: u64, serial_from: u64) -> (Vec<u8>, Vec<u8>) {
     let dir = node.world.store.vm_dir(domain);
-    (read_from(&dir.join("journal.log"), journal_from).unwrap_or_default(), read_from(&dir.join("serial.log"), serial_from).unwrap_or_default())
+    (
+        read_from(&dir.join("journal.log"), journal_from).unwrap_or_default(),
+        read_from(&dir.join("serial.log"), serial_from).unwrap_or_default(),
+    )
 }
 
 /// At most this many bytes of a log are read at a time.
@@ -138,7 +153,11 @@ struct Tail {
 
 impl Tail {
     fn new(path: &Path, prefix: &'static str) -> Self {
-        Self { path: path.into(), prefix, offset: 0 }
+        Self {
+            path: path.into(),
+            prefix,
+            offset: 0,
+        }
     }
 
     /// What has come since, line by line behind the prefix.

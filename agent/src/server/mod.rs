@@ -108,7 +108,7 @@ fn client(mut stream: UnixStream, roles: &Roles) -> io::Result<()> {
     let mut first = [0u8; 1];
     stream.read_exact(&mut first)?;
     if first[0] == OPENING {
-        return session::serve(stream, roles, uid);
+        return session::serve(&stream, roles, uid);
     }
     let mut line = String::from_utf8_lossy(&first).into_owned();
     let mut reader = BufReader::new(stream.try_clone()?).take(hooks::MAX_LINE as u64);
@@ -132,7 +132,13 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
         return HookReply::refused("this agent has no node role");
     };
     match request {
-        HookRequest::Ensure { job, uid, gid, spec, restart } => {
+        HookRequest::Ensure {
+            job,
+            uid,
+            gid,
+            spec,
+            restart,
+        } => {
             log::info!("job {job}: prolog (restart {restart}, uid {uid}, image {})", spec.image);
             let name = nix::unistd::User::from_uid(uid.into()).ok().flatten();
             let user = UserEntry {
@@ -151,7 +157,12 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
             log::info!("job {job}: epilog");
             match node.release(job, Duration::from_secs(wait_s.into())) {
                 Ok(()) => HookReply::done(None),
-                Err(why) => HookReply::stuck(crate::core::record::domain_name(job, 0), why),
+                Err(why) => {
+                    let domain = node
+                        .record(job)
+                        .map_or_else(|| crate::core::record::domain_name(job, 0), |r| r.domain());
+                    HookReply::stuck(domain, why)
+                }
             }
         }
     }

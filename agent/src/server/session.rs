@@ -19,7 +19,7 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Serves one shim until either side ends. A shim that reads slowly only slows its own program: the guest sends no
 /// more than a window beyond what the shim has acknowledged, so the queue between owner and writer is bounded.
-pub fn serve(stream: UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
+pub fn serve(stream: &UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
     let session = NEXT.fetch_add(1, Ordering::Relaxed);
     let mut reader = BufReader::with_capacity(128 << 10, stream.try_clone()?);
     let (mut environment, mut arguments, mut script) = (Vec::new(), Vec::new(), None);
@@ -37,14 +37,23 @@ pub fn serve(stream: UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
     let (to, outgoing) = unbounded::<Frame<ToShim>>();
     let job = open.job;
     let refuse = |outcome: u8, why: String| {
-        let failed: Frame<ToShim> = Frame::Control(ToShim::Failed { outcome: outcome.into(), why });
-        write_frame(&mut &stream, &failed)
+        let failed: Frame<ToShim> = Frame::Control(ToShim::Failed {
+            outcome: outcome.into(),
+            why,
+        });
+        write_frame(&mut &*stream, &failed)
     };
     let Some(node) = &roles.node else {
         return refuse(outcome::NODE_FAULT, "this agent has no node role".into());
     };
     if open.version != VERSION {
-        return refuse(outcome::NODE_FAULT, format!("the shim speaks version {} and the agent version {VERSION}: update both", open.version));
+        return refuse(
+            outcome::NODE_FAULT,
+            format!(
+                "the shim speaks version {} and the agent version {VERSION}: update both",
+                open.version
+            ),
+        );
     }
     if open.user.uid != uid && uid != 0 {
         return refuse(outcome::REFUSED, format!("uid {uid} cannot run a program as uid {}", open.user.uid));
@@ -66,7 +75,17 @@ pub fn serve(stream: UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
             }
         }
     })?;
-    node.attach(Attach { session, open, environment, arguments, script, to }, uid);
+    node.attach(
+        Attach {
+            session,
+            open,
+            environment,
+            arguments,
+            script,
+            to,
+        },
+        uid,
+    );
     let result = loop {
         match read_frame::<ToAgent>(&mut reader) {
             Ok(Some(frame)) => {

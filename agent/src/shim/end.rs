@@ -20,6 +20,8 @@ use crate::slurm::{Slurm, SlurmCommands, SlurmError, SlurmSettings};
 const REQUEUE_PATIENCE: Duration = Duration::from_secs(120);
 /// Between attempts to requeue while slurmctld does not answer.
 const REQUEUE_RETRY: Duration = Duration::from_secs(5);
+/// A job that has been restarted so often is not sent to yet another node when it meets a broken one.
+const MOST_RESTARTS: u32 = 3;
 /// Where Slurm's commands are, if in none of the usual directories.
 const PROGRAMS: &str = "SLURM_VM_SLURM_BIN";
 
@@ -43,10 +45,22 @@ pub fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
+/// Whose end it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Whose {
+    /// The job.
+    pub job: u32,
+    /// Its batch script: Slurm can requeue it.
+    pub batch: bool,
+    /// How often Slurm has started the job again.
+    pub restarts: u32,
+}
+
 /// Ends the process.
-pub fn finish(job: u32, batch: bool, end: End, signals: Option<&Signals>, terminal: Option<RawTerminal>) -> ! {
+pub fn finish(whose: Whose, end: End, signals: Option<&Signals>, terminal: Option<RawTerminal>) -> ! {
     // Before anything is printed: a raw terminal needs more than a line feed.
     drop(terminal);
+    let job = whose.job;
     match end {
         End::Program(Ended::Code(code)) => exit(code),
         End::Program(Ended::Signal(signo)) | End::Killed(signo) => die_of(signo),
@@ -60,25 +74,38 @@ pub fn finish(job: u32, batch: bool, end: End, signals: Option<&Signals>, termin
             })
         }
         End::Quiet => exit(0),
-        End::Failed(code, why) if code == i32::from(outcome::NODE_FAULT) => fault(job, batch, &why, signals),
+        End::Failed(code, why) if code == i32::from(outcome::NODE_FAULT) => fault(whose, &why, signals),
         End::Failed(code, why) => {
             say(&format!("slurm-vm: job {job}: {why}"));
             exit(code)
         }
-        End::Fault(why) => fault(job, batch, &why, signals),
+        End::Fault(why) => fault(whose, &why, signals),
     }
 }
 
-/// A node's fault never fails a batch job: it goes back to the queue, held, and the controller releases it without this node.
-fn fault(job: u32, batch: bool, why: &str, signals: Option<&Signals>) -> ! {
+/// A node's fault does not fail a batch job: it goes back to the queue, held, in the state by which the controller knows
+/// it, and the controller releases it without this node.
+fn fault(whose: Whose, why: &str, signals: Option<&Signals>) -> ! {
+    let job = whose.job;
     let node = super::context::node_name();
-    if !batch {
+    if !whose.batch {
         say(&format!(
             "slurm-vm: job {job}: {why} (node {node}; a job of srun or salloc cannot be requeued)"
         ));
         exit(outcome::NODE_FAULT.into());
     }
-    let refusal = match requeue_held(job, signals) {
+    if whose.restarts >= MOST_RESTARTS {
+        journal(
+            job,
+            &format!("node fault on {node}: {why}; not requeued again after {} restarts", whose.restarts),
+        );
+        say(&format!(
+            "slurm-vm: job {job}: {why} (node {node}; not requeued again after {} restarts)",
+            whose.restarts
+        ));
+        exit(outcome::NODE_FAULT.into());
+    }
+    let refusal = match requeue_special(job, signals) {
         Ok(()) => {
             journal(job, &format!("requeued, held: node fault on {node}: {why}"));
             wait_for_term(signals, REQUEUE_PATIENCE);
@@ -95,7 +122,7 @@ fn fault(job: u32, batch: bool, why: &str, signals: Option<&Signals>) -> ! {
 
 /// As the job's owner. What broke the node may keep slurmctld from answering as well, so that is waited for; a SIGTERM
 /// meanwhile means that Slurm ends the job by itself.
-fn requeue_held(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError> {
+fn requeue_special(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError> {
     let settings = SlurmSettings {
         conf: std::env::var_os("SLURM_CONF").map(PathBuf::from),
         programs: std::env::var_os(PROGRAMS).map(PathBuf::from),
@@ -104,7 +131,7 @@ fn requeue_held(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError> {
     let slurm = SlurmCommands::new(settings);
     let until = Instant::now() + REQUEUE_PATIENCE;
     loop {
-        match slurm.requeuehold(job) {
+        match slurm.requeue_special(job) {
             Ok(()) => return Ok(()),
             Err(e) if e.is_already_pending() => return Ok(()),
             Err(e) if e.is_transient() && Instant::now() < until => {

@@ -31,7 +31,7 @@ use slurm_vm_api::{
 };
 
 use contract::{ContractError, Task};
-use end::End;
+use end::{End, Whose};
 use input::Input;
 use output::Output;
 use relay::{Relay, Times};
@@ -49,7 +49,7 @@ pub fn main() -> ! {
             std::process::exit(outcome::REFUSED.into());
         }
     };
-    let job = args.job;
+    let (job, restarts) = (args.job, args.restart);
     if let Request::Refused(why) = &args.request {
         end::say(&format!("slurm-vm: job {job}: {why}"));
         std::process::exit(outcome::REFUSED.into());
@@ -58,7 +58,12 @@ pub fn main() -> ! {
         Ok(task) => run(task),
         // slurmd's own copy is gone: that is the node's fault, not the user's.
         Err(e @ ContractError::Script { .. }) => {
-            end::finish(job, true, End::Fault(e.to_string()), Signals::block_all().ok().as_ref(), None)
+            let whose = Whose {
+                job,
+                batch: true,
+                restarts,
+            };
+            end::finish(whose, End::Fault(e.to_string()), Signals::block_all().ok().as_ref(), None)
         }
         Err(e) => {
             end::say(&format!("slurm-vm: job {job}: {e}"));
@@ -68,19 +73,17 @@ pub fn main() -> ! {
 }
 
 fn run(task: Task) -> ! {
-    let (job, batch) = (task.args.job, task.is_batch());
+    let whose = Whose {
+        job: task.args.job,
+        batch: task.is_batch(),
+        restarts: task.args.restart,
+    };
     match prepare(task) {
         Ok(relay) => {
             let (end, signals, terminal) = relay.run();
-            end::finish(job, batch, end, Some(&signals), terminal)
+            end::finish(whose, end, Some(&signals), terminal)
         }
-        Err(e) => end::finish(
-            job,
-            batch,
-            End::Fault(format!("the task's streams cannot be used: {e}")),
-            None,
-            None,
-        ),
+        Err(e) => end::finish(whose, End::Fault(format!("the task's streams cannot be used: {e}")), None, None),
     }
 }
 

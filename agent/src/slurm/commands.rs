@@ -257,6 +257,10 @@ impl Slurm for SlurmCommands {
         self.scontrol(&["requeuehold", &job.to_string()]).map(|_| ())
     }
 
+    fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
+        self.scontrol(&["requeuehold", "State=SpecialExit", &job.to_string()]).map(|_| ())
+    }
+
     fn hold(&self, job: JobId) -> Result<(), SlurmError> {
         self.scontrol(&["hold", &job.to_string()]).map(|_| ())
     }

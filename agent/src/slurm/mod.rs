@@ -53,6 +53,10 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// The same, and held there until [`release`](Slurm::release).
     fn requeuehold(&self, job: JobId) -> Result<(), SlurmError>;
 
+    /// Ends this run and puts the job into the queue, held, in the state `SPECIAL_EXIT`: nothing else makes that state by
+    /// itself, so it says that the job met a broken node. Its owner may do that.
+    fn requeue_special(&self, job: JobId) -> Result<(), SlurmError>;
+
     /// Holds a waiting job.
     fn hold(&self, job: JobId) -> Result<(), SlurmError>;
 

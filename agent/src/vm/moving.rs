@@ -28,7 +28,7 @@ use std::{
 
 use slurm_vm_api::query::MoveView;
 
-use super::prepare;
+use super::{prepare, programs::Kept};
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
@@ -125,7 +125,12 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
         return Err(format!("{domain} is still there after it was destroyed"));
     }
     // An arriving VM that never came still stands on its source's shared overlay.
-    let not_ours = matches!(&record.life, Life::Stopping { why: crate::core::End::NotArrived });
+    let not_ours = matches!(
+        &record.life,
+        Life::Stopping {
+            why: crate::core::End::NotArrived
+        }
+    );
     let overlay = match &record.plan {
         Some(plan) => plan.overlay.clone().filter(|_| !(not_ours && plan.overlay_shared)),
         // Made by a preparation that nobody heard the end of.
@@ -144,7 +149,10 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
 
 /// Removes what belongs to the VM on this node while it lives elsewhere: a shared overlay stays.
 pub fn clear_here(node: &Node, record: &Record) {
-    if let Some(plan) = record.plan.as_ref().filter(|p| !p.overlay_shared && !matches!(record.life, Life::Saved { .. }))
+    if let Some(plan) = record
+        .plan
+        .as_ref()
+        .filter(|p| !p.overlay_shared && !matches!(record.life, Life::Saved { .. }))
         && let Some(overlay) = &plan.overlay
         && let Err(e) = node.world.disks.remove(overlay)
     {
@@ -180,7 +188,11 @@ pub fn progress_line(world: &World, domain: &str, life: &Life) -> String {
             p.iteration,
             p.bandwidth_bytes_s >> 20,
             p.dirty_rate_bytes_s >> 20,
-            if p.throttle_percent > 0 { format!(", slowed by {} %", p.throttle_percent) } else { String::new() }
+            if p.throttle_percent > 0 {
+                format!(", slowed by {} %", p.throttle_percent)
+            } else {
+                String::new()
+            }
         ),
         _ => life.name().to_owned(),
     }
@@ -224,7 +236,7 @@ fn facts(node: &Node, domain_type: &str) -> HostFacts {
         agent: env!("CARGO_PKG_VERSION").into(),
         domain_type: domain_type.into(),
         cpu_model: node.config.hypervisor.cpu_model.clone(),
-        qemu: node.world.hypervisor.host(node.domain_type()).map(|h| h.hypervisor_version).unwrap_or_default(),
+        qemu: node.qemu_version(),
     }
 }
 
@@ -239,7 +251,11 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
         return Err(format!("{out} moves are leaving {} already (node.moves_out)", node.name));
     }
     let plan = record.plan.as_ref().ok_or("the VM has no plan")?;
-    let copy_overlay = plan.overlay.as_ref().filter(|_| !plan.overlay_shared).map(|o| node.world.disks.used_bytes(o));
+    let copy_overlay = plan
+        .overlay
+        .as_ref()
+        .filter(|_| !plan.overlay_shared)
+        .map(|o| node.world.disks.used_bytes(o));
     let token = node.peers.token()?;
     let request = PeerRequest::Import {
         move_id: order.move_id.clone(),
@@ -264,7 +280,13 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
 /// # Errors
 /// Why the VM cannot come here.
 pub fn import(
-    node: &Arc<Node>, from: &str, move_id: &str, mut record: Record, token: &str, copy_overlay: Option<u64>, host: &HostFacts,
+    node: &Arc<Node>,
+    from: &str,
+    move_id: &str,
+    mut record: Record,
+    token: &str,
+    copy_overlay: Option<u64>,
+    host: &HostFacts,
 ) -> Result<PeerReply, String> {
     node.world.faults.pass("import.before")?;
     let arriving = node.moves.arriving().len();
@@ -276,15 +298,27 @@ pub fn import(
     }
     let mine = facts(node, crate::node::type_name(node.domain_type()));
     if mine.domain_type != host.domain_type {
-        return Err(format!("it runs guests with {}, the source with {}", mine.domain_type, host.domain_type));
+        return Err(format!(
+            "it runs guests with {}, the source with {}",
+            mine.domain_type, host.domain_type
+        ));
     }
     if mine.cpu_model != host.cpu_model {
-        return Err(format!("its CPU model is `{}`, the source's `{}` (hypervisor.cpu_model)", mine.cpu_model, host.cpu_model));
+        return Err(format!(
+            "its CPU model is `{}`, the source's `{}` (hypervisor.cpu_model)",
+            mine.cpu_model, host.cpu_model
+        ));
     }
     if older(&mine.qemu, &host.qemu) {
         return Err(format!("its QEMU {} is older than the source's {}", mine.qemu, host.qemu));
     }
-    let from_record = std::mem::replace(&mut record.life, Life::Arriving { from: from.into(), move_id: move_id.into() });
+    let from_record = std::mem::replace(
+        &mut record.life,
+        Life::Arriving {
+            from: from.into(),
+            move_id: move_id.into(),
+        },
+    );
     if !matches!(from_record, Life::Leaving { .. }) {
         return Err(format!("the VM is {} at the source", from_record.name()));
     }
@@ -305,7 +339,10 @@ pub fn import(
             mine
         } else {
             if node.world.disks.used_bytes(&overlay) == 0 {
-                return Err(format!("{} is not to be seen here: is shared_dir really shared?", overlay.display()));
+                return Err(format!(
+                    "{} is not to be seen here: is shared_dir really shared?",
+                    overlay.display()
+                ));
             }
             overlay
         };
@@ -339,7 +376,10 @@ fn base_by_digest(node: &Node, sha256: &str) -> Option<(PathBuf, String)> {
 
 /// Socket of the local libvirtd: named in the URI, else the system daemon's.
 fn libvirt_socket(uri: &str) -> PathBuf {
-    uri.split_once("socket=").map_or_else(|| "/run/libvirt/libvirt-sock".into(), |(_, s)| s.split('&').next().unwrap_or(s).into())
+    uri.split_once("socket=").map_or_else(
+        || "/run/libvirt/libvirt-sock".into(),
+        |(_, s)| s.split('&').next().unwrap_or(s).into(),
+    )
 }
 
 /// Source: copies the VM; returns when the guest runs there, or goes on here.
@@ -348,7 +388,12 @@ fn libvirt_socket(uri: &str) -> PathBuf {
 /// Why it did not move.
 pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<MoveView, String> {
     node.world.faults.pass("migrate.before")?;
-    let departure = node.moves.leaving().get(&record.job).cloned().ok_or("the destination's answer was lost")?;
+    let departure = node
+        .moves
+        .leaving()
+        .get(&record.job)
+        .cloned()
+        .ok_or("the destination's answer was lost")?;
     let plan = record.plan.as_ref().ok_or("the VM has no plan")?;
     let domain = record.domain();
     let relay = node.peers.open_relay(&order.move_id, &departure.token, &order.to, &order.address)?;
@@ -434,7 +479,9 @@ impl Watch {
                 let mut downtime = node.config.node.move_downtime_ms.max(1);
                 while !mine.load(Ordering::Acquire) {
                     node.world.clock.sleep(WATCH);
-                    let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else { continue };
+                    let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else {
+                        continue;
+                    };
                     let Some(deadline) = deadline_ms else { continue };
                     let left_ms = deadline.saturating_sub(node.world.clock.now_ms());
                     if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
@@ -457,7 +504,11 @@ impl Watch {
                         );
                     }
                     // The last set of dirty pages is what the guest stands still for.
-                    if p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2 && needs_ms < LAST_DOWNTIME_MS && left_ms < RESERVE_MS * 2 && needs_ms > downtime {
+                    if p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2
+                        && needs_ms < LAST_DOWNTIME_MS
+                        && left_ms < RESERVE_MS * 2
+                        && needs_ms > downtime
+                    {
                         downtime = needs_ms + 100;
                         log::info!("{domain}: allowing {downtime} ms of downtime so that the move ends");
                         let _ = node.world.hypervisor.migrate_tune(&domain, Some(downtime), None);
@@ -496,10 +547,25 @@ pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) 
         match node.world.hypervisor.info(&domain) {
             // The migration may still be running on behalf of an agent that died: wait for its end.
             Ok(Some(_)) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => {}
-            Ok(Some(i)) if runs(&i) => return if arriving { Whereabouts::AtDestination } else { Whereabouts::AtSource },
+            Ok(Some(i)) if runs(&i) => {
+                return if arriving {
+                    Whereabouts::AtDestination
+                } else {
+                    Whereabouts::AtSource
+                };
+            }
             // A paused copy proves nothing: a source whose libvirt lost the answer of the Finish phase has one, too.
-            Ok(here) => match node.peers.request(&other, &address, &PeerRequest::RunsHere { job: record.job }, CONFIRM_WITHIN) {
-                Ok(PeerReply::RunsHere(true)) => return if arriving { Whereabouts::AtSource } else { Whereabouts::AtDestination },
+            Ok(here) => match node
+                .peers
+                .request(&other, &address, &PeerRequest::RunsHere { job: record.job }, CONFIRM_WITHIN)
+            {
+                Ok(PeerReply::RunsHere(true)) => {
+                    return if arriving {
+                        Whereabouts::AtSource
+                    } else {
+                        Whereabouts::AtDestination
+                    };
+                }
                 Ok(PeerReply::RunsHere(false)) if here.is_none() => return Whereabouts::Nowhere,
                 Ok(PeerReply::RunsHere(false)) if !arriving => return Whereabouts::AtSource,
                 Ok(_) => {}
@@ -523,7 +589,11 @@ fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
 /// # Errors
 /// When libvirt does not say: that is no "no".
 pub fn runs_here(node: &Node, job: u32) -> Result<bool, String> {
-    let info = node.world.hypervisor.info(&crate::core::record::domain_name(job, 0)).map_err(|e| e.to_string())?;
+    let info = node
+        .world
+        .hypervisor
+        .info(&crate::core::record::domain_name(job, 0))
+        .map_err(|e| e.to_string())?;
     Ok(info.is_some_and(|i| runs(&i)))
 }
 
@@ -531,7 +601,10 @@ pub fn runs_here(node: &Node, job: u32) -> Result<bool, String> {
 pub fn abandon(node: &Node, record: &Record, order: Option<&MoveOrder>) {
     node.moves.leaving().remove(&record.job);
     let Some(order) = order else { return };
-    let request = PeerRequest::Abandon { move_id: order.move_id.clone(), job: record.job };
+    let request = PeerRequest::Abandon {
+        move_id: order.move_id.clone(),
+        job: record.job,
+    };
     if let Err(e) = node.peers.request(&order.to, &order.address, &request, CONFIRM_WITHIN) {
         log::warn!("job {}: {} was not told that the move is off: {e}", record.job, order.to);
     }
@@ -541,7 +614,7 @@ pub fn abandon(node: &Node, record: &Record, order: Option<&MoveOrder>) {
 ///
 /// # Errors
 /// Why it did not confirm.
-pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[(u32, usize, u64, Vec<u8>)]) -> Result<(), String> {
+pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[Kept]) -> Result<(), String> {
     node.world.faults.pass("hand-over.before")?;
     node.moves.leaving().remove(&record.job);
     let (to, address, move_id) = match (order, &record.life) {
@@ -572,6 +645,11 @@ pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: 
             })?;
         }
     }
-    ask(&PeerRequest::TakeOver { move_id, job: record.job, programs: record.programs.clone(), moves: record.moves.clone() })?;
+    ask(&PeerRequest::TakeOver {
+        move_id,
+        job: record.job,
+        programs: record.programs.clone(),
+        moves: record.moves.clone(),
+    })?;
     node.world.faults.pass("hand-over.after")
 }

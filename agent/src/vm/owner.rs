@@ -65,6 +65,8 @@ struct Owner {
     verdict: Option<String>,
     /// Slurm's restart count as the shims report it.
     restart: u32,
+    /// What set the save off that is under way.
+    save_cause: String,
     /// The job is being preempted.
     in_grace: bool,
     started_at: Instant,
@@ -88,9 +90,16 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
         let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
-            Birth::New(record) => Vm::new(record),
+            Birth::New(mut record) => {
+                record.k = node.place_in(job);
+                Vm::new(record)
+            }
             Birth::Expected(record) => Vm::expected(record),
-            Birth::Recovered { record, domain_here, job_here } => Vm::recovered(record, domain_here, job_here),
+            Birth::Recovered {
+                record,
+                domain_here,
+                job_here,
+            } => Vm::recovered(record, domain_here, job_here),
         };
         let domain = vm.record.domain();
         let dir = node.world.store.vm_dir(&domain);
@@ -111,6 +120,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             verdict: None,
             restart: 0,
             in_grace: false,
+            save_cause: String::new(),
             started_at: Instant::now(),
         };
         owner.carry_out(effects);
@@ -146,7 +156,11 @@ impl Owner {
                 }
                 self.core(Event::Tick);
             }
-            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() && self.node.retire(&self.vm.record, rx) {
+            if self.vm.record.life.is_over_here()
+                && self.releases.is_empty()
+                && !self.programs.attached()
+                && self.node.retire(&self.vm.record, rx)
+            {
                 return;
             }
         }
@@ -199,7 +213,11 @@ impl Owner {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
                 }
-                let event = Event::MoveOut { move_id: order.move_id.clone(), to: order.to.clone(), cause: order.cause.clone() };
+                let event = Event::MoveOut {
+                    move_id: order.move_id.clone(),
+                    to: order.to.clone(),
+                    cause: order.cause.clone(),
+                };
                 self.order = Some(order);
                 self.move_reply = Some(reply);
                 self.core(event);
@@ -211,6 +229,7 @@ impl Owner {
                 }
                 match saving::fits(&self.node, &self.vm.record) {
                     Ok(at) => {
+                        self.save_cause.clone_from(&cause);
                         self.move_reply = Some(reply);
                         self.core(Event::Save { at, cause });
                     }
@@ -219,7 +238,12 @@ impl Owner {
                     }
                 }
             }
-            Request::Kept { program, stream, offset, bytes } => self.programs.take_spool(program, stream, offset, &bytes),
+            Request::Kept {
+                program,
+                stream,
+                offset,
+                bytes,
+            } => self.programs.take_spool(program, stream, offset, &bytes),
             Request::TookOver { programs, moves, reply } => {
                 for p in &programs {
                     self.programs.adopt(p);
@@ -241,13 +265,22 @@ impl Owner {
         self.restart = self.restart.max(a.open.restart);
         match &self.vm.record.life {
             Life::Stopping { why } | Life::Stopped { why } => {
-                if let Some(ended) = self.programs.batch_ended().filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP) {
+                if let Some(ended) = self
+                    .programs
+                    .batch_ended()
+                    .filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP)
+                {
                     // Slurm >= 24.05 requeues a job that ended within its grace time: it is not run again.
-                    let _ = a.to.send(Frame::Control(ToShim::Started { from: vec![], resumed: true }));
+                    let _ = a.to.send(Frame::Control(ToShim::Started {
+                        from: vec![],
+                        resumed: true,
+                    }));
                     let _ = a.to.send(Frame::Control(ToShim::Exited(ended)));
                     return;
                 }
-                let (outcome, why) = why.verdict().unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
+                let (outcome, why) = why
+                    .verdict()
+                    .unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
                 let _ = a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
             }
             Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } => {
@@ -258,10 +291,13 @@ impl Owner {
                     self.carry_out(vec![Effect::Persist]);
                 }
                 log::debug!("job {}: session {session} attached", self.vm.record.job);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             _ => {
-                let _ = a.to.send(Frame::Control(ToShim::Progress(format!("the VM is {}", self.vm.record.life.name()))));
+                let _ = a.to.send(Frame::Control(ToShim::Progress(format!(
+                    "the VM is {}",
+                    self.vm.record.life.name()
+                ))));
                 self.waiting_attach.push(a);
             }
         }
@@ -276,14 +312,26 @@ impl Owner {
             return;
         };
         let requests = match frame {
-            Frame::Data { stream: Stream::Stdin, offset, bytes } => vec![ToGuest::Stdin { program, offset, bytes }],
+            Frame::Data {
+                stream: Stream::Stdin,
+                offset,
+                bytes,
+            } => vec![ToGuest::Stdin { program, offset, bytes }],
             Frame::Control(ToAgent::StdinEof { offset }) => vec![ToGuest::StdinEof { program, offset }],
             Frame::Control(ToAgent::Wrote { stream, offset }) => self.programs.wrote(session, stream, offset),
             Frame::Control(ToAgent::Signal { signo }) => {
                 let all = !batch || matches!(signo, libc::SIGTERM | libc::SIGKILL | libc::SIGCONT);
-                vec![ToGuest::Signal { program, signo, scope: if all { Scope::All } else { Scope::Leader } }]
+                vec![ToGuest::Signal {
+                    program,
+                    signo,
+                    scope: if all { Scope::All } else { Scope::Leader },
+                }]
             }
-            Frame::Control(ToAgent::Resize(t)) => vec![ToGuest::Resize { program, rows: t.rows, cols: t.cols }],
+            Frame::Control(ToAgent::Resize(t)) => vec![ToGuest::Resize {
+                program,
+                rows: t.rows,
+                cols: t.cols,
+            }],
             Frame::Control(ToAgent::WhyTerm) => {
                 self.explain_term(session);
                 vec![]
@@ -298,31 +346,42 @@ impl Owner {
                 for (stream, offset) in wrote {
                     requests.extend(self.programs.wrote(session, stream, offset));
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.hand_over_done(session);
                 return;
             }
             _ => vec![],
         };
-        self.to_guest(requests);
+        self.send_guest(requests);
     }
 
     /// Finds out from Slurm what a SIGTERM means, without blocking this thread.
     fn explain_term(&mut self, session: u64) {
         let record = &self.vm.record;
         let left = matches!(record.life, Life::Gone { .. } | Life::Saved { .. });
-        let stopped_for_requeue = matches!(&record.life, Life::Stopping { why: crate::core::End::Requeued } | Life::Stopped { why: crate::core::End::Requeued });
+        let stopped_for_requeue = matches!(
+            &record.life,
+            Life::Stopping {
+                why: crate::core::End::Requeued
+            } | Life::Stopped {
+                why: crate::core::End::Requeued
+            }
+        );
         if left || stopped_for_requeue {
-            self.programs.tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            self.programs
+                .tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
             return;
         }
         let (node, job) = (self.node.clone(), record.job);
         let restarts = self.restart;
         let to = self.programs.sender(session);
+        let domain = self.domain.clone();
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
-            node.world.store.journal(&crate::core::record::domain_name(job, 0), node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
+            node.world
+                .store
+                .journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
             if let Some(to) = to {
                 let _ = to.send(Frame::Control(ToShim::Cause(cause)));
             }
@@ -333,26 +392,33 @@ impl Owner {
         match event {
             LinkEvent::Up { hello } => {
                 let requests = self.programs.guest_up(&hello.programs);
-                self.core(Event::GuestUp { boot_id: hello.boot_id.clone() });
+                self.core(Event::GuestUp {
+                    boot_id: hello.boot_id.clone(),
+                });
                 // A guest that was moved or restored has lost time.
                 self.effect(Effect::SetClock);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::Down { reason } => {
                 log::debug!("job {}: guest link down: {reason}", self.vm.record.job);
                 self.programs.guest_down();
             }
-            LinkEvent::Data { program, stream, offset, bytes } => {
+            LinkEvent::Data {
+                program,
+                stream,
+                offset,
+                bytes,
+            } => {
                 let requests = self.programs.data(program, stream, offset, &bytes);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Started { program, report } => {
                 let requests = self.programs.started(program, &report);
                 if let Some(note) = self.programs.take_note(program) {
                     self.journal(&note);
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Refused { program, message, .. } => {
                 self.journal(&format!("program {program} was refused by the guest: {message}"));
@@ -366,15 +432,34 @@ impl Owner {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::ProgramLost { program } => {
                 self.programs.lost(program);
                 self.sync_programs();
             }
+            LinkEvent::ClockWas { behind_ns } => self.clock_was(behind_ns),
             LinkEvent::StdinAck { program, offset } => self.programs.stdin_taken(program, offset),
             other => log::debug!("job {}: guest link: {other:?}", self.vm.record.job),
+        }
+    }
+
+    /// The first setting of the clock after a live move tells how long the guest stood still: its clock was set right
+    /// before the copying began, and stands still with it.
+    fn clock_was(&mut self, behind_ns: i64) {
+        let here = self.node.name.clone();
+        if let Some(m) = self
+            .vm
+            .record
+            .moves
+            .last_mut()
+            .filter(|m| m.way == "live" && m.to == here && m.gap_ms.is_none())
+        {
+            m.gap_ms = Some(u64::try_from(behind_ns / 1_000_000).unwrap_or(0));
+            let line = format!("the guest stood still for {} ms", behind_ns / 1_000_000);
+            self.journal(&line);
+            self.effect(Effect::Persist);
         }
     }
 
@@ -391,7 +476,7 @@ impl Owner {
         self.carry_out(vec![Effect::Persist]);
     }
 
-    fn to_guest(&mut self, requests: Vec<ToGuest>) {
+    fn send_guest(&mut self, requests: Vec<ToGuest>) {
         let Some((link, _)) = &self.link else { return };
         for r in requests {
             let request = match r {
@@ -409,7 +494,10 @@ impl Owner {
     }
 
     fn action(&self, action: Action) -> LinkRequest {
-        LinkRequest::Do { token: self.next_request, action }
+        LinkRequest::Do {
+            token: self.next_request,
+            action,
+        }
     }
 
     fn journal(&self, line: &str) {
@@ -487,6 +575,7 @@ impl Owner {
                     self.core(Event::DestinationReady(Err("the order of the move was lost".into())));
                     return;
                 };
+                self.effect(Effect::SetClock);
                 worker(job, "ask", move || {
                     let done = moving::ask_destination(&node, &record, &order);
                     let _ = tx.send(Request::Core(Event::DestinationReady(done)));
@@ -518,7 +607,11 @@ impl Owner {
             Effect::AskDomain => worker(job, "domain", move || {
                 // A transient domain that has ended is seen for a moment still.
                 let ended = |s| matches!(s, DomainState::Shutoff | DomainState::Crashed);
-                let here = node.world.hypervisor.info(&domain).map(|d| d.is_some_and(|d| d.uuid == record.uuid() && !ended(d.state)));
+                let here = node
+                    .world
+                    .hypervisor
+                    .info(&domain)
+                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid() && !ended(d.state)));
                 let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
             }),
             Effect::AskJob => worker(job, "job", move || {
@@ -526,7 +619,13 @@ impl Owner {
             }),
             Effect::AbandonDestination { to, move_id } => {
                 // After a restart there is no order any more; the address is then Slurm's to tell.
-                let order = self.order.clone().unwrap_or(MoveOrder { move_id, to, address: String::new(), cause: String::new(), deadline_ms: None });
+                let order = self.order.clone().unwrap_or(MoveOrder {
+                    move_id,
+                    to,
+                    address: String::new(),
+                    cause: String::new(),
+                    deadline_ms: None,
+                });
                 worker(job, "abandon", move || moving::abandon(&node, &record, Some(&order)));
             }
             Effect::HandOver => self.begin_hand_over(false),
@@ -541,7 +640,9 @@ impl Owner {
             Effect::ResumeDomain => worker(job, "resume", move || {
                 let done = node.world.hypervisor.resume(&domain);
                 let event = match done {
-                    Err(_) if matches!(node.world.hypervisor.info(&domain), Ok(None)) => Event::DomainEnded { how: "its domain is gone".into() },
+                    Err(_) if matches!(node.world.hypervisor.info(&domain), Ok(None)) => Event::DomainEnded {
+                        how: "its domain is gone".into(),
+                    },
                     done => Event::Resumed(done.map_err(|e| e.to_string())),
                 };
                 let _ = tx.send(Request::Core(event));
@@ -549,7 +650,12 @@ impl Owner {
             Effect::Restore => worker(job, "restore", move || {
                 let done = saving::restore(&node, &record).map(|(done, kept)| {
                     for (program, stream, offset, bytes) in kept {
-                        let _ = tx.send(Request::Kept { program, stream, offset, bytes });
+                        let _ = tx.send(Request::Kept {
+                            program,
+                            stream,
+                            offset,
+                            bytes,
+                        });
                     }
                     Box::new(done)
                 });
@@ -592,7 +698,11 @@ impl Owner {
     }
 
     fn begin_hand_over(&mut self, save: bool) {
-        self.hand_over = Some(HandOver { waiting: self.programs.session_ids(), deadline: Instant::now() + HAND_OVER, save });
+        self.hand_over = Some(HandOver {
+            waiting: self.programs.session_ids(),
+            deadline: Instant::now() + HAND_OVER,
+            save,
+        });
         if self.hand_over.as_ref().is_some_and(|h| h.waiting.is_empty()) {
             self.end_hand_over();
         }
@@ -613,12 +723,18 @@ impl Owner {
             self.journal(&format!("{} shim(s) did not report their output in time", h.waiting.len()));
         }
         self.vm.record.programs = self.programs.records();
-        let (node, record, tx, order, job) =
-            (self.node.clone(), self.vm.record.clone(), self.tx.clone(), self.order.clone(), self.vm.record.job);
+        let (node, record, tx, order, job) = (
+            self.node.clone(),
+            self.vm.record.clone(),
+            self.tx.clone(),
+            self.order.clone(),
+            self.vm.record.job,
+        );
         let spools = self.programs.spools();
         if h.save {
+            let cause = self.save_cause.clone();
             worker(job, "save", move || {
-                let done = saving::save(&node, &record, &spools);
+                let done = saving::save(&node, &record, &spools, &cause);
                 let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
             });
         } else {
@@ -628,12 +744,14 @@ impl Owner {
             });
         }
     }
-
 }
 
 impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Owner").field("domain", &self.domain).field("age", &self.started_at.elapsed()).finish_non_exhaustive()
+        f.debug_struct("Owner")
+            .field("domain", &self.domain)
+            .field("age", &self.started_at.elapsed())
+            .finish_non_exhaustive()
     }
 }
 
@@ -647,14 +765,33 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
 fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let fault = |e: String| Failure::Node(e);
     node.world.faults.pass("start-domain.before").map_err(fault)?;
-    let spec = prepare::domain_spec(&node.config, &node.world, record)
+    let mut spec = prepare::domain_spec(&node.config, &node.world, record)
         .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
     moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
-    match node.world.hypervisor.start(&spec, false) {
+    spec.hard_limit_mib = node.hard_limit_mib(record);
+    let mut started = node.world.hypervisor.start(&spec, false);
+    if spec.hard_limit_mib.is_some()
+        && let Err(e) = &started
+        && !matches!(
+            e,
+            crate::hypervisor::HypervisorError::AlreadyExists { .. } | crate::hypervisor::HypervisorError::Connect { .. }
+        )
+    {
+        node.no_hard_limit(&e.to_string());
+        spec.hard_limit_mib = None;
+        started = node.world.hypervisor.start(&spec, false);
+    }
+    match started {
         Ok(()) => {}
         // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
         Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })
-            if node.world.hypervisor.info(&spec.name).ok().flatten().is_some_and(|i| i.uuid == spec.uuid) => {}
+            if node
+                .world
+                .hypervisor
+                .info(&spec.name)
+                .ok()
+                .flatten()
+                .is_some_and(|i| i.uuid == spec.uuid) => {}
         Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
     }
     node.world.faults.pass("start-domain.after").map_err(fault)

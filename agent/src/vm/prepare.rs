@@ -39,7 +39,12 @@ pub fn image<'a>(config: &'a Config, name: &str) -> Result<&'a ImageConfig, Fail
 #[must_use]
 pub fn overlay_path(config: &Config, vm_dir: &Path, record: &Record) -> (PathBuf, bool) {
     match &config.shared_dir {
-        Some(shared) => (shared.join("overlays").join(format!("{}.{}.{}.qcow2", record.domain(), record.node, record.run)), true),
+        Some(shared) => (
+            shared
+                .join("overlays")
+                .join(format!("{}.{}.{}.qcow2", record.domain(), record.node, record.run)),
+            true,
+        ),
         None => (vm_dir.join("overlay.qcow2"), false),
     }
 }
@@ -91,7 +96,11 @@ pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: 
     if let Some(disk) = &image.disk {
         let base = world.disks.base(disk, &image.disk_format)?;
         if let Some(wanted) = image.sha256.as_ref().filter(|w| !w.eq_ignore_ascii_case(&base.sha256)) {
-            return Err(Failure::Request(format!("image file {}: its SHA-256 is {}, the catalogue says {wanted}", disk.display(), base.sha256)));
+            return Err(Failure::Request(format!(
+                "image file {}: its SHA-256 is {}, the catalogue says {wanted}",
+                disk.display(),
+                base.sha256
+            )));
         }
         let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), record);
         world.disks.make_overlay(&overlay, disk, &image.disk_format)?;
@@ -118,7 +127,10 @@ pub fn allocation(world: &World, node: &str, job: u32) -> Result<Allocation, Fai
         .iter()
         .find(|a| a.node == node)
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
-    Ok(Allocation { cores: here.cpus.clone(), mem_mib: (here.mem_mib > 0).then_some(here.mem_mib) })
+    Ok(Allocation {
+        cores: here.cpus.clone(),
+        mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
+    })
 }
 
 fn guest_memory(record: &Record, allocation: &Allocation, vcpus: u32) -> Result<u64, Failure> {
@@ -174,7 +186,11 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
     Some(DomainSpec {
         name: domain.clone(),
         uuid: record.uuid(),
-        domain_type: if plan.domain_type == "kvm" { DomainType::Kvm } else { DomainType::Qemu },
+        domain_type: if plan.domain_type == "kvm" {
+            DomainType::Kvm
+        } else {
+            DomainType::Qemu
+        },
         machine: None,
         vcpus: plan.vcpus,
         cpuset: host_cores(record.allocation.as_ref().map_or(&[], |a| a.cores.as_slice())),
@@ -187,7 +203,10 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         },
         boot,
         disks,
-        channels: vec![Channel { name: PORT.into(), socket: run_dir(config, &domain).join("guest.sock") }],
+        channels: vec![Channel {
+            name: PORT.into(),
+            socket: run_dir(config, &domain).join("guest.sock"),
+        }],
         serial_log: world.store.vm_dir(&domain).join("serial.log"),
         metadata: metadata(record),
     })
@@ -197,7 +216,11 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
 /// nothing is pinned.
 fn host_cores(allocated: &[u32]) -> Vec<u32> {
     let host = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if allocated.iter().all(|c| (*c as usize) < host) { allocated.to_vec() } else { vec![] }
+    if allocated.iter().all(|c| (*c as usize) < host) {
+        allocated.to_vec()
+    } else {
+        vec![]
+    }
 }
 
 /// Our notes in a domain.

@@ -22,6 +22,9 @@ pub type ToSession = Sender<Frame<ToShim>>;
 /// How many bytes of a spool are under way to a shim at a time.
 const PUMP_WINDOW: u64 = 256 << 10;
 
+/// Output that was kept for a shim, to travel with a move or a save: program, stream index, offset of the first byte, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
+
 /// What a session brings.
 #[derive(Debug)]
 pub struct Attach {
@@ -165,8 +168,15 @@ impl Programs {
     /// `resumed`: the guest was running before this agent had it.
     #[must_use]
     pub fn new(records: &[ProgramRecord], dir: PathBuf, spool_limit: u64, resumed: bool) -> Self {
-        let mut programs =
-            Self { list: Vec::new(), sessions: HashMap::new(), dir, spool_limit, guest_up: false, resumed, next_id: 1 };
+        let mut programs = Self {
+            list: Vec::new(),
+            sessions: HashMap::new(),
+            dir,
+            spool_limit,
+            guest_up: false,
+            resumed,
+            next_id: 1,
+        };
         for r in records {
             programs.adopt(r);
         }
@@ -189,7 +199,13 @@ impl Programs {
         let output = |i: usize| {
             let spool = Spool::open(&self.dir, r.id, i, self.spool_limit);
             let received = spool.end().max(r.wrote[i]);
-            Output { received, wrote: r.wrote[i], end: None, pumped: r.wrote[i], spool }
+            Output {
+                received,
+                wrote: r.wrote[i],
+                end: None,
+                pumped: r.wrote[i],
+                spool,
+            }
         };
         self.list.push(Program {
             batch: r.key.starts_with("batch."),
@@ -212,7 +228,11 @@ impl Programs {
     pub fn records(&self) -> Vec<ProgramRecord> {
         self.list
             .iter()
-            .map(|p| ProgramRecord { wrote: [p.outputs[0].wrote, p.outputs[1].wrote], ended: p.ended.clone(), ..p.record.clone() })
+            .map(|p| ProgramRecord {
+                wrote: [p.outputs[0].wrote, p.outputs[1].wrote],
+                ended: p.ended.clone(),
+                ..p.record.clone()
+            })
             .collect()
     }
 
@@ -245,16 +265,25 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
-                let from = a.open.resume.iter().find(|(s, _)| *s == to_session(i)).map_or(o.wrote, |(_, offset)| *offset);
+                let from = a
+                    .open
+                    .resume
+                    .iter()
+                    .find(|(s, _)| *s == to_session(i))
+                    .map_or(o.wrote, |(_, offset)| *offset);
                 o.wrote = o.wrote.max(from);
                 o.pumped = from;
                 if !o.spool.covers(from) {
                     o.spool.clear();
                     o.received = from;
                     if self.guest_up && p.started {
-                        requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from });
+                        requests.push(ToGuest::Resume {
+                            program: p.record.id,
+                            stream,
+                            from,
+                        });
                     }
                 }
             }
@@ -279,7 +308,13 @@ impl Programs {
             let output = |i| {
                 let mut spool = Spool::open(&self.dir, id, i, self.spool_limit);
                 spool.clear();
-                Output { received: 0, wrote: 0, end: None, pumped: 0, spool }
+                Output {
+                    received: 0,
+                    wrote: 0,
+                    end: None,
+                    pumped: 0,
+                    spool,
+                }
             };
             self.list.push(Program {
                 outputs: [output(0), output(1)],
@@ -309,7 +344,11 @@ impl Programs {
         }
         for p in self.list.iter().filter(|p| !p.started) {
             if let Some((spec, script)) = &p.start {
-                requests.push(ToGuest::Start { program: p.record.id, spec: spec.clone(), script: script.clone() });
+                requests.push(ToGuest::Start {
+                    program: p.record.id,
+                    spec: spec.clone(),
+                    script: script.clone(),
+                });
             }
         }
     }
@@ -338,7 +377,10 @@ impl Programs {
         for p in &mut self.list {
             let Some(report) = hello.iter().find(|r| r.program == p.record.id) else {
                 if p.start.is_none() && p.ended.is_none() && p.started {
-                    p.ended = Some(Ended::NotStarted { errno: libc::ESRCH, path: "the guest does not know the program any more".into() });
+                    p.ended = Some(Ended::NotStarted {
+                        errno: libc::ESRCH,
+                        path: "the guest does not know the program any more".into(),
+                    });
                     p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
                 }
                 continue;
@@ -350,7 +392,11 @@ impl Programs {
                 p.followed = true;
                 for s in &report.streams {
                     if let Some(i) = index(s.stream) {
-                        requests.push(ToGuest::Resume { program: p.record.id, stream: s.stream, from: p.outputs[i].received });
+                        requests.push(ToGuest::Resume {
+                            program: p.record.id,
+                            stream: s.stream,
+                            from: p.outputs[i].received,
+                        });
                     }
                 }
             }
@@ -380,7 +426,8 @@ impl Programs {
             p.followed = true;
             p.start = None;
             if report.cwd_errno.is_some() {
-                p.note = Some("the submit directory is not in the guest: the program runs in /, files written there end with the job".into());
+                p.note =
+                    Some("the submit directory is not in the guest: the program runs in /, files written there end with the job".into());
             }
         }
         self.progress(&mut requests);
@@ -400,7 +447,10 @@ impl Programs {
     /// The guest could not start a program.
     pub fn refused(&mut self, program: u32, why: &str) {
         if let Some(p) = self.list.iter_mut().find(|p| p.record.id == program) {
-            p.ended = Some(Ended::NotStarted { errno: 0, path: why.into() });
+            p.ended = Some(Ended::NotStarted {
+                errno: 0,
+                path: why.into(),
+            });
             p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
         }
         self.progress(&mut Vec::new());
@@ -415,7 +465,11 @@ impl Programs {
         let o = &mut p.outputs[i];
         let skip = o.received.saturating_sub(offset);
         if offset > o.received {
-            requests.push(ToGuest::Resume { program, stream, from: o.received });
+            requests.push(ToGuest::Resume {
+                program,
+                stream,
+                from: o.received,
+            });
             return requests;
         }
         let Some(fresh) = usize::try_from(skip).ok().and_then(|s| bytes.get(s..)).filter(|f| !f.is_empty()) else {
@@ -425,7 +479,11 @@ impl Programs {
         match session {
             Some(to) if o.spool.is_empty() && p.told_start => {
                 for chunk in fresh.chunks(session::MAX_DATA) {
-                    let _ = to.send(Frame::Data { stream: to_session(i), offset: o.received, bytes: chunk.to_vec() });
+                    let _ = to.send(Frame::Data {
+                        stream: to_session(i),
+                        offset: o.received,
+                        bytes: chunk.to_vec(),
+                    });
                     o.received += chunk.len() as u64;
                 }
                 o.pumped = o.received;
@@ -434,7 +492,11 @@ impl Programs {
                 let kept = o.spool.append(o.received, fresh);
                 o.received += kept;
                 if kept > 0 {
-                    requests.push(ToGuest::Ack { program, stream, offset: o.received });
+                    requests.push(ToGuest::Ack {
+                        program,
+                        stream,
+                        offset: o.received,
+                    });
                 }
             }
         }
@@ -472,12 +534,20 @@ impl Programs {
             if offset > o.wrote {
                 o.wrote = offset;
                 if o.spool.is_empty() {
-                    requests.push(ToGuest::Ack { program: p.record.id, stream: OUTPUTS[i], offset });
+                    requests.push(ToGuest::Ack {
+                        program: p.record.id,
+                        stream: OUTPUTS[i],
+                        offset,
+                    });
                 } else if o.wrote >= o.spool.end() {
                     // Everything kept has arrived: from here on bytes pass straight through again.
                     o.spool.clear();
                     o.received = o.received.max(o.wrote);
-                    requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from: o.received });
+                    requests.push(ToGuest::Resume {
+                        program: p.record.id,
+                        stream: OUTPUTS[i],
+                        from: o.received,
+                    });
                 }
             }
         }
@@ -488,7 +558,10 @@ impl Programs {
     /// The program of a session, and whether it is the batch script.
     #[must_use]
     pub fn of_session(&self, session: u64) -> Option<(u32, bool)> {
-        self.list.iter().find(|p| p.session == Some(session)).map(|p| (p.record.id, p.batch))
+        self.list
+            .iter()
+            .find(|p| p.session == Some(session))
+            .map(|p| (p.record.id, p.batch))
     }
 
     /// Tells all shims.
@@ -520,7 +593,7 @@ impl Programs {
 
     /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
     #[must_use]
-    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
+    pub fn spools(&self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {
@@ -536,7 +609,14 @@ impl Programs {
 
     /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets.
     pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
-        let Some(o) = self.list.iter_mut().find(|p| p.record.id == program).and_then(|p| p.outputs.get_mut(stream)) else { return };
+        let Some(o) = self
+            .list
+            .iter_mut()
+            .find(|p| p.record.id == program)
+            .and_then(|p| p.outputs.get_mut(stream))
+        else {
+            return;
+        };
         if o.spool.end() != offset {
             o.spool.clear();
         }
@@ -559,13 +639,19 @@ impl Programs {
     fn progress(&mut self, requests: &mut Vec<ToGuest>) {
         let resumed = self.resumed;
         for p in &mut self.list {
-            let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else { continue };
+            let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else {
+                continue;
+            };
             if !p.told_start && (p.started || p.ended.is_some()) {
                 let sinks = [p.record.stdout.clone(), p.record.stderr.clone()];
                 // Merged streams have one file: stderr's offset 0 there would cut it to nothing.
                 let streams = if p.record.merged || p.record.terminal { 1 } else { 2 };
                 let from = (0..streams)
-                    .map(|i| StreamStart { stream: to_session(i), offset: p.outputs[i].pumped, sink: sinks[i].clone() })
+                    .map(|i| StreamStart {
+                        stream: to_session(i),
+                        offset: p.outputs[i].pumped,
+                        sink: sinks[i].clone(),
+                    })
                     .collect();
                 let _ = to.send(Frame::Control(ToShim::Started { from, resumed }));
                 p.told_start = true;
@@ -573,13 +659,17 @@ impl Programs {
             if !p.told_start {
                 continue;
             }
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
                         Ok(bytes) if !bytes.is_empty() => {
                             let n = bytes.len() as u64;
-                            let _ = to.send(Frame::Data { stream: to_session(i), offset: o.pumped, bytes });
+                            let _ = to.send(Frame::Data {
+                                stream: to_session(i),
+                                offset: o.pumped,
+                                bytes,
+                            });
                             o.pumped += n;
                         }
                         _ => break,
@@ -587,7 +677,11 @@ impl Programs {
                 }
                 if !o.spool.is_empty() && o.pumped >= o.spool.end() && o.wrote >= o.spool.end() {
                     o.spool.clear();
-                    requests.push(ToGuest::Resume { program: p.record.id, stream: OUTPUTS[i], from: o.received });
+                    requests.push(ToGuest::Resume {
+                        program: p.record.id,
+                        stream,
+                        from: o.received,
+                    });
                 }
             }
             if !p.told_end
@@ -621,12 +715,30 @@ fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
 }
 
 fn split_nul(bytes: &[u8]) -> Vec<guest::ByteString> {
-    bytes.split_inclusive(|b| *b == 0).map(|part| guest::ByteString(part.strip_suffix(&[0]).unwrap_or(part).to_vec())).collect()
+    bytes
+        .split_inclusive(|b| *b == 0)
+        .map(|part| guest::ByteString(part.strip_suffix(&[0]).unwrap_or(part).to_vec()))
+        .collect()
 }
 
 /// Names of RLIMIT_* by number (Linux x86-64, asm-generic/resource.h).
 const LIMIT_NAMES: [&str; 16] = [
-    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
 ];
 
 fn start_spec(a: &Attach) -> guest::StartSpec {
@@ -636,12 +748,23 @@ fn start_spec(a: &Attach) -> guest::StartSpec {
         .iter()
         .filter_map(|l| {
             let name = LIMIT_NAMES.get(usize::try_from(l.resource).ok()?)?;
-            Some(guest::Limit { name: (*name).into(), soft: l.soft, hard: l.hard })
+            Some(guest::Limit {
+                name: (*name).into(),
+                soft: l.soft,
+                hard: l.hard,
+            })
         })
         .collect();
     let stdio = match &a.open.terminal {
-        Some(t) => guest::Stdio::Pty { rows: t.rows, cols: t.cols, term: None },
-        None => guest::Stdio::Pipes { merge_stderr: a.open.merge_stderr, stdin: a.open.kind != session::StepKind::Batch },
+        Some(t) => guest::Stdio::Pty {
+            rows: t.rows,
+            cols: t.cols,
+            term: None,
+        },
+        None => guest::Stdio::Pipes {
+            merge_stderr: a.open.merge_stderr,
+            stdin: a.open.kind != session::StepKind::Batch,
+        },
     };
     guest::StartSpec {
         argv: split_nul(&a.arguments),

@@ -24,10 +24,21 @@ impl Spool {
     #[must_use]
     pub fn open(dir: &Path, program: u32, stream: usize, limit: u64) -> Self {
         let stem = format!("spool-{program}-{stream}-");
-        let mut spool = Self { dir: dir.into(), stem, file: None, path: PathBuf::new(), begin: 0, end: 0, limit };
+        let mut spool = Self {
+            dir: dir.into(),
+            stem,
+            file: None,
+            path: PathBuf::new(),
+            begin: 0,
+            end: 0,
+            limit,
+        };
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let begin = name.to_str().and_then(|n| n.strip_prefix(&spool.stem)).and_then(|n| n.parse::<u64>().ok());
+            let begin = name
+                .to_str()
+                .and_then(|n| n.strip_prefix(&spool.stem))
+                .and_then(|n| n.parse::<u64>().ok());
             if let (Some(begin), Ok(file)) = (begin, OpenOptions::new().read(true).write(true).open(entry.path())) {
                 spool.begin = begin;
                 spool.end = begin + file.metadata().map(|m| m.len()).unwrap_or(0);

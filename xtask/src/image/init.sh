@@ -19,6 +19,9 @@ done </lib/modules/order
 for word in $(cat /proc/cmdline); do
     case $word in
     slurm_vm.hostname=*) hostname "${word#*=}" ;;
+    # For tests of how a guest may end.
+    slurm_vm.poweroff_after=*) (sleep "${word#*=}" && poweroff -f) & ;;
+    slurm_vm.panic_after=*) (sleep "${word#*=}" && echo c >/proc/sysrq-trigger) & ;;
     esac
 done
 ifconfig lo 127.0.0.1 up

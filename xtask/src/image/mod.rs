@@ -6,7 +6,7 @@
 mod cpio;
 
 use crate::{Result, error::At, paths, proc, setup, stage};
-use cpio::Archive;
+pub(crate) use cpio::Archive;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
@@ -40,7 +40,8 @@ pub fn build() -> Result<PathBuf> {
     build_locked()
 }
 
-fn build_locked() -> Result<PathBuf> {
+/// The same for one who holds the build lock.
+pub(crate) fn build_locked() -> Result<PathBuf> {
     for program in ["busybox", "mke2fs", "qemu-img"] {
         setup::check(program)?;
     }
@@ -81,12 +82,31 @@ struct Kernel {
     modules: PathBuf,
 }
 
-/// The newest cloud kernel of the machine that has its modules.
+/// The newest cloud kernel, with its modules, that the machine has installed or setup has unpacked.
 fn newest_kernel() -> Result<Kernel> {
-    let names = fs::read_dir("/boot")
-        .at("read", "/boot")?
+    let mut found: Vec<(Vec<u64>, Kernel)> = [Path::new("/"), Path::new(paths::KERNEL)]
+        .into_iter()
+        .flat_map(kernels_below)
+        .collect();
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+        .pop()
+        .map(|(_, kernel)| kernel)
+        .ok_or_else(|| "there is no cloud kernel: `cargo xtask setup` fetches one".into())
+}
+
+/// Whether there is a kernel for the image.
+pub(crate) fn has_kernel() -> bool {
+    newest_kernel().is_ok()
+}
+
+fn kernels_below(root: &Path) -> Vec<(Vec<u64>, Kernel)> {
+    let boot = root.join("boot");
+    let names = fs::read_dir(&boot)
+        .into_iter()
+        .flatten()
         .filter_map(|e| e.ok()?.file_name().into_string().ok());
-    let mut found: Vec<(Vec<u64>, Kernel)> = names
+    names
         .filter_map(|name| {
             let release = name.strip_prefix("vmlinuz-")?;
             release.contains("-cloud-").then_some(())?;
@@ -94,23 +114,18 @@ fn newest_kernel() -> Result<Kernel> {
                 .split(|c: char| !c.is_ascii_digit())
                 .filter_map(|n| n.parse().ok())
                 .collect();
-            let modules = Path::new("/lib/modules").join(release);
+            let modules = root.join("lib/modules").join(release);
             modules.join("modules.dep").exists().then(|| {
                 (
                     numbers,
                     Kernel {
-                        image: Path::new("/boot").join(&name),
+                        image: boot.join(&name),
                         modules,
                     },
                 )
             })
         })
-        .collect();
-    found.sort_by(|a, b| a.0.cmp(&b.0));
-    found
-        .pop()
-        .map(|(_, kernel)| kernel)
-        .ok_or_else(|| "there is no cloud kernel in /boot: `cargo xtask setup` installs one".into())
+        .collect()
 }
 
 fn stamp(kernel: &Kernel, guest: &Path) -> Result<String> {

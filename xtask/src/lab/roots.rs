@@ -27,7 +27,7 @@ fn suite(slurm: Slurm) -> Option<&'static str> {
 /// The tree for a Slurm release: the machine's own if it has that release.
 pub fn lower(slurm: Slurm) -> PathBuf {
     match suite(slurm) {
-        Some(suite) if !native(slurm) => Path::new(paths::LAB_ROOTS).join(suite),
+        Some(suite) if !native(slurm) => paths::lab_roots().join(suite),
         _ => PathBuf::from("/"),
     }
 }
@@ -44,8 +44,9 @@ pub fn make(slurm: Slurm) -> Result<()> {
     };
     setup::check("ip")?;
     setup::check("mmdebstrap")?;
-    paths::dir(paths::LAB_ROOTS, 0o755)?;
-    let lock = Path::new(paths::LAB_ROOTS).join("lock");
+    let roots = paths::lab_roots();
+    paths::dir(&roots, 0o755)?;
+    let lock = roots.join("lock");
     let file = fs::File::options()
         .create(true)
         .truncate(false)

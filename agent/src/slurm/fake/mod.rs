@@ -282,6 +282,10 @@ impl Slurm for FakeSlurm {
         self.call(FakeOp::RequeueHold, |m| m.requeue(job, true))
     }
 
+    fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
+        self.call(FakeOp::RequeueHold, |m| m.requeue_special(job))
+    }
+
     fn hold(&self, job: JobId) -> Result<(), SlurmError> {
         self.call(FakeOp::Hold, |m| m.set_held(job, true))
     }

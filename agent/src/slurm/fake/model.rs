@@ -245,6 +245,18 @@ impl Model {
         Ok(())
     }
 
+    /// As [`Model::requeue`] with hold, but the job waits in the state `SPECIAL_EXIT`.
+    pub(super) fn requeue_special(&mut self, id: JobId) -> Result<(), SlurmError> {
+        self.requeue(id, true)?;
+        if let Some(job) = self.jobs.get_mut(&id) {
+            match job.state {
+                JobState::Completing => job.next = JobState::SpecialExit,
+                _ => job.state = JobState::SpecialExit,
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn set_held(&mut self, id: JobId, held: bool) -> Result<(), SlurmError> {
         let job = self.jobs.get_mut(&id).ok_or(SlurmError::NoSuchJob)?;
         if job.state.is_finished() {

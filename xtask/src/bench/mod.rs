@@ -1,0 +1,139 @@
+//! `cargo xtask bench`: paired measurements in a lab of their own. `docs/performance.md` says what is measured and what came out.
+//!
+//! The pairing, the order and the statistics are in this process ([`paired`], [`stats`]); what is timed runs inside the lab, in a helper that
+//! answers one word a line ([`helper`]), so that neither this process nor the way into the lab is in any window.
+
+mod helper;
+mod inside;
+mod machine;
+mod migrate;
+mod paired;
+mod plugin;
+mod preempt;
+mod report;
+mod start;
+mod stats;
+mod stub;
+
+pub use inside::run as run_inside;
+
+use crate::{
+    Result,
+    error::At,
+    lab::{Lab, Options},
+    paths, stage,
+};
+use paired::Limits;
+use report::Report;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// What all benches take.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Common {
+    /// Name of the bench's own lab
+    #[arg(long, default_value = "bench")]
+    pub name: String,
+    /// At most so long, in minutes
+    #[arg(long, default_value_t = 10.0)]
+    pub minutes: f64,
+    /// Seed of order and intervals; a new one each time when absent
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Write everything, raw samples included, to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Which bench.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum Bench {
+    /// Starting a domain: the agent against bare libvirt calls and against virsh
+    Start(Common),
+    /// srun and sbatch: our plugin against a no-op plugin and none, and with --vm against a stub of the agent
+    Plugin(Common),
+    /// A live move: the agents against virsh migrate
+    Migrate {
+        /// As everywhere
+        #[command(flatten)]
+        common: Common,
+        /// At least so many pairs, if the time suffices
+        #[arg(long, default_value_t = 30)]
+        pairs: usize,
+    },
+    /// Preemption: until the preempting job runs, and what work is done again
+    Preempt(Common),
+}
+
+impl Common {
+    fn limits(&self, least: usize, most: usize) -> Limits {
+        let clock = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        Limits {
+            time: Duration::from_secs_f64((self.minutes * 60.0).clamp(1.0, 36_000.0)),
+            least,
+            most,
+            seed: self.seed.unwrap_or(clock.as_secs()),
+        }
+    }
+
+    fn finish(&self, report: &Report) -> Result<()> {
+        println!("{}", report.text());
+        if let Some(path) = &self.json {
+            std::fs::write(path, format!("{:#}\n", report.json())).at("write", path)?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a bench and prints its report.
+///
+/// # Errors
+/// When the lab does not come up or the helper in it dies. A goal that is missed is no error.
+pub fn run(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::Start(common) => common.finish(&start::run(common)?),
+        Bench::Plugin(common) => common.finish(&plugin::run(common)?),
+        Bench::Preempt(common) => common.finish(&preempt::run(common)?),
+        Bench::Migrate { common, pairs } => common.finish(&migrate::run(common, *pairs)?),
+    }
+}
+
+/// A lab for one bench, without agents that would take part: their places are for what is measured.
+fn lab(common: &Common, options: Options) -> Result<Lab> {
+    eprintln!("bench: building, and starting lab {}", common.name);
+    let lab = Lab::up(&Options {
+        name: common.name.clone(),
+        ..options
+    })?;
+    paths::dir(shared(&lab), 0o755)?;
+    Ok(lab)
+}
+
+/// The bench's directory as this process sees it.
+fn shared(lab: &Lab) -> PathBuf {
+    lab.shared().join("bench")
+}
+
+/// The same as the lab's hosts see it.
+const SHARED: &str = "/shared/bench";
+
+/// Builds in the release profile, which is what is measured, and gives the directory. One command for all benches: another choice of packages
+/// is another choice of features for cargo, and so another build of everything.
+fn release() -> Result<PathBuf> {
+    let packages = ["-p", "slurm-vm", "-p", "spank_vm", "--lib", "--bins", "--examples"];
+    let all: Vec<&str> = ["build", "--quiet", "--release"].into_iter().chain(packages).collect();
+    stage::cargo(&all, &[])?;
+    Ok(paths::target().join("release"))
+}
+
+/// Copies a program to where all hosts of the lab see it, and gives its path there.
+fn publish(lab: &Lab, from: &Path) -> Result<String> {
+    let name = from.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let to = shared(lab).join(&name);
+    std::fs::copy(from, &to).at("copy", from)?;
+    Ok(format!("{SHARED}/{name}"))
+}

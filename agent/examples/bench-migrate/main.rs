@@ -93,7 +93,12 @@ impl Bench {
         // A VM that waits for its job waits here for the next turn.
         config.node.await_job_s = 86_400;
         let overlays = a.shared.join(&a.way).join("overlays");
-        for made in [&config.state_dir, &config.run_dir.join("jobs"), &config.run_dir.join("vm"), &overlays] {
+        for made in [
+            &config.state_dir,
+            &config.run_dir.join("jobs"),
+            &config.run_dir.join("vm"),
+            &overlays,
+        ] {
             std::fs::create_dir_all(made).map_err(|e| format!("cannot make {}: {e}", made.display()))?;
         }
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
@@ -199,8 +204,7 @@ impl Bench {
             self.expect()?;
             let mut record = self.record();
             let world = &self.node.world;
-            let (allocation, plan) =
-                prepare::prepare(world, &self.node.config, DomainType::Qemu, &record).map_err(|e| format!("{e:?}"))?;
+            let (allocation, plan) = prepare::prepare(world, &self.node.config, DomainType::Qemu, &record).map_err(|e| format!("{e:?}"))?;
             record.allocation = Some(allocation);
             record.plan = Some(plan);
             let spec = prepare::domain_spec(&self.node.config, world, &record).ok_or("no plan")?;
@@ -264,7 +268,15 @@ impl Bench {
     /// What libvirt counted for the last move, as the destination has it.
     fn counted(&self) -> Option<f64> {
         let mut command = Command::new("virsh");
-        command.args(["-q", "-c", &self.node.config.hypervisor.uri, "domjobinfo", "--completed", "--rawstats", &self.domain()]);
+        command.args([
+            "-q",
+            "-c",
+            &self.node.config.hypervisor.uri,
+            "domjobinfo",
+            "--completed",
+            "--rawstats",
+            &self.domain(),
+        ]);
         let output = command.stdin(Stdio::null()).output().ok()?;
         let text = String::from_utf8_lossy(&output.stdout);
         let line = text.lines().find_map(|l| l.trim().strip_prefix("memory_processed:"))?;
@@ -283,7 +295,12 @@ impl Bench {
 
     fn seen(&self) -> Value {
         let domain = self.domain();
-        let at = |name: &str| self.events().iter().find(|(d, n, _)| *d == domain && n == name).map(|(_, _, at)| *at);
+        let at = |name: &str| {
+            self.events()
+                .iter()
+                .find(|(d, n, _)| *d == domain && n == name)
+                .map(|(_, _, at)| *at)
+        };
         let serial = self.serial();
         // `B NOW STEP`, both in nanoseconds of the guest; a line may have been cut by the move.
         let steps = serial.get(self.serial_from..).unwrap_or_default().lines().filter_map(|l| {
@@ -314,7 +331,17 @@ impl Bench {
 fn watch_qemu(uri: &str, into: Arc<Mutex<Vec<Event>>>) -> Result<(), String> {
     // virsh fills a buffer before it writes to a pipe, unless told otherwise.
     let mut command = Command::new("stdbuf");
-    command.args(["-oL", "virsh", "-c", uri, "qemu-monitor-event", "--loop", "--regex", "--event", "^(STOP|RESUME)$"]);
+    command.args([
+        "-oL",
+        "virsh",
+        "-c",
+        uri,
+        "qemu-monitor-event",
+        "--loop",
+        "--regex",
+        "--event",
+        "^(STOP|RESUME)$",
+    ]);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(text)?;
     let output = child.stdout.take().ok_or("no output")?;
     std::thread::spawn(move || {

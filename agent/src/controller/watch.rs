@@ -126,7 +126,11 @@ impl Controller {
             done: None,
             moving: false,
         };
-        if self.start(m, false) { Ok(()) } else { Err(format!("job {} is moving already", j.id)) }
+        if self.start(m, false) {
+            Ok(())
+        } else {
+            Err(format!("job {} is moving already", j.id))
+        }
     }
 
     /// `svm migrate`: starts a move by hand.

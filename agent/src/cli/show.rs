@@ -134,6 +134,7 @@ mod tests {
             cores: vec![0, 1],
             disk_bytes: 3 << 20,
             domain_type: "qemu".into(),
+            domain_type_why: String::new(),
             started_at: Some(0),
             run_seconds: 75,
             run: 3,

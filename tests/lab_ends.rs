@@ -85,7 +85,7 @@ fn a_program_that_ignores_sigterm_is_killed_after_kill_wait() {
 }
 
 #[test]
-fn the_time_limit_reaches_the_program_and_the_output_says_so() {
+fn a_batch_job_at_its_time_limit_gets_sigterm_and_the_output_says_so() {
     let _with = ALONE.read();
     let (t, job) = ends("limit", "tiny", TRAP, "-t 1");
     assert_eq!(t.end_of(job), of("TIMEOUT", "5:0"));

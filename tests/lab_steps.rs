@@ -8,7 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
-use common::{Alice, Said, start};
+use common::{Alice, start};
 use sha2::{Digest, Sha256};
 use xtask::{Lab, Options};
 
@@ -115,11 +115,11 @@ fn the_tasks_of_a_step_on_two_nodes_run_in_their_nodes_vms() {
 #[test]
 fn an_interrupted_step_is_over_and_leaves_nothing() {
     let t = Alice::new(lab(), "interrupt");
-    let said: Said = t
-        .command("timeout -s INT 12 srun --vm=tiny sh -c 'echo $SLURM_JOB_ID; trap \"echo interrupted; exit 3\" INT; while :; do sleep 0.2; done' > out 2> err & sleep 9; kill -INT $(pgrep -u alice -x srun); sleep 0.5; kill -INT $(pgrep -u alice -x srun); wait; cat err >&2")
-        .output()
-        .expect("a command")
-        .into();
+    t.script(
+        "interrupted.sh",
+        "#!/bin/bash\nsrun --vm=tiny sh -c 'echo $SLURM_JOB_ID; trap \"echo interrupted; exit 3\" INT; while :; do sleep 0.2; done' > out 2> err &\nsrun=$!\nfor i in $(seq 600); do grep -q . out && break; sleep 0.1; done\nkill -INT $srun; sleep 0.3; kill -INT $srun\nwait $srun\n",
+    );
+    let said = t.sh("./interrupted.sh; cat err >&2");
     println!("{said:?}");
     let job: u32 = t.text("out").lines().next().and_then(|l| l.parse().ok()).expect("a job number");
     t.end_of(job);

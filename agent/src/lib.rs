@@ -21,5 +21,6 @@ pub mod probe;
 pub mod server;
 pub mod shim;
 pub mod slurm;
+pub mod sweep;
 pub mod text;
 pub mod vm;

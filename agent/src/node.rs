@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -56,6 +59,10 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
+    /// QEMU's version, asked once: libvirt may probe QEMU for seconds to tell it.
+    qemu: OnceLock<String>,
+    /// A start with a hard limit has failed here: there are no cgroups for libvirt.
+    hard_limit_fails: AtomicBool,
 }
 
 impl Node {
@@ -71,6 +78,8 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
+            qemu: OnceLock::new(),
+            hard_limit_fails: AtomicBool::new(false),
         })
     }
 
@@ -82,6 +91,35 @@ impl Node {
     #[must_use]
     pub fn domain_type(&self) -> DomainType {
         self.domain_type_and_reason().0
+    }
+
+    /// QEMU's version (`10.0.2`), empty while libvirt does not tell it.
+    #[must_use]
+    pub fn qemu_version(&self) -> String {
+        if let Some(known) = self.qemu.get() {
+            return known.clone();
+        }
+        match self.world.hypervisor.host(self.domain_type()) {
+            Ok(host) => self.qemu.get_or_init(|| host.hypervisor_version).clone(),
+            Err(e) => {
+                log::warn!("libvirt does not tell QEMU's version: {e}");
+                String::new()
+            }
+        }
+    }
+
+    /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.
+    #[must_use]
+    pub fn hard_limit_mib(&self, record: &Record) -> Option<u64> {
+        let given = record.allocation.as_ref().and_then(|a| a.mem_mib);
+        given.filter(|_| !self.hard_limit_fails.load(Ordering::Relaxed))
+    }
+
+    /// Remembers, and says once, that hard limits do not work on this host.
+    pub fn no_hard_limit(&self, why: &str) {
+        if !self.hard_limit_fails.swap(true, Ordering::Relaxed) {
+            log::warn!("QEMU's memory is not held to the job's allocation on this node: {why}");
+        }
     }
 
     /// As [`Node::domain_type`], with the reason for people.
@@ -200,7 +238,7 @@ impl Node {
                     let tx = tx.clone();
                     drop(vms);
                     let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, |r| Request::Record(r));
+                    let record = self.ask(&tx, Request::Record);
                     if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
@@ -486,17 +524,20 @@ impl Node {
             ..Totals::default()
         };
         for v in views {
-            let alive = !matches!(v.state.as_str(), "stopped" | "gone" | "saved");
-            if alive {
+            // A VM that has left is counted where it is now, with all the time it has run.
+            let left = matches!(v.state.as_str(), "gone" | "saved");
+            if v.state == "stopped" {
+                t.ended += 1;
+            } else if !left {
                 t.vms += 1;
                 t.vcpus += v.vcpus;
                 t.mem_mib += v.mem_mib;
                 t.disk_bytes += v.disk_bytes;
-            } else {
-                t.ended += 1;
             }
-            t.run_seconds += v.run_seconds;
-            t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            if !left {
+                t.run_seconds += v.run_seconds;
+                t.vcpu_seconds += v.run_seconds * u64::from(v.vcpus);
+            }
             for m in v.moves.iter().filter(|m| m.from == self.name && m.outcome == "done") {
                 t.moves += 1;
                 t.moved_bytes += m.bytes;
@@ -552,7 +593,9 @@ impl Node {
         }
     }
 
-    fn completion_path(&self, job: u32) -> PathBuf {
+    /// Where it is put on record that a job's script ended within its grace time.
+    #[must_use]
+    pub fn completion_path(&self, job: u32) -> PathBuf {
         self.config
             .shared_dir
             .as_ref()
@@ -566,6 +609,22 @@ impl Node {
         let bytes = std::fs::read(self.completion_path(job)).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
+    }
+
+    /// Removes records and logs of VMs that ended longer ago than they are kept.
+    pub fn forget_old(&self) {
+        let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
+        let now = self.world.clock.now_ms();
+        let mut vms = self.vms();
+        vms.retain(|_, entry| match entry {
+            Entry::Over(record) if record.ended_ms.unwrap_or(record.created_ms) + keep_ms < now => {
+                if let Err(e) = self.world.store.remove(&record.domain()) {
+                    log::warn!("job {}: {}", record.job, crate::text::chain(&e));
+                }
+                false
+            }
+            _ => true,
+        });
     }
 
     /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.

@@ -38,7 +38,7 @@ enum Command {
         /// The long ones, too
         #[arg(long)]
         full: bool,
-        /// For the tests' runner: only tests whose names contain this
+        /// Only tests whose names contain one of these
         filters: Vec<String>,
     },
     /// A real cluster on this machine, in namespaces (needs root)

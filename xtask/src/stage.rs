@@ -121,7 +121,7 @@ pub fn phase() -> Result<()> {
         |line| {
             if let Some(name) = line.strip_prefix("Compiling ") {
                 crates += 1;
-                phase.now(&format!("{crates}: {}", name.split(" (").next().unwrap_or(name)));
+                phase.now(&format!("crate {crates}, {}", name.split(" (").next().unwrap_or(name)));
             }
         },
     );

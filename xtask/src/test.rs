@@ -7,7 +7,11 @@ use crate::{
     say::{self, Phase, seconds},
     setup, stage,
 };
-use std::{process::Command, time::Instant};
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    time::Instant,
+};
 
 /// What the command line asks for.
 #[derive(Debug, Clone)]
@@ -17,9 +21,6 @@ pub struct Wishes {
     /// Only tests whose names contain one of these.
     pub filters: Vec<String>,
 }
-
-/// Tests at the same time. One that has a lab keeps a core busy, so more would only run into deadlines.
-const THREADS: &str = "2";
 
 /// Runs all phases; the first that fails is the end.
 pub fn test(wishes: &Wishes) -> Result<()> {
@@ -42,17 +43,13 @@ pub fn test(wishes: &Wishes) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         println!("{:12}without root: the tests in the lab say `skipped` and show nothing", "tests");
     }
-    let runner = if has_nextest() { "cargo nextest" } else { "cargo test" };
-    let tests = Instant::now();
-    println!("{:12}{runner}, {THREADS} at a time", "tests");
-    let passed = run_tests(wishes);
-    println!(
-        "{:12}{} ({})",
-        "tests",
-        if passed.is_ok() { "passed" } else { "failed" },
-        seconds(tests.elapsed())
-    );
-    passed?;
+    let phase = Instant::now();
+    println!("{:12}cargo test", "tests");
+    let counts = run_tests(wishes)?;
+    println!("{:12}{counts} ({})", "tests", seconds(phase.elapsed()));
+    if counts.failed > 0 || counts.broken {
+        return Err("tests failed: their names and what they printed are above".into());
+    }
     println!("all of it took {}", seconds(begun.elapsed()));
     Ok(())
 }
@@ -87,33 +84,82 @@ fn check(name: &'static str, what: &str, args: &[&str], done: &str) -> Result<()
     Ok(())
 }
 
-fn has_nextest() -> bool {
-    Command::new("cargo-nextest")
-        .arg("--version")
-        .output()
-        .is_ok_and(|o| o.status.success())
+/// Sums over all test programs.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u32,
+    failed: u32,
+    ignored: u32,
+    /// Something failed beside the tests: a program did not build, or died.
+    broken: bool,
 }
 
-fn run_tests(wishes: &Wishes) -> Result<()> {
-    let mut args: Vec<&str> = if has_nextest() {
-        vec!["nextest", "run", "--workspace", "--no-fail-fast"]
-    } else {
-        vec!["test", "--workspace", "--no-fail-fast"]
-    };
+impl Counts {
+    /// Takes in one line of what the tests print.
+    fn read(&mut self, line: &str) {
+        let Some((_, numbers)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". ")) else {
+            return;
+        };
+        for part in numbers.split("; ") {
+            let Some((number, what)) = part.split_once(' ') else { continue };
+            let number: u32 = number.parse().unwrap_or(0);
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored)?;
+        if self.broken && self.failed == 0 {
+            f.write_str("; a test program did not build or died")
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// All tests. Those in the lab share one lab in each test program, so they are threads of it, and `cargo test` it is.
+fn run_tests(wishes: &Wishes) -> Result<Counts> {
+    let mut args = vec!["test", "--workspace", "--no-fail-fast"];
     if wishes.full {
         args.extend(["--features", "slurm-vm/full"]);
     }
-    if has_nextest() {
-        args.extend(["--test-threads", THREADS, "--"]);
-        args.extend(wishes.filters.iter().map(String::as_str));
-    } else {
-        args.extend(["--", "--test-threads", THREADS]);
-        args.extend(wishes.filters.iter().map(String::as_str));
+    args.push("--");
+    args.extend(wishes.filters.iter().map(String::as_str));
+    let mut child = stage::cargo_command(&args).stdout(Stdio::piped()).spawn().at("run", "cargo")?;
+    let mut counts = Counts::default();
+    let out = child.stdout.take().ok_or("cargo's output is not there")?;
+    for line in BufReader::new(out).split(b'\n') {
+        let line = line.at("read the output of", "cargo")?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        counts.read(&line);
     }
-    let status = stage::cargo_command(&args).status().at("run", "cargo")?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("`cargo {}` failed ({status})", args.join(" ")).into())
+    counts.broken = !child.wait().at("wait for", "cargo")?.success();
+    Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Counts;
+
+    #[test]
+    fn the_results_of_all_test_programs_are_summed_up() {
+        let mut counts = Counts::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s",
+            "test x ... FAILED",
+            "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+        ] {
+            counts.read(line);
+        }
+        assert_eq!(counts.to_string(), "4 passed, 2 failed, 1 ignored");
     }
 }

@@ -290,6 +290,12 @@ pub enum ToHost {
         /// Why it failed; `None` when it did not.
         failed: Option<Failure>,
     },
+    /// Before a clock was set: how far it was behind the time it was given. Right after a live move this is how long the
+    /// guest stood still, for its clock stands still with it.
+    ClockWas {
+        /// Nanoseconds behind; negative: ahead.
+        behind_ns: i64,
+    },
     /// The guest saw a damaged frame within a session: the host begins a new one.
     Resync {
         /// How many so far.

@@ -15,6 +15,13 @@ pub fn set_clock(unix_ns: u64) -> nix::Result<()> {
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(Duration::from_nanos(unix_ns)))
 }
 
+/// How far the real-time clock is behind a time, in nanoseconds.
+pub fn clock_behind(unix_ns: u64) -> nix::Result<i64> {
+    let now = Duration::from(nix::time::clock_gettime(ClockId::CLOCK_REALTIME)?);
+    let behind = i128::from(unix_ns) - i128::try_from(now.as_nanos()).unwrap_or(i128::MAX);
+    Ok(i64::try_from(behind).unwrap_or(if behind < 0 { i64::MIN } else { i64::MAX }))
+}
+
 /// Sets the host name.
 pub fn set_hostname(name: &str) -> nix::Result<()> {
     if name.is_empty() || name.len() > 64 {

@@ -446,7 +446,12 @@ impl Server {
                 rows,
                 cols,
             } => program(target).and_then(|found| found.resize(rows, cols)),
-            Action::SetClock { unix_ns } => admin::set_clock(unix_ns),
+            Action::SetClock { unix_ns } => {
+                if let Ok(behind_ns) = admin::clock_behind(unix_ns) {
+                    self.answers.push_back(ToHost::ClockWas { behind_ns });
+                }
+                admin::set_clock(unix_ns)
+            }
             Action::SetHostname { name } => admin::set_hostname(&name),
             Action::Ping => Ok(()),
             Action::Forget { program } => {

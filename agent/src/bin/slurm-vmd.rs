@@ -92,10 +92,13 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         None
     };
     if let Some(node) = &node {
+        // Overlays and saves hold users' data: only root and QEMU's group get past these directories.
+        let mut private = vec![config.state_dir.join("vms")];
         if let Some(shared) = &config.shared_dir {
-            for dir in ["overlays", "saves"] {
-                std::fs::create_dir_all(shared.join(dir)).map_err(|e| format!("cannot make {}: {e}", shared.join(dir).display()))?;
-            }
+            private.extend([shared.join("overlays"), shared.join("saves")]);
+        }
+        for dir in private {
+            keep_private(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
         }
         let events = world.hypervisor.events();
         let watcher = node.clone();
@@ -104,11 +107,16 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             .spawn(move || watcher.watch_domains(&events))
             .map_err(|e| e.to_string())?;
         node.recover();
+        let sweeper = node.clone();
+        thread::Builder::new()
+            .name("sweep".into())
+            .spawn(move || slurm_vm::sweep::run(&sweeper))
+            .map_err(|e| e.to_string())?;
         let prober = node.clone();
         thread::Builder::new()
             .name("probe".into())
             .spawn(move || {
-                let _ = prober.domain_type();
+                let _ = prober.qemu_version();
             })
             .map_err(|e| e.to_string())?;
         let serving = node.clone();
@@ -134,4 +142,14 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         },
     );
     Ok(())
+}
+
+/// Makes a directory that only root may list and only QEMU's group may pass.
+fn keep_private(dir: &std::path::Path, qemu_user: &str) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::create_dir_all(dir)?;
+    if let Some(user) = nix::unistd::User::from_name(qemu_user)? {
+        std::os::unix::fs::chown(dir, None, Some(user.gid.as_raw()))?;
+    }
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o710))
 }

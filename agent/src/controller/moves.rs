@@ -445,7 +445,13 @@ impl Driver<'_> {
             self.save();
         }
         if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
-            self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            if self.m.to.is_some() {
+                // Held, so that it cannot start anywhere before it is steered.
+                self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            } else {
+                // A saved VM is restored wherever its job starts; a hold would only cost the job its priority.
+                self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+            }
         }
         let until = Instant::now() + REQUEUE_WITHIN;
         loop {
@@ -487,7 +493,9 @@ impl Driver<'_> {
                 ..JobUpdate::default()
             };
             self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
-            self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            if info.brief.is_held() {
+                self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            }
         }
         self.step(Step::Released);
         Ok(None)

@@ -14,7 +14,7 @@ impl Vm {
     pub fn on_event(&mut self, now_ms: u64, await_job_ms: u64, event: Event) -> Vec<Effect> {
         use Effect as Do;
         if self.unclear.is_some() {
-            return self.on_event_while_unclear(now_ms, event);
+            return self.on_event_while_unclear(now_ms, &event);
         }
         match (self.record.life.clone(), event) {
             // Preparing and booting.
@@ -72,7 +72,11 @@ impl Vm {
             (Life::Booting { deadline_ms }, Event::Tick) if self.busy.is_none() && now_ms >= deadline_ms => self.stop(End::BootTimeout {
                 seconds: self.boot_timeout_s(),
             }),
-            (Life::Booting { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
+            (Life::Booting { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
+                self.then = Some(End::BootFailed { how });
+                vec![]
+            }
+            (Life::Restoring { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
                 self.then = Some(End::GuestLost { how });
                 vec![]
             }
@@ -261,7 +265,7 @@ impl Vm {
                 let since = *self.unknown_since_ms.get_or_insert(now_ms);
                 if self.then == Some(End::Released) && now_ms >= since + UNKNOWN_MS {
                     // The job has left, and a copy here may not run again: what became of it only the destination can tell.
-                    return self.gone(to, Some(Err("it does not answer".into())));
+                    return self.gone(&to, Some(Err("it does not answer".into())));
                 }
                 if self.asking || now_ms < self.retry_at_ms {
                     vec![]
@@ -282,7 +286,7 @@ impl Vm {
                 if outcome.is_err() && self.failures < HAND_OVER_ATTEMPTS {
                     vec![]
                 } else {
-                    self.gone(to, Some(outcome))
+                    self.gone(&to, Some(outcome))
                 }
             }
             (
@@ -441,7 +445,8 @@ impl Vm {
             (Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::GiveUp) => {
                 self.stop(End::Requeued)
             }
-            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
+            (Life::Booting { .. }, Event::DomainEnded { how }) => self.stop(End::BootFailed { how }),
+            (Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
                 self.stop(End::GuestLost { how })
             }
             // What was under way when the VM was ended has come to its end: now nothing can come up any more.

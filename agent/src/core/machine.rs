@@ -234,9 +234,9 @@ impl Vm {
         ]
     }
 
-    pub(super) fn gone(&mut self, to: String, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+    pub(super) fn gone(&mut self, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
-        self.enter(Life::Gone { to: to.clone() });
+        self.enter(Life::Gone { to: to.to_owned() });
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;
         let mut effects = vec![Effect::Persist];

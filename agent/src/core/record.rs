@@ -196,6 +196,11 @@ pub enum End {
         /// Seconds it was given.
         seconds: u64,
     },
+    /// The guest ended before it was up: the image cannot boot.
+    BootFailed {
+        /// What happened, as a fragment.
+        how: String,
+    },
     /// The guest crashed, powered off or was destroyed from outside.
     GuestLost {
         /// What happened, as a fragment.
@@ -228,6 +233,10 @@ impl End {
             Self::BootTimeout { seconds } => Some((
                 outcome::BOOT_TIMEOUT.into(),
                 format!("the guest did not come up within {seconds} s (see `svm log`)"),
+            )),
+            Self::BootFailed { how } => Some((
+                outcome::BOOT_TIMEOUT.into(),
+                format!("the guest did not come up: {how} (see `svm log`)"),
             )),
             Self::GuestLost { how } => Some((outcome::GUEST_LOST.into(), format!("the guest was lost: {how}"))),
             Self::NodeFault { how } => Some((outcome::NODE_FAULT.into(), how.clone())),

@@ -611,6 +611,7 @@ impl LinkCore {
                     self.events.push_back(LinkEvent::Done { token, failed });
                 }
             }
+            ToHost::ClockWas { behind_ns } => self.events.push_back(LinkEvent::ClockWas { behind_ns }),
             ToHost::Resync { bad_frames } => {
                 log::warn!("the guest saw {bad_frames} damaged frames, beginning a new session");
                 self.greet(now);

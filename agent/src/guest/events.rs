@@ -154,6 +154,11 @@ pub enum LinkEvent {
         /// Why not; `None` when it was.
         failed: Option<Failure>,
     },
+    /// Before its clock was set, the guest's was so far behind.
+    ClockWas {
+        /// Nanoseconds; negative: ahead.
+        behind_ns: i64,
+    },
     /// The guest did what it must not; the connection was dropped.
     Violation {
         /// What it did.

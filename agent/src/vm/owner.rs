@@ -64,6 +64,8 @@ struct Owner {
     verdict: Option<String>,
     /// Slurm's restart count as the shims report it.
     restart: u32,
+    /// What set the save off that is under way.
+    save_cause: String,
     /// The job is being preempted.
     in_grace: bool,
     started_at: Instant,
@@ -117,6 +119,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             verdict: None,
             restart: 0,
             in_grace: false,
+            save_cause: String::new(),
             started_at: Instant::now(),
         };
         owner.carry_out(effects);
@@ -225,6 +228,7 @@ impl Owner {
                 }
                 match saving::fits(&self.node, &self.vm.record) {
                     Ok(at) => {
+                        self.save_cause.clone_from(&cause);
                         self.move_reply = Some(reply);
                         self.core(Event::Save { at, cause });
                     }
@@ -286,7 +290,7 @@ impl Owner {
                     self.carry_out(vec![Effect::Persist]);
                 }
                 log::debug!("job {}: session {session} attached", self.vm.record.job);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             _ => {
                 let _ = a.to.send(Frame::Control(ToShim::Progress(format!(
@@ -341,13 +345,13 @@ impl Owner {
                 for (stream, offset) in wrote {
                     requests.extend(self.programs.wrote(session, stream, offset));
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.hand_over_done(session);
                 return;
             }
             _ => vec![],
         };
-        self.to_guest(requests);
+        self.send_guest(requests);
     }
 
     /// Finds out from Slurm what a SIGTERM means, without blocking this thread.
@@ -392,7 +396,7 @@ impl Owner {
                 });
                 // A guest that was moved or restored has lost time.
                 self.effect(Effect::SetClock);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::Down { reason } => {
@@ -406,14 +410,14 @@ impl Owner {
                 bytes,
             } => {
                 let requests = self.programs.data(program, stream, offset, &bytes);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Started { program, report } => {
                 let requests = self.programs.started(program, &report);
                 if let Some(note) = self.programs.take_note(program) {
                     self.journal(&note);
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Refused { program, message, .. } => {
                 self.journal(&format!("program {program} was refused by the guest: {message}"));
@@ -427,15 +431,34 @@ impl Owner {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::ProgramLost { program } => {
                 self.programs.lost(program);
                 self.sync_programs();
             }
+            LinkEvent::ClockWas { behind_ns } => self.clock_was(behind_ns),
             LinkEvent::StdinAck { program, offset } => self.programs.stdin_taken(program, offset),
             other => log::debug!("job {}: guest link: {other:?}", self.vm.record.job),
+        }
+    }
+
+    /// The first setting of the clock after a live move tells how long the guest stood still: its clock was set right
+    /// before the copying began, and stands still with it.
+    fn clock_was(&mut self, behind_ns: i64) {
+        let here = self.node.name.clone();
+        if let Some(m) = self
+            .vm
+            .record
+            .moves
+            .last_mut()
+            .filter(|m| m.way == "live" && m.to == here && m.gap_ms.is_none())
+        {
+            m.gap_ms = Some(u64::try_from(behind_ns / 1_000_000).unwrap_or(0));
+            let line = format!("the guest stood still for {} ms", behind_ns / 1_000_000);
+            self.journal(&line);
+            self.effect(Effect::Persist);
         }
     }
 
@@ -452,7 +475,7 @@ impl Owner {
         self.carry_out(vec![Effect::Persist]);
     }
 
-    fn to_guest(&mut self, requests: Vec<ToGuest>) {
+    fn send_guest(&mut self, requests: Vec<ToGuest>) {
         let Some((link, _)) = &self.link else { return };
         for r in requests {
             let request = match r {
@@ -551,6 +574,7 @@ impl Owner {
                     self.core(Event::DestinationReady(Err("the order of the move was lost".into())));
                     return;
                 };
+                self.effect(Effect::SetClock);
                 worker(job, "ask", move || {
                     let done = moving::ask_destination(&node, &record, &order);
                     let _ = tx.send(Request::Core(Event::DestinationReady(done)));
@@ -705,8 +729,9 @@ impl Owner {
         );
         let spools = self.programs.spools();
         if h.save {
+            let cause = self.save_cause.clone();
             worker(job, "save", move || {
-                let done = saving::save(&node, &record, &spools);
+                let done = saving::save(&node, &record, &spools, &cause);
                 let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
             });
         } else {
@@ -737,10 +762,23 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
 fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let fault = |e: String| Failure::Node(e);
     node.world.faults.pass("start-domain.before").map_err(fault)?;
-    let spec = prepare::domain_spec(&node.config, &node.world, record)
+    let mut spec = prepare::domain_spec(&node.config, &node.world, record)
         .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
     moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
-    match node.world.hypervisor.start(&spec, false) {
+    spec.hard_limit_mib = node.hard_limit_mib(record);
+    let mut started = node.world.hypervisor.start(&spec, false);
+    if spec.hard_limit_mib.is_some()
+        && let Err(e) = &started
+        && !matches!(
+            e,
+            crate::hypervisor::HypervisorError::AlreadyExists { .. } | crate::hypervisor::HypervisorError::Connect { .. }
+        )
+    {
+        node.no_hard_limit(&e.to_string());
+        spec.hard_limit_mib = None;
+        started = node.world.hypervisor.start(&spec, false);
+    }
+    match started {
         Ok(()) => {}
         // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
         Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })

@@ -262,7 +262,7 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 let from = a
                     .open
@@ -278,7 +278,7 @@ impl Programs {
                     if self.guest_up && p.started {
                         requests.push(ToGuest::Resume {
                             program: p.record.id,
-                            stream: OUTPUTS[i],
+                            stream,
                             from,
                         });
                     }
@@ -656,7 +656,7 @@ impl Programs {
             if !p.told_start {
                 continue;
             }
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
@@ -676,7 +676,7 @@ impl Programs {
                     o.spool.clear();
                     requests.push(ToGuest::Resume {
                         program: p.record.id,
-                        stream: OUTPUTS[i],
+                        stream,
                         from: o.received,
                     });
                 }

@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
-use super::{moving::make_run_dir, prepare};
+use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
     core::{Life, Record, record::domain_name},
     effects::store::write_durably,
@@ -34,6 +34,9 @@ struct Manifest {
     /// Kept output: program, stream, offset, bytes in hexadecimal.
     kept: Vec<(u32, usize, u64, String)>,
 }
+
+/// Output that was kept for a shim: program, stream index, offset, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
 
 const MANIFEST: &str = "manifest.json";
 /// The manifest of a save that a VM was restored from and now stands on.
@@ -70,7 +73,7 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
 ///
 /// # Errors
 /// Why there is no save; the domain is then still there, paused.
-pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)]) -> Result<MoveView, String> {
+pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
     node.world.faults.pass("save.before")?;
     let Life::Saving { at: dir } = &record.life else {
         return Err("the VM is not being saved".into());
@@ -85,18 +88,46 @@ pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)]) -
         let _ = fs::remove_dir_all(dir);
         return Err(e.to_string());
     }
-    let mut bytes = node.world.disks.used_bytes(&memory);
-    if let Some(overlay) = &overlay {
-        fs::rename(overlay, dir.join("overlay.qcow2")).map_err(|e| format!("{}: {e}", overlay.display()))?;
-        bytes += node.world.disks.used_bytes(&dir.join("overlay.qcow2"));
-    }
-    for file in [&memory, &dir.join("overlay.qcow2")] {
-        if let Ok(f) = fs::File::open(file) {
-            f.sync_all().map_err(|e| format!("{}: {e}", file.display()))?;
+    // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
+    match complete(node, record, dir, begun, kept, cause) {
+        Ok(done) => Ok(done),
+        Err(why) => {
+            if let Some(overlay) = overlay.filter(|o| !o.exists()) {
+                let _ = fs::rename(dir.join("overlay.qcow2"), overlay);
+            }
+            let _ = fs::remove_file(dir.join(MANIFEST));
+            match node.world.hypervisor.restore(&memory, None, true) {
+                Ok(()) => {
+                    let _ = fs::remove_dir_all(dir);
+                    Err(why)
+                }
+                Err(e) => Err(format!(
+                    "{why}; and the guest could not be brought back from {}: {e}",
+                    memory.display()
+                )),
+            }
         }
     }
+}
+
+/// The part of a save after the memory: overlay, syncs, manifest last.
+fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
+    let memory = dir.join("memory");
+    let mut bytes = node.world.disks.used_bytes(&memory);
+    let mut files = vec![memory];
+    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
+        let saved = dir.join("overlay.qcow2");
+        fs::rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
+        bytes += node.world.disks.used_bytes(&saved);
+        files.push(saved);
+    }
+    for file in &files {
+        fs::File::open(file)
+            .and_then(|f| f.sync_all())
+            .map_err(|e| format!("{}: {e}", file.display()))?;
+    }
     let mut saved = record.clone();
-    saved.life = Life::Restoring { from: dir.clone() };
+    saved.life = Life::Restoring { from: dir.to_path_buf() };
     saved.generation += 1;
     let done = MoveView {
         way: "save".into(),
@@ -107,7 +138,7 @@ pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)]) -
         seconds: begun.elapsed().as_secs_f64(),
         downtime_ms: None,
         gap_ms: None,
-        cause: String::new(),
+        cause: cause.into(),
         outcome: "done".into(),
     };
     saved.moves.push(done.clone());
@@ -168,12 +199,16 @@ fn read(path: &Path) -> Option<Manifest> {
 ///
 /// # Errors
 /// Why it cannot be restored; nothing of it runs then.
-pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32, usize, u64, Vec<u8>)>), String> {
+pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>), String> {
     node.world.faults.pass("restore.before")?;
     let Life::Restoring { from: dir } = &record.life else {
         return Err("the VM is not being restored".into());
     };
     let begun = Instant::now();
+    let mine = crate::node::type_name(node.domain_type());
+    if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
+        return Err(format!("it was saved under {theirs}, this node runs guests with {mine}"));
+    }
     let manifest = read(&dir.join(MANIFEST))
         .or_else(|| read(&dir.join(USED)))
         .ok_or_else(|| format!("{} has no manifest", dir.display()))?;
@@ -213,7 +248,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32,
             seconds: begun.elapsed().as_secs_f64(),
             downtime_ms: None,
             gap_ms: None,
-            cause: String::new(),
+            cause: record.moves.last().map(|m| m.cause.clone()).unwrap_or_default(),
             outcome: "done".into(),
         },
         kept,
@@ -247,6 +282,21 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
     }
     let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
     node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
+}
+
+/// Jobs whose VM this node has saved, with the job's user.
+#[must_use]
+pub fn saved_by(node: &Node) -> Vec<(u32, Option<u32>)> {
+    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
+        return vec![];
+    };
+    let mut jobs = Vec::new();
+    for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
+        if let Some(m) = read(&entry.path().join(MANIFEST)).filter(|m| m.record.node == node.name) {
+            jobs.push((m.record.job, Some(m.record.user.uid)));
+        }
+    }
+    jobs
 }
 
 /// Removes the saves of a VM that has ended. One that nobody was restored from stays unless the job is over: a restore

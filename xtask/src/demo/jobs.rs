@@ -157,21 +157,24 @@ pub fn in_a_vm(lab: &Lab, stop: &Stop) -> Result<()> {
         }
         Ok((alice.output(&id)?.lines().count() >= 2).then_some(()))
     })?;
-    let listed = alice.show(&["svm", "list"])?;
-    if !listed.lines().any(|line| line.split_whitespace().next() == Some(id.as_str())) {
-        return Err(format!("svm list does not show job {id}").into());
-    }
+    // The controller hears from the nodes about once a second.
+    stop.wait("the VM in `svm list`", DEADLINE, || {
+        let listed = alice.ask(&["svm", "list"])?;
+        let shown = listed
+            .lines()
+            .any(|line| line.split_whitespace().next() == Some(id.as_str()) && line.ends_with(" running"));
+        Ok(shown.then_some(()))
+    })?;
+    alice.show(&["svm", "list"])?;
     let job = stop.wait("the job's end", DEADLINE, || Ok(Some(alice.job(&id)?).filter(over)))?;
     println!("  alice@login$ cat slurm-{id}.out");
     let output = alice.output(&id)?;
     quote(&output);
     let node = get(&job, "BatchHost").to_owned();
     let door = Door::root(lab, stop);
-    let kernel = door.ask_on(&node, &["uname", "-r"])?;
-    println!(
-        "\n  That was the guest. Below it is node {node}, with kernel {}: the script ran in the VM, not there.",
-        kernel.trim()
-    );
+    let uptime = door.ask_on(&node, &["cat", "/proc/uptime"])?;
+    let minutes = uptime.split('.').next().and_then(|s| s.parse::<u64>().ok()).unwrap_or(0) / 60;
+    println!("\n  That was the guest. Below it is node {node}, which has been up for {minutes} min: the script ran in the VM, not there.");
     if get(&job, "ExitCode") != "3:0" {
         return Err(format!("the script ended with `exit 3`, but Slurm says {}", summary(&job)).into());
     }
@@ -251,6 +254,21 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
     );
     if !is(&ended, "JobState", "COMPLETED") || !is(&ended, "ExitCode", "0:0") {
         return Err(format!("the counter did not end well: {}", summary(&ended)).into());
+    }
+    let shown = alice.ask(&["svm", "show", &id])?;
+    if let Some(moved) = shown.lines().map(str::trim).find(|line| line.starts_with("Move=")) {
+        let moved = fields(moved);
+        let gap = ["GuestGap", "Downtime"]
+            .into_iter()
+            .map(|key| get(&moved, key))
+            .find(|v| v.ends_with("ms"));
+        let stood = gap.map_or_else(String::new, |gap| format!("; the guest stood still for {gap}"));
+        println!(
+            "            svm show {id}: moved {}, {} in {}{stood}",
+            get(&moved, "Move"),
+            get(&moved, "Bytes"),
+            get(&moved, "Took")
+        );
     }
     let boot = checked(&alice.output(&id)?).map_err(Error::Other)?;
     println!("\n  slurm-{id}.out has every number from 1 to {LAST}, once and in order, and the first line is the last one:");

@@ -35,12 +35,10 @@ pub fn demo(wishes: &Wishes) -> Result<()> {
     let begun = Instant::now();
     let stop = Stop::on_signals()?;
     println!("slurm-vm on a real Slurm cluster of two nodes, in namespaces of this machine. Ctrl-C ends it and cleans up.\n");
-    setup::phase()?;
-    stop.check()?;
-    stage::phase()?;
-    stop.check()?;
-    let result = cluster(wishes, &stop).and_then(|lab| {
-        let told = tell(wishes, &lab, &stop);
+    stop.or(setup::phase())?;
+    stop.or(stage::phase())?;
+    let result = stop.or(cluster(wishes, &stop)).and_then(|lab| {
+        let told = stop.or(tell(wishes, &lab, &stop));
         if let Err(e) = &told
             && !matches!(e, Error::Interrupted)
         {
@@ -119,6 +117,11 @@ impl Stop {
         self.0.load(Ordering::Relaxed)
     }
 
+    /// A result, unless the user wants to go: what a Ctrl-C has hit has failed for that reason.
+    fn or<T>(&self, result: Result<T>) -> Result<T> {
+        self.check().and(result)
+    }
+
     /// An error if the user wants to go.
     fn check(&self) -> Result<()> {
         if self.asked() { Err(Error::Interrupted) } else { Ok(()) }
@@ -132,11 +135,7 @@ impl Stop {
                 end = Err(Error::Interrupted);
                 return Some(());
             }
-            end = look();
-            // A command that a Ctrl-C has hit has failed for that reason.
-            if end.is_err() && self.asked() {
-                end = Err(Error::Interrupted);
-            }
+            end = self.or(look());
             (!matches!(end, Ok(None))).then_some(())
         });
         match (found, end) {

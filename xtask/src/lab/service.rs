@@ -22,6 +22,8 @@ const RESTART_DELAY: Duration = Duration::from_secs(1);
 /// How long a start waits for a file that another daemon makes; then it starts all the same and may fail by itself.
 const NEED_DEADLINE: Duration = Duration::from_secs(15);
 const AGENT: &str = "/usr/libexec/slurm-vm/slurm-vmd";
+/// Lines `NAME=VALUE` on a host, read at each start of its agent as systemd's EnvironmentFile is: where tests arm fault points.
+const AGENT_ENVIRONMENT: &str = "/etc/default/slurm-vm";
 const MUNGE_SOCKET: &str = "/run/munge/munge.socket.2";
 const LIBVIRT_SOCKET: &str = "/run/libvirt/libvirt-sock";
 
@@ -134,6 +136,10 @@ impl Service {
             .stdout(out)
             .stderr(err)
             .process_group(0);
+        if *program == AGENT {
+            let text = fs::read_to_string(AGENT_ENVIRONMENT).unwrap_or_default();
+            command.envs(text.lines().filter_map(|line| line.split_once('=')));
+        }
         if let Some(user) = self.user {
             let (uid, gid) = account(user)?;
             command.uid(uid).gid(gid);

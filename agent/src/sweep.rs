@@ -1,0 +1,47 @@
+//! What nobody else removes: saves of jobs that were cancelled while no VM of theirs existed, completions that were not
+//! asked for again, records of VMs that ended long ago. One thread, every half minute.
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+
+use crate::{node::Node, vm::saving};
+
+const EVERY: Duration = Duration::from_secs(30);
+
+/// Sweeps until the process ends.
+pub fn run(node: &Arc<Node>) {
+    loop {
+        node.world.clock.sleep(EVERY);
+        for (job, uid) in saving::saved_by(node) {
+            if is_over(node, job, uid) {
+                log::info!("job {job}: ended while it was saved: removing its save");
+                saving::remove_saves(node, &crate::core::record::domain_name(job, 0), true);
+            }
+        }
+        for (job, path) in completions(node) {
+            if is_over(node, job, None) {
+                let _ = fs::remove_file(path);
+            }
+        }
+        node.forget_old();
+    }
+}
+
+/// Slurm says clearly that the job will not run again; when it does not answer, nothing is removed.
+fn is_over(node: &Node, job: u32, uid: Option<u32>) -> bool {
+    match node.world.slurm.job(job) {
+        Ok(Some(info)) => info.brief.state.is_finished() || uid.is_some_and(|u| u != info.brief.uid),
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
+
+fn completions(node: &Node) -> Vec<(u32, PathBuf)> {
+    let Some(dir) = node.completion_path(0).parent().map(PathBuf::from) else {
+        return vec![];
+    };
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| Some((e.path().file_stem()?.to_str()?.parse().ok()?, e.path())))
+        .collect()
+}

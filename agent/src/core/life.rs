@@ -14,7 +14,7 @@ impl Vm {
     pub fn on_event(&mut self, now_ms: u64, await_job_ms: u64, event: Event) -> Vec<Effect> {
         use Effect as Do;
         if self.unclear.is_some() {
-            return self.on_event_while_unclear(now_ms, event);
+            return self.on_event_while_unclear(now_ms, &event);
         }
         match (self.record.life.clone(), event) {
             // Preparing and booting.
@@ -265,7 +265,7 @@ impl Vm {
                 let since = *self.unknown_since_ms.get_or_insert(now_ms);
                 if self.then == Some(End::Released) && now_ms >= since + UNKNOWN_MS {
                     // The job has left, and a copy here may not run again: what became of it only the destination can tell.
-                    return self.gone(to, Some(Err("it does not answer".into())));
+                    return self.gone(&to, Some(Err("it does not answer".into())));
                 }
                 if self.asking || now_ms < self.retry_at_ms {
                     vec![]
@@ -286,7 +286,7 @@ impl Vm {
                 if outcome.is_err() && self.failures < HAND_OVER_ATTEMPTS {
                     vec![]
                 } else {
-                    self.gone(to, Some(outcome))
+                    self.gone(&to, Some(outcome))
                 }
             }
             (

@@ -234,16 +234,15 @@ impl Vm {
         ]
     }
 
-    pub(super) fn gone(&mut self, to: String, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+    pub(super) fn gone(&mut self, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
-        let unconfirmed = handed_over
-            .and_then(Result::err)
-            .map(|why| Effect::Journal(format!("{to} did not confirm the output offsets: {why}")));
-        self.enter(Life::Gone { to });
+        self.enter(Life::Gone { to: to.to_owned() });
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;
         let mut effects = vec![Effect::Persist];
-        effects.extend(unconfirmed);
+        if let Some(Err(why)) = handed_over {
+            effects.push(Effect::Journal(format!("{to} did not confirm the output offsets: {why}")));
+        }
         effects.extend([Effect::Clear, Effect::AnswerMove(Ok(Box::new(done))), Effect::AnswerRelease(Ok(()))]);
         effects
     }

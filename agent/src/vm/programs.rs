@@ -39,9 +39,6 @@ pub struct Attach {
     pub to: ToSession,
 }
 
-/// Output of a program that travels with its VM: program, index of the stream, offset of the first byte, bytes.
-pub type Kept = (u32, usize, u64, Vec<u8>);
-
 /// What is to be sent to the guest.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToGuest {
@@ -265,7 +262,8 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
-            for (i, o) in p.outputs.iter_mut().enumerate() {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
+                let o = &mut p.outputs[i];
                 let from = a
                     .open
                     .resume
@@ -280,7 +278,7 @@ impl Programs {
                     if self.guest_up && p.started {
                         requests.push(ToGuest::Resume {
                             program: p.record.id,
-                            stream: OUTPUTS[i],
+                            stream,
                             from,
                         });
                     }
@@ -590,9 +588,9 @@ impl Programs {
         }
     }
 
-    /// Kept output of all programs, to travel with a move.
+    /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
     #[must_use]
-    pub fn spools(&self) -> Vec<Kept> {
+    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {
@@ -658,7 +656,8 @@ impl Programs {
             if !p.told_start {
                 continue;
             }
-            for (i, o) in p.outputs.iter_mut().enumerate() {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
+                let o = &mut p.outputs[i];
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
                         Ok(bytes) if !bytes.is_empty() => {
@@ -677,7 +676,7 @@ impl Programs {
                     o.spool.clear();
                     requests.push(ToGuest::Resume {
                         program: p.record.id,
-                        stream: OUTPUTS[i],
+                        stream,
                         from: o.received,
                     });
                 }

@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
-use super::{moving::make_run_dir, prepare, programs::Kept};
+use super::{moving::make_run_dir, prepare};
 use crate::{
     core::{Life, Record, record::domain_name},
     effects::store::write_durably,
@@ -34,6 +34,9 @@ struct Manifest {
     /// Kept output: program, stream, offset, bytes in hexadecimal.
     kept: Vec<(u32, usize, u64, String)>,
 }
+
+/// Output that was kept for a shim: program, stream index, offset, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
 
 const MANIFEST: &str = "manifest.json";
 /// The manifest of a save that a VM was restored from and now stands on.

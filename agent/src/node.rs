@@ -309,8 +309,12 @@ impl Node {
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
             record.generation += 1;
+            let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
                 plan.layers.insert(0, from.join("overlay.qcow2"));
+                if plan.overlay.is_some() {
+                    (plan.overlay, plan.overlay_shared) = (Some(overlay), shared);
+                }
             }
             return Birth::Expected(record);
         }

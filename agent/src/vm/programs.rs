@@ -22,6 +22,9 @@ pub type ToSession = Sender<Frame<ToShim>>;
 /// How many bytes of a spool are under way to a shim at a time.
 const PUMP_WINDOW: u64 = 256 << 10;
 
+/// Output that was kept for a shim, to travel with a move or a save: program, stream index, offset of the first byte, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
+
 /// What a session brings.
 #[derive(Debug)]
 pub struct Attach {

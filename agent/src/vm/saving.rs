@@ -35,9 +35,6 @@ struct Manifest {
     kept: Vec<(u32, usize, u64, String)>,
 }
 
-/// Output that was kept for a shim: program, stream index, offset, bytes.
-pub type Kept = (u32, usize, u64, Vec<u8>);
-
 const MANIFEST: &str = "manifest.json";
 /// The manifest of a save that a VM was restored from and now stands on.
 const USED: &str = "manifest.used.json";
@@ -205,6 +202,12 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
         return Err("the VM is not being restored".into());
     };
     let begun = Instant::now();
+    // The job may have been cancelled, or requeued to another node, while its last run's VM was on its way out here.
+    match node.job_here(record.job) {
+        Some(true) => {}
+        Some(false) => return Err(format!("Slurm does not run job {} here", record.job)),
+        None => return Err(format!("Slurm does not say whether job {} runs here", record.job)),
+    }
     let mine = crate::node::type_name(node.domain_type());
     if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
         return Err(format!("it was saved under {theirs}, this node runs guests with {mine}"));

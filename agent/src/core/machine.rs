@@ -237,10 +237,7 @@ impl Vm {
     pub(super) fn gone(&mut self, now_ms: u64, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
         self.enter(Life::Gone { to: to.to_owned() });
-<<<<<<< HEAD
-=======
         self.record.ended_ms = Some(now_ms);
->>>>>>> main
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;
         let mut effects = vec![Effect::Persist];

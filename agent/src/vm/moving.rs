@@ -28,7 +28,7 @@ use std::{
 
 use slurm_vm_api::query::MoveView;
 
-use super::{prepare, saving::Kept};
+use super::{prepare, programs::Kept};
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,

@@ -593,7 +593,7 @@ impl Programs {
 
     /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
     #[must_use]
-    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
+    pub fn spools(&self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {

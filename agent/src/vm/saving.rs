@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
-use super::{moving::make_run_dir, prepare};
+use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
     core::{Life, Record, record::domain_name},
     effects::store::write_durably,

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
+    hypervisor::DomainState,
     node::Node,
 };
 
@@ -604,11 +605,13 @@ impl Owner {
                 });
             }
             Effect::AskDomain => worker(job, "domain", move || {
+                // A transient domain that has ended is seen for a moment still.
+                let ended = |s| matches!(s, DomainState::Shutoff | DomainState::Crashed);
                 let here = node
                     .world
                     .hypervisor
                     .info(&domain)
-                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid() && !ended(d.state)));
                 let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
             }),
             Effect::AskJob => worker(job, "job", move || {

@@ -283,6 +283,7 @@ impl Cluster {
         }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "every caller has just formatted it")]
     pub fn say(&mut self, line: String) {
         if !self.tracing {
             return;
@@ -371,7 +372,7 @@ impl Cluster {
                 self.core(&node, job, Event::Tick);
             }
         }
-        if half_seconds % 2 == 0 {
+        if half_seconds.is_multiple_of(2) {
             self.world.tick(1000);
             self.slurm.tick(i64::try_from(self.now / 1000).unwrap());
             self.slurm_events();

@@ -170,6 +170,7 @@ impl Node {
             known.push(record.domain());
             let job = record.job;
             if record.life.is_over_here() {
+                self.clear_after(&record, domains.as_deref().unwrap_or_default());
                 if record.ended_ms.is_some_and(|ended| ended + keep_ms < now) {
                     let _ = self.world.store.remove(&record.domain());
                 } else {
@@ -201,6 +202,19 @@ impl Node {
                 log::error!("cannot end {}: {e}", d.name);
             }
         }
+    }
+
+    /// An agent that died right after it had recorded a VM's end may have left something of it here.
+    fn clear_after(&self, record: &Record, domains: &[crate::hypervisor::DomainInfo]) {
+        let domain = record.domain();
+        if !domains.iter().any(|d| d.name == domain) {
+            return;
+        }
+        log::warn!("job {}: {domain} is {} and still here: ending it", record.job, record.life.name());
+        if let Err(e) = self.world.hypervisor.destroy(&domain) {
+            log::error!("cannot end {domain}: {e}");
+        }
+        vm::moving::clear_here(self, record);
     }
 
     /// Whether Slurm runs the job on this node; `None` when it does not say.
@@ -410,17 +424,28 @@ impl Node {
             let _ = std::fs::remove_file(self.completion_path(job));
             return;
         }
+        let mut over = None;
         let known = match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Some(tx.clone()),
             Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
-                if let Some((outcome, why)) = over_verdict(last) {
-                    refuse(outcome, why);
-                    return;
-                }
+                over = Some(last.clone());
                 None
             }
             _ => None,
         };
+        // Of an earlier run nothing is told any more.
+        if let Some(last) = over.filter(|last| !self.is_of_an_earlier_run(last)) {
+            if let Some((outcome, why)) = over_verdict(&last) {
+                refuse(outcome, why);
+                return;
+            }
+            if matches!(last.life, Life::Gone { .. } | Life::Saved { .. }) {
+                // The VM is elsewhere and its job follows: another one here would be a second. The shim comes again until then.
+                let line = format!("the VM is {}, its job follows", last.life.name());
+                let _ = attach.to.send(Frame::Control(ToShim::Progress(line)));
+                return;
+            }
+        }
         let tx = match known {
             Some(tx) => {
                 let owner = self.ask(&tx, Request::Record).map(|r| r.user.uid);
@@ -445,6 +470,13 @@ impl Node {
                 why: "the VM's owner has ended".into(),
             }));
         }
+    }
+
+    /// The VM ended before the job's present run began.
+    fn is_of_an_earlier_run(&self, last: &Record) -> bool {
+        let start = self.world.slurm.job(last.job).ok().flatten().and_then(|info| info.brief.start_time);
+        let start_ms = start.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000);
+        matches!((last.ended_ms, start_ms), (Some(ended), Some(start)) if ended < start)
     }
 
     fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{Cluster, Mood};
 
 /// Seeds in a plain `cargo test`.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 120;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name)

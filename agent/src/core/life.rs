@@ -97,8 +97,12 @@ impl Vm {
                     }
                     Some(false) => {
                         let how = self.lost.take().unwrap_or_else(|| "its domain is gone".into());
-                        let booting = matches!(self.record.life, Life::Booting { .. });
-                        self.stop(if booting { End::BootFailed { how } } else { End::GuestLost { how } })
+                        let never_up = matches!(self.record.life, Life::Booting { .. });
+                        self.stop(if never_up {
+                            End::BootFailed { how }
+                        } else {
+                            End::GuestLost { how }
+                        })
                     }
                     None => vec![],
                 }

@@ -624,6 +624,7 @@ impl Model {
             num_nodes: job.spec.nodes,
             num_cpus: job.spec.nodes * job.spec.cpus_per_node,
             req_nodes: job.req_nodes.clone(),
+            exclude_nodes: job.exclude.clone(),
             allocs: if job.state == JobState::Running {
                 job.allocs.clone()
             } else {

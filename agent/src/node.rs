@@ -421,7 +421,7 @@ impl Node {
                 resumed: true,
             }));
             let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
-            let _ = std::fs::remove_file(self.completion_path(job));
+            let _ = self.world.files.remove(&self.completion_path(job));
             return;
         }
         let mut over = None;
@@ -598,9 +598,9 @@ impl Node {
     pub fn mark(&self, record: &Record) {
         let marker = self.marker(record.job);
         let done = if record.life.is_over_here() {
-            std::fs::remove_file(&marker).or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+            self.world.files.remove(&marker)
         } else {
-            std::fs::write(&marker, b"")
+            self.world.files.touch(&marker)
         };
         if let Err(e) = done {
             log::warn!("job {}: marker {}: {e}", record.job, marker.display());
@@ -620,11 +620,10 @@ impl Node {
             uid: record.user.uid,
             ended: vm::programs::ended(*status, ""),
         };
-        let write = || {
-            std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
-            crate::effects::store::write_durably(&path, &serde_json::to_vec(&done)?)
-        };
-        if let Err(e) = write() {
+        let written = serde_json::to_vec(&done)
+            .map_err(Into::into)
+            .and_then(|bytes| self.world.files.write_durably(&path, &bytes));
+        if let Err(e) = written {
             log::error!("job {}: {}: {e}", record.job, path.display());
         }
     }
@@ -642,7 +641,7 @@ impl Node {
 
     /// How a job's script ended within the grace time of an earlier run.
     fn completion(&self, job: u32, uid: u32) -> Option<slurm_vm_api::session::Ended> {
-        let bytes = std::fs::read(self.completion_path(job)).ok()?;
+        let bytes = self.world.files.read(&self.completion_path(job)).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
     }

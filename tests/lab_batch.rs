@@ -239,3 +239,58 @@ fn a_job_of_two_cpus_has_two_and_the_vm_is_up_in_seconds() {
     t.end_of(job);
     assert_eq!(t.text("out2"), "2\n");
 }
+
+#[test]
+fn svm_shows_a_job_to_its_owner_and_to_nobody_else() {
+    let t = Alice::new(lab(), "svm");
+    t.script("job.sh", "#!/bin/sh\necho ready\nwhile :; do sleep 0.2; done\n");
+    let job = t.submit("--vm=tiny --vm-mem=200 -o out job.sh");
+    t.wait_text("out", "ready");
+    let mut list = String::new();
+    // The controller hears of a VM when it next asks the node.
+    common::wait_with("the VM in svm list", &mut list, |list| {
+        *list = t.sh("svm list").out;
+        list.lines().any(|l| {
+            let words: Vec<&str> = l.split_whitespace().collect();
+            words.first() == Some(&job.to_string().as_str())
+                && words.contains(&"alice")
+                && words.contains(&"tiny")
+                && l.to_lowercase().contains("running")
+        })
+    });
+    let show = t.sh(&format!("svm show {job}"));
+    assert!(
+        show.code == Some(0) && show.out.contains("qemu"),
+        "says that it is emulated: {}",
+        show.out
+    );
+    let json = t.sh(&format!("svm show {job} --json")).out;
+    let json: serde_json::Value = serde_json::from_str(&json).expect("one JSON document");
+    assert_eq!(json["vms"][0]["job"], job, "{json}");
+    assert_eq!(json["vms"][0]["mem_mib"], 200, "{json}");
+    let log = t.sh(&format!("svm log {job}")).out;
+    assert!(log.contains("guest| slurm-vm: guest is up"), "{log}");
+    let totals = t.sh("svm list --totals").out;
+    println!("{totals}");
+
+    let bob: common::Said = lab().exec("bob", &["svm", "list"]).into();
+    assert!(!bob.out.contains("alice"), "{}", bob.out);
+    for ask in ["show", "log"] {
+        let bob: common::Said = lab().exec("bob", &["svm", ask, &job.to_string()]).into();
+        assert!(
+            bob.code == Some(1) && bob.out.is_empty() && bob.err.contains("has no VM"),
+            "{bob:?}"
+        );
+    }
+    let absent: common::Said = lab().exec("bob", &["svm", "show", "99999"]).into();
+    let there: common::Said = lab().exec("bob", &["svm", "show", &job.to_string()]).into();
+    assert_eq!(
+        absent.err.replace("99999", "N"),
+        there.err.replace(&job.to_string(), "N"),
+        "whether a job exists is told"
+    );
+    t.sh(&format!("scancel {job}"));
+    t.end_of(job);
+    let root: common::Said = lab().exec("root", &["svm", "list", "--all"]).into();
+    assert!(root.out.contains(&job.to_string()), "{}", root.out);
+}

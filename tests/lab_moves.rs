@@ -9,21 +9,32 @@ use xtask::Options;
 const GRACE: u32 = 30;
 
 fn options(nodes: u8) -> Options {
-    Options { nodes, grace_s: GRACE, ..Options::default() }
+    Options {
+        nodes,
+        grace_s: GRACE,
+        ..Options::default()
+    }
 }
 
 #[test]
 fn a_preempted_job_goes_on_elsewhere_with_its_memory_and_every_number_once() {
     let lab = lab("live", options(2));
     let m = Mover::new(&lab, "live", 2);
-    let count = Count { numbers: 200, memory_mib: 256, rewrite_mib: 4 };
+    let count = Count {
+        numbers: 200,
+        memory_mib: 256,
+        rewrite_mib: 4,
+    };
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 10);
     let copies = OneCopy::watch(&lab, &m.nodes, job);
     let begun = Instant::now();
     let high = m.take("n1", 3);
     let after = m.started(high, begun);
-    assert!(after < f32::from(u8::try_from(GRACE).unwrap()), "the preemptor started after {after} s, which is not before the grace of {GRACE} s");
+    assert!(
+        after < f32::from(u8::try_from(GRACE).unwrap()),
+        "the preemptor started after {after} s, which is not before the grace of {GRACE} s"
+    );
     m.completed(job, 1);
     copies.check();
     m.check("out", count.numbers);
@@ -37,7 +48,11 @@ fn a_preempted_job_goes_on_elsewhere_with_its_memory_and_every_number_once() {
 fn with_every_node_full_it_is_saved_and_goes_on_when_one_is_free() {
     let lab = lab("save", options(2));
     let m = Mover::new(&lab, "save", 2);
-    let count = Count { numbers: 120, memory_mib: 256, rewrite_mib: 4 };
+    let count = Count {
+        numbers: 120,
+        memory_mib: 256,
+        rewrite_mib: 4,
+    };
     let full = m.take("n2", 25);
     m.t.wait_state(full, "RUNNING");
     let job = m.count(count, "out", "");
@@ -45,7 +60,10 @@ fn with_every_node_full_it_is_saved_and_goes_on_when_one_is_free() {
     let begun = Instant::now();
     let high = m.take("n1", 10);
     let after = m.started(high, begun);
-    assert!(after < f32::from(u8::try_from(GRACE).unwrap()), "the preemptor started after {after} s, which is not before the grace of {GRACE} s");
+    assert!(
+        after < f32::from(u8::try_from(GRACE).unwrap()),
+        "the preemptor started after {after} s, which is not before the grace of {GRACE} s"
+    );
     assert_eq!(m.vm_state(job), "saved");
     m.completed(job, 1);
     m.check("out", count.numbers);
@@ -83,8 +101,15 @@ fn a_move_by_hand_tells_how_it_goes_and_leaves_the_job_as_it_was() {
     let said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
     let told: Vec<&str> = said.out.lines().collect();
-    assert!(told.len() > 1 && told.iter().all(|l| l.starts_with(&format!("job {job}: "))), "{told:?}");
-    assert_eq!(told.last(), Some(&format!("job {job}: moved from n1 to n2, and runs there").as_str()), "{told:?}");
+    assert!(
+        told.len() > 1 && told.iter().all(|l| l.starts_with(&format!("job {job}: "))),
+        "{told:?}"
+    );
+    assert_eq!(
+        told.last(),
+        Some(&format!("job {job}: moved from n1 to n2, and runs there").as_str()),
+        "{told:?}"
+    );
     let after = m.t.job(job);
     assert_eq!((after["NodeList"].as_str(), after["JobState"].as_str()), ("n2", "RUNNING"));
     for field in ["Comment", "Priority", "TimeLimit", "Partition", "ExcNodeList"] {

@@ -59,6 +59,8 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
+    /// QEMU's version, asked once: libvirt may probe QEMU for seconds to tell it.
+    qemu: OnceLock<String>,
     /// A start with a hard limit has failed here: there are no cgroups for libvirt.
     hard_limit_fails: AtomicBool,
 }
@@ -76,6 +78,7 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
+            qemu: OnceLock::new(),
             hard_limit_fails: AtomicBool::new(false),
         })
     }
@@ -88,6 +91,21 @@ impl Node {
     #[must_use]
     pub fn domain_type(&self) -> DomainType {
         self.domain_type_and_reason().0
+    }
+
+    /// QEMU's version (`10.0.2`), empty while libvirt does not tell it.
+    #[must_use]
+    pub fn qemu_version(&self) -> String {
+        if let Some(known) = self.qemu.get() {
+            return known.clone();
+        }
+        match self.world.hypervisor.host(self.domain_type()) {
+            Ok(host) => self.qemu.get_or_init(|| host.hypervisor_version).clone(),
+            Err(e) => {
+                log::warn!("libvirt does not tell QEMU's version: {e}");
+                String::new()
+            }
+        }
     }
 
     /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.
@@ -220,7 +238,7 @@ impl Node {
                     let tx = tx.clone();
                     drop(vms);
                     let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, |r| Request::Record(r));
+                    let record = self.ask(&tx, Request::Record);
                     if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
@@ -291,8 +309,12 @@ impl Node {
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
             record.generation += 1;
+            let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
                 plan.layers.insert(0, from.join("overlay.qcow2"));
+                if plan.overlay.is_some() {
+                    (plan.overlay, plan.overlay_shared) = (Some(overlay), shared);
+                }
             }
             return Birth::Expected(record);
         }

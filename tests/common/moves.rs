@@ -19,7 +19,13 @@ use super::{Alice, Said, added, look, start, wait, wait_with};
 
 /// A lab of this process alone, taken down when it ends.
 pub fn lab(name: &str, options: Options) -> Lab {
-    start(&Options { name: format!("pp-{name}-{}", std::process::id()), ..options }, &[])
+    start(
+        &Options {
+            name: format!("pp-{name}-{}", std::process::id()),
+            ..options
+        },
+        &[],
+    )
 }
 
 /// What `count.sh` of a test runs in the guest: `tests/guest/churn.rs`.
@@ -34,7 +40,11 @@ pub struct Count {
 impl Count {
     /// No memory to speak of.
     pub fn to(numbers: usize) -> Self {
-        Self { numbers, memory_mib: 0, rewrite_mib: 0 }
+        Self {
+            numbers,
+            memory_mib: 0,
+            rewrite_mib: 0,
+        }
     }
 
     /// Arguments after `count.sh`: a number every 0.2 s.
@@ -96,27 +106,41 @@ impl<'a> Mover<'a> {
 
     /// Submits a counter to the partition that can be preempted; its output goes to `out`.
     pub fn count(&self, count: Count, out: &str, options: &str) -> u32 {
-        let memory = if count.memory_mib > 0 { format!("--vm-mem={}", count.memory_mib + 160) } else { String::new() };
-        self.t.submit(&format!("--vm=tiny -p low -o {out} {memory} {options} count.sh {}", count.args()))
+        let memory = if count.memory_mib > 0 {
+            format!("--vm-mem={}", count.memory_mib + 160)
+        } else {
+            String::new()
+        };
+        self.t
+            .submit(&format!("--vm=tiny -p low -o {out} {memory} {options} count.sh {}", count.args()))
     }
 
     /// Waits until the counter has printed that many lines.
     pub fn wait_lines(&self, out: &str, lines: usize) {
         let mut seen = 0;
         wait_with(&format!("{lines} lines in {out}"), &mut seen, |seen| {
-            *seen = fs::read(self.t.path(out)).unwrap_or_default().iter().filter(|b| **b == b'\n').count();
+            *seen = fs::read(self.t.path(out))
+                .unwrap_or_default()
+                .iter()
+                .filter(|b| **b == b'\n')
+                .count();
             *seen >= lines
         });
     }
 
     /// Lines so far.
     pub fn lines(&self, out: &str) -> usize {
-        fs::read(self.t.path(out)).unwrap_or_default().iter().filter(|b| **b == b'\n').count()
+        fs::read(self.t.path(out))
+            .unwrap_or_default()
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count()
     }
 
     /// A job that takes a whole node from those that can be preempted, for so long.
     pub fn take(&self, node: &str, seconds: u32) -> u32 {
-        self.t.submit(&format!("-p high -w {node} -c 2 -o /dev/null --wrap 'sleep {seconds}'"))
+        self.t
+            .submit(&format!("-p high -w {node} -c 2 -o /dev/null --wrap 'sleep {seconds}'"))
     }
 
     /// Waits until a job runs and says when it began, in seconds since `from`.
@@ -136,11 +160,25 @@ impl<'a> Mover<'a> {
             let i = k as u64 + 1;
             sum = (sum * 31 + i) % 1_000_003;
             let words: Vec<&str> = line.split(' ').collect();
-            let [number, check, boot, pid, at] = words[..] else { panic!("{out}: line {i} is `{line}`") };
-            assert_eq!((number, check), (i.to_string().as_str(), sum.to_string().as_str()), "{out}: line {i} is `{line}`");
-            lines.push(Line { boot: boot.into(), pid: pid.parse().expect("a pid"), at_ms: at.parse().expect("a time") });
+            let [number, check, boot, pid, at] = words[..] else {
+                panic!("{out}: line {i} is `{line}`")
+            };
+            assert_eq!(
+                (number, check),
+                (i.to_string().as_str(), sum.to_string().as_str()),
+                "{out}: line {i} is `{line}`"
+            );
+            lines.push(Line {
+                boot: boot.into(),
+                pid: pid.parse().expect("a pid"),
+                at_ms: at.parse().expect("a time"),
+            });
         }
-        assert!(text.ends_with('\n') && lines.len() == numbers, "{out} has {} lines, not {numbers}, or the last is cut off", lines.len());
+        assert!(
+            text.ends_with('\n') && lines.len() == numbers,
+            "{out} has {} lines, not {numbers}, or the last is cut off",
+            lines.len()
+        );
         let boots: BTreeSet<&str> = lines.iter().map(|l| l.boot.as_str()).collect();
         let pids: BTreeSet<u32> = lines.iter().map(|l| l.pid).collect();
         assert_eq!((boots.len(), pids.len()), (1, 1), "{out}: boots {boots:?}, pids {pids:?}");
@@ -166,9 +204,10 @@ impl<'a> Mover<'a> {
 
     /// What svm knows of a job's VM.
     pub fn show(&self, job: u32) -> Value {
-        let output = self.lab.command("ctl", "root", &["svm", "show", "--json", &job.to_string()]).and_then(|mut c| {
-            c.stdin(Stdio::null()).output().map_err(|e| e.to_string().into())
-        });
+        let output = self
+            .lab
+            .command("ctl", "root", &["svm", "show", "--json", &job.to_string()])
+            .and_then(|mut c| c.stdin(Stdio::null()).output().map_err(|e| e.to_string().into()));
         let output = output.expect("svm");
         serde_json::from_slice::<Value>(&output.stdout).map_or(Value::Null, |v| v["vms"][0].clone())
     }
@@ -201,11 +240,20 @@ impl<'a> Mover<'a> {
 
     /// All that is said of a job, for a test that fails.
     pub fn tell(&self, job: u32) {
-        for (host, line) in [("ctl", format!("scontrol show job {job}; svm show {job}; squeue; sinfo -N; scontrol show res")), ("ctl", format!("svm log {job}"))] {
+        for (host, line) in [
+            (
+                "ctl",
+                format!("scontrol show job {job}; svm show {job}; squeue; sinfo -N; scontrol show res"),
+            ),
+            ("ctl", format!("svm log {job}")),
+        ] {
             self.lab.node(host, &["sh", "-c", &line]);
         }
         for host in std::iter::once("ctl").chain(self.nodes.iter().map(String::as_str)) {
-            println!("--- agent on {host}\n{}", self.lab.log_tail(host, "slurm-vmd", 60).unwrap_or_default());
+            println!(
+                "--- agent on {host}\n{}",
+                self.lab.log_tail(host, "slurm-vmd", 60).unwrap_or_default()
+            );
         }
     }
 
@@ -213,15 +261,28 @@ impl<'a> Mover<'a> {
     pub fn nothing_left(&self) {
         let mut left: Vec<String> = Vec::new();
         wait_with("nothing to be left", &mut left, |left| {
-            *left = self.before.iter().flat_map(|(n, before)| added(before, &look(self.lab, n)).into_iter().map(move |l| format!("{n}: {l}"))).collect();
-            left.retain(|l| !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu"));
+            *left = self
+                .before
+                .iter()
+                .flat_map(|(n, before)| added(before, &look(self.lab, n)).into_iter().map(move |l| format!("{n}: {l}")))
+                .collect();
+            left.retain(|l| {
+                !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu")
+            });
             left.is_empty()
         });
     }
 
     /// Arms fault points in a host's agent, by restarting it. When it dies of them, the next one has none.
     pub fn arm(&self, host: &str, faults: &str) {
-        self.lab.node(host, &["sh", "-c", &format!("mkdir -p /etc/default; echo 'SLURM_VM_FAULT={faults}' > /etc/default/slurm-vm")]);
+        self.lab.node(
+            host,
+            &[
+                "sh",
+                "-c",
+                &format!("mkdir -p /etc/default; echo 'SLURM_VM_FAULT={faults}' > /etc/default/slurm-vm"),
+            ],
+        );
         self.restart_agent(host);
         self.lab.node(host, &["rm", "/etc/default/slurm-vm"]);
     }
@@ -242,7 +303,15 @@ impl<'a> Mover<'a> {
 
     /// Adds settings to a table of a host's slurm-vm.toml and restarts its agent.
     pub fn set(&self, host: &str, table: &str, line: &str) {
-        self.lab.node(host, &["sed", "-i", &format!("s/^\\[{table}\\]$/[{table}]\\n{line}/"), "/etc/slurm-vm/slurm-vm.toml"]);
+        self.lab.node(
+            host,
+            &[
+                "sed",
+                "-i",
+                &format!("s/^\\[{table}\\]$/[{table}]\\n{line}/"),
+                "/etc/slurm-vm/slurm-vm.toml",
+            ],
+        );
         self.restart_agent(host);
     }
 
@@ -291,18 +360,34 @@ impl OneCopy {
             while !done.load(Ordering::Acquire) {
                 let runs: Vec<bool> = commands
                     .iter()
-                    .map(|(_, program, args)| Command::new(program).args(args).stdin(Stdio::null()).output().is_ok_and(|o| o.stdout.starts_with(b"1")))
+                    .map(|(_, program, args)| {
+                        Command::new(program)
+                            .args(args)
+                            .stdin(Stdio::null())
+                            .output()
+                            .is_ok_and(|o| o.stdout.starts_with(b"1"))
+                    })
                     .collect();
                 let (first, last) = (runs[0], runs[runs.len() - 1]);
                 let others = runs[1..runs.len() - 1].iter().filter(|r| **r).count();
                 if (first && last && others > 0) || others > 1 {
-                    found.push(commands.iter().zip(&runs).map(|((n, ..), r)| format!("{n}:{r}")).collect::<Vec<_>>().join(" "));
+                    found.push(
+                        commands
+                            .iter()
+                            .zip(&runs)
+                            .map(|((n, ..), r)| format!("{n}:{r}"))
+                            .collect::<Vec<_>>()
+                            .join(" "),
+                    );
                 }
                 thread::sleep(Duration::from_millis(200));
             }
             found
         });
-        Self { stop, thread: Some(thread) }
+        Self {
+            stop,
+            thread: Some(thread),
+        }
     }
 
     /// No look found two.

@@ -116,7 +116,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         thread::Builder::new()
             .name("probe".into())
             .spawn(move || {
-                let _ = prober.domain_type();
+                let _ = prober.qemu_version();
             })
             .map_err(|e| e.to_string())?;
         let serving = node.clone();

@@ -23,7 +23,7 @@ use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     effects::store::write_durably,
-    slurm::{JobInfo, JobUpdate, SlurmError},
+    slurm::{JobInfo, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -445,7 +445,13 @@ impl Driver<'_> {
             self.save();
         }
         if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
-            self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            if self.m.to.is_some() {
+                // Held, so that it cannot start anywhere before it is steered.
+                self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
+            } else {
+                // A saved VM is restored wherever its job starts; a hold would only cost the job its priority.
+                self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+            }
         }
         let until = Instant::now() + REQUEUE_WITHIN;
         loop {
@@ -468,11 +474,28 @@ impl Driver<'_> {
         Ok(None)
     }
 
+    /// A slurmctld that was killed may have forgotten the reservation.
+    fn keep_reservation(&mut self) {
+        let Some(to) = self.m.to.clone() else { return };
+        let name = Controller::reservation(self.m.job);
+        let slurm = &self.c.world.slurm;
+        if !matches!(slurm.reservation(&name), Ok(None)) {
+            return;
+        }
+        let nodes = ReservationNodes::Named(vec![to]);
+        let spec = ReservationSpec { name, nodes, partition: None, features: None, users: vec![self.m.user.clone()] };
+        match slurm.create_reservation(&spec) {
+            Ok(_) => self.note("its reservation was lost, and made again".into()),
+            Err(e) => self.note(format!("its reservation was lost: {e}")),
+        }
+    }
+
     fn requeued(&mut self) -> Result<Option<String>, String> {
         let Some(info) = self.job() else {
             return Ok(Some(self.job_is_over()));
         };
         if info.brief.state.is_waiting() {
+            self.keep_reservation();
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
             if clear {
@@ -486,7 +509,14 @@ impl Driver<'_> {
                 req_nodes: clear.then(Vec::new),
                 ..JobUpdate::default()
             };
-            self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
+            if let Err(why) = self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update)) {
+                // Held for ever is worse than anywhere: it goes on from a save, or starts over.
+                self.note(why);
+                if let Some(to) = self.m.to.take() {
+                    let line = self.kept_out(&to);
+                    self.note(line);
+                }
+            }
             self.order("release", || self.c.world.slurm.release(self.m.job))?;
         }
         self.step(Step::Released);

@@ -69,32 +69,38 @@ impl Controller {
                 self.cluster().handled.insert(j.id, j.restarts);
                 log::info!("job {}: preempted on {from}, grace ends at {:?}", j.id, j.end_time);
                 let deadline_ms = j.end_time.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
-                self.plan(&j, from, "preemption", None, deadline_ms);
+                if let Err(why) = self.plan(&j, from, "preemption", None, deadline_ms) {
+                    log::warn!("job {}: its preemption is left to Slurm for now: {why}", j.id);
+                }
             } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
                 log::info!("job {}: {from} is being drained", j.id);
-                self.plan(&j, from, "drain", None, None);
+                if let Err(why) = self.plan(&j, from, "drain", None, None) {
+                    log::debug!("job {}: {why}", j.id);
+                }
             }
         }
     }
 
     /// Plans and starts one move.
-    fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> bool {
-        let view = match self.peers.request(
-            &from,
-            &self.address(&from),
-            &PeerRequest::Grace {
-                job: j.id,
-                preempted: deadline_ms.is_some(),
-            },
-            Duration::from_secs(3),
-        ) {
-            Ok(PeerReply::Ways(ways)) => Some(ways),
-            other => {
-                log::warn!("job {}: {from} does not say what its VM can: {other:?}", j.id);
-                None
+    fn plan(self: &Arc<Self>, j: &JobBrief, from: String, cause: &str, to: Option<String>, deadline_ms: Option<u64>) -> Result<(), String> {
+        let asked = PeerRequest::Grace {
+            job: j.id,
+            preempted: deadline_ms.is_some(),
+        };
+        let mut ways = match self.peers.request(&from, &self.address(&from), &asked, Duration::from_secs(3)) {
+            Ok(PeerReply::Ways(ways)) => ways,
+            // A job on a VM node without a VM of its own: Slurm preempts it as ever.
+            Ok(PeerReply::Refused(why)) => {
+                log::debug!("job {}: {why}", j.id);
+                return Err(why);
+            }
+            Ok(other) => return Err(format!("{from} gave another answer than asked for: {other:?}")),
+            // Not acted on: the next poll tries again as long as the grace time lasts.
+            Err(why) => {
+                self.cluster().handled.remove(&j.id);
+                return Err(format!("{from} does not answer: {why}"));
             }
         };
-        let mut ways = view.unwrap_or_else(|| self.site_ways());
         match cause {
             "asked" => ways = vec![PreemptWay::Live],
             // A drain never costs a job its work.
@@ -120,12 +126,11 @@ impl Controller {
             done: None,
             moving: false,
         };
-        self.start(m, false)
-    }
-
-    /// The site's ways.
-    fn site_ways(&self) -> Vec<PreemptWay> {
-        PreemptWay::parse_list(&self.config.controller.preempt.join(",")).unwrap_or_else(|_| PreemptWay::DEFAULT.to_vec())
+        if self.start(m, false) {
+            Ok(())
+        } else {
+            Err(format!("job {} is moving already", j.id))
+        }
     }
 
     /// `svm migrate`: starts a move by hand.
@@ -164,10 +169,6 @@ impl Controller {
             return Err(format!("job {job} is being preempted: its VM moves anyway"));
         }
         self.cluster().results.remove(&job);
-        if self.plan(&info.brief, from, "asked", to, None) {
-            Ok(())
-        } else {
-            Err(format!("job {job} is moving already"))
-        }
+        self.plan(&info.brief, from, "asked", to, None)
     }
 }

@@ -105,7 +105,7 @@ impl Clients {
                 Ok(json!({"step_ms": time(&mut slurm("srun", &args))?.0}))
             }
             "sbatch" => {
-                args.extend(["--hold", "--parsable", "-Q", "-o", "/dev/null", &script]);
+                args.extend(["--hold", "--parsable", "-o", "/dev/null", &script]);
                 let (took, job) = time(&mut slurm("sbatch", &args))?;
                 proc::run("scancel", &[&job])?;
                 Ok(json!({"sbatch_ms": took}))
@@ -174,7 +174,7 @@ fn slurm(program: &str, args: &[&str]) -> Command {
         .gid(USER)
         .current_dir("/tmp")
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
 }

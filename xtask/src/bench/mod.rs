@@ -6,8 +6,10 @@
 mod helper;
 mod inside;
 mod machine;
+mod migrate;
 mod paired;
 mod plugin;
+mod preempt;
 mod report;
 mod start;
 mod stats;
@@ -52,6 +54,17 @@ pub enum Bench {
     Start(Common),
     /// srun and sbatch: our plugin against a no-op plugin and none, and with --vm against a stub of the agent
     Plugin(Common),
+    /// A live move: the agents against virsh migrate
+    Migrate {
+        /// As everywhere
+        #[command(flatten)]
+        common: Common,
+        /// At least so many pairs, if the time suffices
+        #[arg(long, default_value_t = 30)]
+        pairs: usize,
+    },
+    /// Preemption: until the preempting job runs, and what work is done again
+    Preempt(Common),
 }
 
 impl Common {
@@ -84,6 +97,8 @@ pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Start(common) => common.finish(&start::run(common)?),
         Bench::Plugin(common) => common.finish(&plugin::run(common)?),
+        Bench::Preempt(common) => common.finish(&preempt::run(common)?),
+        Bench::Migrate { common, pairs } => common.finish(&migrate::run(common, *pairs)?),
     }
 }
 

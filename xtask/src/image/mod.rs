@@ -6,7 +6,7 @@
 mod cpio;
 
 use crate::{Result, error::At, paths, proc, setup, stage};
-use cpio::Archive;
+pub(crate) use cpio::Archive;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,

@@ -23,7 +23,7 @@ mod wire;
 
 pub use enter::run as run_inside;
 pub use host::{inner as host_inner, outer as host_outer};
-pub use options::{CTL, Options, Places, Slurm};
+pub use options::{CTL, Options, Places, Slurm, address};
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 pub use wire::StatusLine;
 

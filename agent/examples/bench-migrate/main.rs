@@ -1,0 +1,384 @@
+//! Moves one VM back and forth between two nodes: the nodes' half of `cargo xtask bench migrate`.
+//!
+//! One process per node and way of moving, beside no other agent. `agent`: the agent's own code (owner thread, core, peer channel, relay), as a
+//! node role has it; only Slurm is a model, because what Slurm does comes after the move. `virsh`: the same domain XML, moved by
+//! `virsh migrate --live --p2p` straight to the other libvirtd, memory by plain TCP between the QEMUs.
+//!
+//! Reads one line, answers with one line of JSON: `boot`, `expect`, `move NODE ADDRESS URI`, `suspend`, `resume`, `clear`, `seen`.
+//! `move` answers with `total_ms`: for `virsh` from the start of the process to its end; for `agent` from the order to the answer, that is with
+//! the question to the destination, its preparations, all handshakes and the hand-over of output offsets.
+//! `seen` answers with QEMU's own times of its events STOP and RESUME since `clear` (wall clock in seconds: both nodes share it in the lab) and
+//! with the largest step that a counter in the guest saw on its own clock.
+
+use serde_json::{Value, json};
+use slurm_vm::{
+    cluster::{self, Peers, TlsPeers},
+    config::Config,
+    core::{Life, Record, record::domain_name},
+    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
+    hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
+    node::Node,
+    peer::Role,
+    slurm::{FakeJob, FakeSlurm},
+    vm::{
+        Request,
+        moving::{MoveOrder, make_run_dir},
+        prepare,
+    },
+};
+use slurm_vm_api::{session::UserEntry, spec::VmSpec};
+use std::{
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+const MEM_MIB: u64 = 256;
+const IMAGE: &str = "bench";
+const BOOTED_WITHIN: Duration = Duration::from_secs(120);
+const MOVED_WITHIN: Duration = Duration::from_secs(120);
+
+/// One of QEMU's events: domain, name, wall clock in seconds.
+type Event = (String, String, f64);
+
+struct Bench {
+    node: Arc<Node>,
+    virsh: bool,
+    job: u32,
+    events: Arc<Mutex<Vec<Event>>>,
+    /// Where the serial log ended at the last `clear`.
+    serial_from: usize,
+}
+
+fn ms(d: Duration) -> f64 {
+    d.as_secs_f64() * 1000.0
+}
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+/// Arguments: configuration of the node, way (`virsh`, `plain`, `encrypted`), directory shared by both nodes, initrd of the image.
+struct Arguments {
+    config: PathBuf,
+    way: String,
+    shared: PathBuf,
+    initrd: PathBuf,
+}
+
+impl Bench {
+    fn new(a: &Arguments) -> Result<Self, String> {
+        let mut config = Config::load(&a.config).map_err(text)?;
+        let image = config.images.get("tiny").ok_or("no image tiny")?.clone();
+        let image = slurm_vm::config::ImageConfig {
+            initrd: Some(a.initrd.clone()),
+            cmdline: format!("{} rdinit=/bench/init", image.cmdline),
+            ..image
+        };
+        config.images.insert(IMAGE.into(), image);
+        config.state_dir = config.state_dir.join(format!("bench-{}", a.way));
+        config.run_dir = PathBuf::from(format!("/run/bench-{}", a.way));
+        config.shared_dir = Some(a.shared.join(&a.way));
+        let (number, port) = match a.way.as_str() {
+            "virsh" => (1, 6901),
+            "plain" => (2, 6902),
+            "encrypted" => (3, 6903),
+            other => return Err(format!("unknown way {other}")),
+        };
+        config.peer.listen = format!("0.0.0.0:{port}");
+        config.peer.port = port;
+        config.peer.encrypt_migration = a.way != "plain";
+        // A VM that waits for its job waits here for the next turn.
+        config.node.await_job_s = 86_400;
+        let overlays = a.shared.join(&a.way).join("overlays");
+        for made in [
+            &config.state_dir,
+            &config.run_dir.join("jobs"),
+            &config.run_dir.join("vm"),
+            &overlays,
+        ] {
+            std::fs::create_dir_all(made).map_err(|e| format!("cannot make {}: {e}", made.display()))?;
+        }
+        let slurm = Arc::new(FakeSlurm::with_nodes(1));
+        // Jobs of different ways have different numbers: their domains share a libvirtd.
+        let job = (0..number)
+            .fold(None, |_, _| {
+                Some(slurm.submit(FakeJob {
+                    mem_mib_per_node: 1024,
+                    ..FakeJob::default()
+                }))
+            })
+            .ok_or("no job")?;
+        slurm.tick(1);
+        let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);
+        hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
+        let world = World {
+            clock: Arc::new(SystemClock),
+            store: Arc::new(DirStore::new(&config.state_dir).map_err(text)?),
+            disks: Arc::new(QemuImg::default()),
+            hypervisor,
+            slurm,
+            faults: Faults::default(),
+        };
+        let config = Arc::new(config);
+        let peers = TlsPeers::new(&config, &[0], Role::Node)?;
+        let as_peers: Arc<dyn Peers> = peers.clone();
+        let node = Node::new(config.clone(), world, as_peers);
+        let domains = node.world.hypervisor.events();
+        let (watcher, serving) = (node.clone(), node.clone());
+        std::thread::spawn(move || watcher.watch_domains(&domains));
+        peers.serve(&config, move |from, request| cluster::answer(&serving, from, request))?;
+        let events = Arc::default();
+        watch_qemu(&config.hypervisor.uri, Arc::clone(&events))?;
+        Ok(Self {
+            node,
+            virsh: a.way == "virsh",
+            job,
+            events,
+            serial_from: 0,
+        })
+    }
+
+    fn domain(&self) -> String {
+        domain_name(self.job, 0)
+    }
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            image: IMAGE.into(),
+            cpus: Some(1),
+            mem_mib: Some(MEM_MIB),
+            boot_timeout_s: None,
+            preempt: None,
+        }
+    }
+
+    fn user() -> UserEntry {
+        UserEntry {
+            name: "alice".into(),
+            uid: 2001,
+            gid: 2001,
+            home: "/".into(),
+            shell: "/bin/sh".into(),
+        }
+    }
+
+    fn record(&self) -> Record {
+        Record {
+            v: slurm_vm::core::record::RECORD_VERSION,
+            cluster: self.node.config.cluster.clone(),
+            node: "n1".into(),
+            job: self.job,
+            k: 0,
+            user: Self::user(),
+            spec: Self::spec(),
+            run: 1,
+            generation: 1,
+            life: Life::Preparing,
+            allocation: None,
+            plan: None,
+            programs: vec![],
+            moves: vec![],
+            created_ms: 0,
+            up_ms: None,
+            ended_ms: None,
+            boot_id: None,
+            await_until_ms: None,
+        }
+    }
+
+    /// What the agent does by itself where it takes a VM in.
+    fn expect(&self) -> Result<Value, String> {
+        if self.virsh {
+            self.node.world.store.put(&self.record()).map_err(text)?;
+            make_run_dir(&self.node.config, &self.domain())?;
+        }
+        Ok(json!({}))
+    }
+
+    fn boot(&self) -> Result<Value, String> {
+        if self.virsh {
+            self.expect()?;
+            let mut record = self.record();
+            let world = &self.node.world;
+            let (allocation, plan) = prepare::prepare(world, &self.node.config, DomainType::Qemu, &record).map_err(|e| format!("{e:?}"))?;
+            record.allocation = Some(allocation);
+            record.plan = Some(plan);
+            let spec = prepare::domain_spec(&self.node.config, world, &record).ok_or("no plan")?;
+            world.hypervisor.start(&spec, false).map_err(text)?;
+        } else {
+            self.node.ensure(self.job, Self::user(), Self::spec())?;
+        }
+        let end = Instant::now() + BOOTED_WITHIN;
+        let running = || {
+            self.virsh
+                || self
+                    .node
+                    .record(self.job)
+                    .is_some_and(|r| matches!(r.life, Life::Running | Life::AwaitingJob { .. }))
+        };
+        while !(running() && self.serial().contains("slurm-vm: guest is up")) {
+            if Instant::now() > end {
+                let life = self.node.record(self.job).map(|r| r.life);
+                return Err(format!("the guest is not up: {life:?}, serial log: {}", self.serial()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(json!({}))
+    }
+
+    fn serial(&self) -> String {
+        let bytes = std::fs::read(self.node.world.store.vm_dir(&self.domain()).join("serial.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn migrate(&self, to: &str, address: &str, uri: &str) -> Result<Value, String> {
+        if self.virsh {
+            let mut command = Command::new("virsh");
+            command.args(["-q", "-c", &self.node.config.hypervisor.uri, "migrate", "--live", "--p2p"]);
+            command.args(["--migrateuri", &format!("tcp://{address}"), &self.domain(), uri]);
+            command.stdin(Stdio::null());
+            let begin = Instant::now();
+            let output = command.output().map_err(text)?;
+            let total = begin.elapsed();
+            if !output.status.success() {
+                return Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim()));
+            }
+            return Ok(json!({"total_ms": ms(total)}));
+        }
+        let owner = self.node.owner(self.job).ok_or("the VM has no owner here")?;
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        let order = MoveOrder {
+            move_id: format!("bench-{}-{}", self.job, self.node.world.clock.now_ms()),
+            to: to.into(),
+            address: address.into(),
+            cause: "asked".into(),
+            deadline_ms: None,
+        };
+        let begin = Instant::now();
+        owner.send(Request::MoveOut { order, reply }).map_err(text)?;
+        let done = answer.recv_timeout(MOVED_WITHIN).map_err(text)??;
+        let total = begin.elapsed();
+        Ok(json!({"total_ms": ms(total), "copy_ms": done.seconds * 1000.0, "sent_bytes": done.bytes}))
+    }
+
+    /// What libvirt counted for the last move, as the destination has it.
+    fn counted(&self) -> Option<f64> {
+        let mut command = Command::new("virsh");
+        command.args([
+            "-q",
+            "-c",
+            &self.node.config.hypervisor.uri,
+            "domjobinfo",
+            "--completed",
+            "--rawstats",
+            &self.domain(),
+        ]);
+        let output = command.stdin(Stdio::null()).output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().find_map(|l| l.trim().strip_prefix("memory_processed:"))?;
+        line.trim().parse().ok()
+    }
+
+    fn clear(&mut self) -> Value {
+        self.events().clear();
+        self.serial_from = self.serial().len();
+        json!({})
+    }
+
+    fn events(&self) -> std::sync::MutexGuard<'_, Vec<Event>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seen(&self) -> Value {
+        let domain = self.domain();
+        let at = |name: &str| {
+            self.events()
+                .iter()
+                .find(|(d, n, _)| *d == domain && n == name)
+                .map(|(_, _, at)| *at)
+        };
+        let serial = self.serial();
+        // `B NOW STEP`, both in nanoseconds of the guest; a line may have been cut by the move.
+        let steps = serial.get(self.serial_from..).unwrap_or_default().lines().filter_map(|l| {
+            let (_, step) = l.trim().strip_prefix("B ")?.split_once(' ')?;
+            let step = step.strip_suffix(" E")?;
+            step.parse::<f64>().ok()
+        });
+        let step = steps.fold(0.0, f64::max) / 1e6;
+        json!({"stop": at("STOP"), "resume": at("RESUME"), "step_ms": step, "counted_bytes": self.counted()})
+    }
+
+    fn answer(&mut self, line: &str) -> Result<Value, String> {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words.as_slice() {
+            ["boot"] => self.boot(),
+            ["expect"] => self.expect(),
+            ["move", to, address, uri] => self.migrate(to, address, uri),
+            ["suspend"] => self.node.world.hypervisor.suspend(&self.domain()).map(|()| json!({})).map_err(text),
+            ["resume"] => self.node.world.hypervisor.resume(&self.domain()).map(|()| json!({})).map_err(text),
+            ["clear"] => Ok(self.clear()),
+            ["seen"] => Ok(self.seen()),
+            other => Err(format!("unknown words {other:?}")),
+        }
+    }
+}
+
+/// Collects QEMU's events with QEMU's own times.
+fn watch_qemu(uri: &str, into: Arc<Mutex<Vec<Event>>>) -> Result<(), String> {
+    // virsh fills a buffer before it writes to a pipe, unless told otherwise.
+    let mut command = Command::new("stdbuf");
+    command.args([
+        "-oL",
+        "virsh",
+        "-c",
+        uri,
+        "qemu-monitor-event",
+        "--loop",
+        "--regex",
+        "--event",
+        "^(STOP|RESUME)$",
+    ]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(text)?;
+    let output = child.stdout.take().ok_or("no output")?;
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if let Some(event) = event(&line) {
+                into.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+            }
+        }
+        let _ = child.wait();
+    });
+    Ok(())
+}
+
+/// `event STOP at 1795401368.123456 for domain 'slurm-1-0': ...`
+fn event(line: &str) -> Option<Event> {
+    let (name, rest) = line.trim().strip_prefix("event ")?.split_once(" at ")?;
+    let (at, rest) = rest.split_once(" for domain ")?;
+    let domain = rest.trim_start_matches('\'').split(['\'', ':', ' ']).next()?;
+    Some((domain.to_owned(), name.to_owned(), at.parse().ok()?))
+}
+
+fn main() -> Result<(), String> {
+    slurm_vm::logging::init(false);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let [config, way, shared, initrd] = words.as_slice() else {
+        return Err("usage: bench-migrate CONFIG WAY SHARED INITRD".into());
+    };
+    let mut bench = Bench::new(&Arguments {
+        config: config.into(),
+        way: way.clone(),
+        shared: Path::new(shared).into(),
+        initrd: initrd.into(),
+    })?;
+    let mut out = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.map_err(text)?;
+        let answer = bench.answer(line.trim()).unwrap_or_else(|e| json!({"error": e}));
+        writeln!(out, "{answer}").and_then(|()| out.flush()).map_err(text)?;
+    }
+    Ok(())
+}

@@ -15,7 +15,11 @@ use common::{
 use xtask::Options;
 
 fn options(nodes: u8, grace_s: u32) -> Options {
-    Options { nodes, grace_s, ..Options::default() }
+    Options {
+        nodes,
+        grace_s,
+        ..Options::default()
+    }
 }
 
 /// The node a job runs on, once it has been restarted that often.
@@ -30,7 +34,13 @@ fn node_of(m: &Mover, job: u32, restarts: u32) -> String {
 
 #[test]
 fn without_shared_storage_the_overlay_goes_along() {
-    let lab = lab("unshared", Options { shared: false, ..options(2, 60) });
+    let lab = lab(
+        "unshared",
+        Options {
+            shared: false,
+            ..options(2, 60)
+        },
+    );
     let m = Mover::new(&lab, "unshared", 2);
     m.t.script(
         "disk.sh",
@@ -56,7 +66,11 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
     let lab = lab("dirty", options(2, 45));
     let m = Mover::new(&lab, "dirty", 2);
     m.set("n1", "node", "move_bandwidth_mib_s = 8");
-    let count = Count { numbers: 400, memory_mib: 128, rewrite_mib: 64 };
+    let count = Count {
+        numbers: 400,
+        memory_mib: 128,
+        rewrite_mib: 64,
+    };
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 5);
     let high = m.take("n1", 3);
@@ -66,7 +80,11 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
     let said: Said = lab.node("ctl", &["svm", "log", &job.to_string()]).into();
     assert_eq!(m.ways(job), ["save", "restore"]);
     let shown = m.show(job).to_string();
-    assert!(said.out.contains("does not converge") || shown.contains("does not converge"), "{}\n{shown}", said.out);
+    assert!(
+        said.out.contains("does not converge") || shown.contains("does not converge"),
+        "{}\n{shown}",
+        said.out
+    );
     m.nothing_left();
     lab.down().expect("down");
 }
@@ -75,7 +93,11 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
 fn three_preemptions_in_a_row_and_one_right_after_landing() {
     let lab = lab("row", options(3, 40));
     let m = Mover::new(&lab, "row", 3);
-    let count = Count { numbers: 450, memory_mib: 64, rewrite_mib: 4 };
+    let count = Count {
+        numbers: 450,
+        memory_mib: 64,
+        rewrite_mib: 4,
+    };
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 10);
     let copies = OneCopy::watch(&lab, &m.nodes, job);
@@ -100,7 +122,10 @@ fn three_preemptions_in_a_row_and_one_right_after_landing() {
     m.check("out", count.numbers);
     let restarts: usize = m.t.job(job)["Restarts"].parse().expect("a number");
     let ways = m.ways(job);
-    assert!(restarts >= 3 && ways.iter().filter(|w| *w != "restore").count() == restarts, "{restarts} restarts, {ways:?}");
+    assert!(
+        restarts >= 3 && ways.iter().filter(|w| *w != "restore").count() == restarts,
+        "{restarts} restarts, {ways:?}"
+    );
     m.nothing_left();
     lab.down().expect("down");
 }
@@ -134,13 +159,21 @@ fn preempted_while_booting_it_starts_over_and_while_finishing_it_is_not_run_twic
 fn preempted_while_a_slow_move_by_hand_is_under_way_it_is_away_before_the_grace_ends() {
     let lab = lab("slowhand", options(2, 40));
     let m = Mover::new(&lab, "slowhand", 2);
-    let count = Count { numbers: 350, memory_mib: 256, rewrite_mib: 8 };
+    let count = Count {
+        numbers: 350,
+        memory_mib: 256,
+        rewrite_mib: 8,
+    };
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
     let job = m.count(count, "out", "-w n1");
     let other = m.count(Count::to(200), "other", "-w n1");
     m.wait_lines("out", 5);
     m.wait_lines("other", 5);
-    let mut hand = m.t.command(&format!("svm migrate {job} n2")).stdin(Stdio::null()).spawn().expect("svm");
+    let mut hand =
+        m.t.command(&format!("svm migrate {job} n2"))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("svm");
     m.wait_vm(job, "leaving");
     let high = m.take("n1", 3);
     m.started(high, Instant::now());
@@ -158,7 +191,8 @@ fn preempted_while_a_slow_move_by_hand_is_under_way_it_is_away_before_the_grace_
 fn an_array_of_six_on_three_nodes_loses_nothing() {
     let lab = lab("array", options(3, 90));
     let m = Mover::new(&lab, "array", 3);
-    let text = m.t.sh("sbatch --parsable --vm=tiny -p low -o out.%a --array=1-6 -c1 count.sh 250 200 0 0");
+    let text =
+        m.t.sh("sbatch --parsable --vm=tiny -p low -o out.%a --array=1-6 -c1 count.sh 250 200 0 0");
     let id: u32 = text.out.trim().parse().expect("a job");
     for k in 1..=6 {
         m.wait_lines(&format!("out.{k}"), 3);
@@ -167,7 +201,9 @@ fn an_array_of_six_on_three_nodes_loses_nothing() {
     let high = m.t.submit("-p high -N 3 -c 2 -o /dev/null --wrap 'sleep 5'");
     let after = m.started(high, begun);
     assert!(after < 90.0, "{after} s");
-    wait("the array to end", || m.t.sh(&format!("squeue -h -j {id}")).out.trim().is_empty().then_some(()));
+    wait("the array to end", || {
+        m.t.sh(&format!("squeue -h -j {id}")).out.trim().is_empty().then_some(())
+    });
     for k in 1..=6 {
         m.check(&format!("out.{k}"), 250);
     }
@@ -179,11 +215,21 @@ fn an_array_of_six_on_three_nodes_loses_nothing() {
 fn a_drain_empties_the_node_and_a_move_by_hand_can_be_cancelled_half_way() {
     let lab = lab("drain", options(2, 30));
     let m = Mover::new(&lab, "drain", 2);
-    let count = Count { numbers: 350, memory_mib: 128, rewrite_mib: 2 };
+    let count = Count {
+        numbers: 350,
+        memory_mib: 128,
+        rewrite_mib: 2,
+    };
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 5);
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
-    let hand = m.t.command(&format!("svm migrate {job}")).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("svm");
+    let hand =
+        m.t.command(&format!("svm migrate {job}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("svm");
     m.wait_vm(job, "leaving");
     thread::sleep(Duration::from_secs(2));
     let cancel = m.t.sh(&format!("svm migrate {job} --cancel"));
@@ -221,7 +267,18 @@ fn node_list_comment_priority_and_the_rest_of_the_time_limit_are_carried_over() 
     m.started(high, Instant::now());
     assert_eq!(node_of(&m, job, 1), "n2");
     let after = m.t.job(job);
-    for field in ["Comment", "Priority", "Nice", "Partition", "ExcNodeList", "Requeue", "JobName", "StdOut", "OverSubscribe", "Features"] {
+    for field in [
+        "Comment",
+        "Priority",
+        "Nice",
+        "Partition",
+        "ExcNodeList",
+        "Requeue",
+        "JobName",
+        "StdOut",
+        "OverSubscribe",
+        "Features",
+    ] {
         assert_eq!(before.get(field), after.get(field), "{field}");
     }
     println!("TimeLimit before {} and after {}", before["TimeLimit"], after["TimeLimit"]);
@@ -265,7 +322,15 @@ fn scancel_in_any_phase_ends_everything() {
 
     // While it is copied.
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
-    let job = m.count(Count { numbers: 500, memory_mib: 128, rewrite_mib: 1 }, "copy", "-w n1");
+    let job = m.count(
+        Count {
+            numbers: 500,
+            memory_mib: 128,
+            rewrite_mib: 1,
+        },
+        "copy",
+        "-w n1",
+    );
     m.wait_lines("copy", 5);
     let high = m.take("n1", 1);
     m.wait_vm(job, "leaving");
@@ -276,7 +341,15 @@ fn scancel_in_any_phase_ends_everything() {
     for phase in ["saving", "saved", "restoring"] {
         let full = m.take("n2", if phase == "restoring" { 15 } else { 40 });
         m.t.wait_state(full, "RUNNING");
-        let job = m.count(Count { numbers: 500, memory_mib: 256, rewrite_mib: 1 }, phase, "");
+        let job = m.count(
+            Count {
+                numbers: 500,
+                memory_mib: 256,
+                rewrite_mib: 1,
+            },
+            phase,
+            "",
+        );
         m.wait_lines(phase, 5);
         let high = m.take("n1", 12);
         let condition = format!("svm show {job} | grep -q State={phase}");
@@ -295,7 +368,13 @@ fn scancel_in_any_phase_ends_everything() {
 
 #[test]
 fn kept_out_after_landing_the_deadline_acts_and_it_comes_back_from_a_save() {
-    let lab = lab("kept", Options { slurm_conf: "Licenses=pass:1\n".into(), ..options(3, 40) });
+    let lab = lab(
+        "kept",
+        Options {
+            slurm_conf: "Licenses=pass:1\n".into(),
+            ..options(3, 40)
+        },
+    );
     let m = Mover::new(&lab, "kept", 3);
     for host in ["n1", "n2", "n3"] {
         m.set(host, "node", "await_job_s = 20");

@@ -12,7 +12,14 @@ use xtask::{Lab, Options};
 const NUMBERS: usize = 200;
 
 fn up(name: &str) -> Lab {
-    lab(name, Options { nodes: 2, grace_s: 40, ..Options::default() })
+    lab(
+        name,
+        Options {
+            nodes: 2,
+            grace_s: 40,
+            ..Options::default()
+        },
+    )
 }
 
 /// Preempts a counter on n1 once and expects these ways, one restart and an output that is whole.
@@ -33,7 +40,9 @@ fn preempted(m: &Mover, out: &str, count: Count, at: impl FnOnce(u32)) -> u32 {
 /// What the controller noted of a job's moves.
 fn noted(m: &Mover, job: u32) -> String {
     let log = m.lab.log_tail("ctl", "slurm-vmd", 400).unwrap_or_default();
-    log.lines().filter(|l| l.contains(&format!("job {job}:"))).fold(String::new(), |s, l| s + l + "\n")
+    log.lines()
+        .filter(|l| l.contains(&format!("job {job}:")))
+        .fold(String::new(), |s, l| s + l + "\n")
 }
 
 #[test]
@@ -85,7 +94,11 @@ fn with_the_line_cut_in_mid_stream_it_goes_by_the_next_way() {
     let lab = up("cut");
     let m = Mover::new(&lab, "cut", 2);
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
-    let count = Count { numbers: 350, memory_mib: 128, rewrite_mib: 1 };
+    let count = Count {
+        numbers: 350,
+        memory_mib: 128,
+        rewrite_mib: 1,
+    };
     let job = preempted(&m, "out", count, |job| {
         m.wait_vm(job, "leaving");
         lab.cut("n1", "n2").expect("cut");
@@ -104,10 +117,23 @@ fn without_space_for_the_save_it_starts_over_and_says_why() {
     let m = Mover::new(&lab, "space", 2);
     // Seen before: too little room for memory. Not seen before: the file system of the saves is full half way.
     for (out, mount, size) in [("seen", "/shared/slurm-vm", "90m"), ("unseen", "/shared/slurm-vm/saves", "40m")] {
-        lab.node("n1", &["sh", "-c", &format!("mkdir -p {mount}; mount -t tmpfs -o size={size} none {mount}; mkdir -p /shared/slurm-vm/overlays; chmod 755 {mount}")]);
+        lab.node(
+            "n1",
+            &[
+                "sh",
+                "-c",
+                &format!(
+                    "mkdir -p {mount}; mount -t tmpfs -o size={size} none {mount}; mkdir -p /shared/slurm-vm/overlays; chmod 755 {mount}"
+                ),
+            ],
+        );
         let full = m.take("n2", 30);
         m.t.wait_state(full, "RUNNING");
-        let count = Count { numbers: 80, memory_mib: 64, rewrite_mib: 1 };
+        let count = Count {
+            numbers: 80,
+            memory_mib: 64,
+            rewrite_mib: 1,
+        };
         let job = preempted(&m, out, count, |_| {});
         let noted = noted(&m, job);
         println!("{noted}");
@@ -136,7 +162,15 @@ fn a_destination_with_another_cpu_model_is_refused_and_it_is_saved() {
 
 #[test]
 fn a_full_destination_without_shared_storage_is_refused() {
-    let lab = lab("full", Options { nodes: 2, grace_s: 40, shared: false, ..Options::default() });
+    let lab = lab(
+        "full",
+        Options {
+            nodes: 2,
+            grace_s: 40,
+            shared: false,
+            ..Options::default()
+        },
+    );
     let m = Mover::new(&lab, "full", 2);
     lab.fill("n2", true).expect("fill");
     let job = m.count(Count::to(100), "out", "-w n1");

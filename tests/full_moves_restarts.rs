@@ -9,7 +9,14 @@ use xtask::{Lab, Options};
 const NUMBERS: usize = 200;
 
 fn up(name: &str) -> Lab {
-    lab(name, Options { nodes: 2, grace_s: 60, ..Options::default() })
+    lab(
+        name,
+        Options {
+            nodes: 2,
+            grace_s: 60,
+            ..Options::default()
+        },
+    )
 }
 
 /// Preempts a counter on n1 with a fault armed in a host's agent. `over`: it may start over, too.
@@ -60,7 +67,14 @@ fn the_controller_dies_at_each_step_of_a_move() {
 fn the_sources_agent_dies_at_each_step_of_a_live_move() {
     let lab = up("source");
     let m = Mover::new(&lab, "source", 2);
-    for point in ["ask-destination.before", "ask-destination.after", "migrate.before", "migrate.after", "hand-over.before", "hand-over.after"] {
+    for point in [
+        "ask-destination.before",
+        "ask-destination.after",
+        "migrate.before",
+        "migrate.after",
+        "hand-over.before",
+        "hand-over.after",
+    ] {
         with_fault(&m, "n1", point, false, true);
     }
     m.nothing_left();
@@ -97,7 +111,11 @@ fn slurmctld_dies_in_the_middle_of_a_move() {
     let lab = up("slurmctld");
     let m = Mover::new(&lab, "slurmctld", 2);
     m.set("n1", "node", "move_bandwidth_mib_s = 16");
-    let count = Count { numbers: 250, memory_mib: 128, rewrite_mib: 1 };
+    let count = Count {
+        numbers: 250,
+        memory_mib: 128,
+        rewrite_mib: 1,
+    };
     for phase in ["leaving", "awaiting"] {
         let job = m.count(count, phase, "-w n1");
         m.wait_lines(phase, 5);

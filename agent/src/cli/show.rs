@@ -18,7 +18,7 @@ pub fn vm(vm: &VmView) -> String {
         format!("   UserId={}({}) Node={} Run={}", dash(&vm.user), vm.uid, dash(&vm.node), vm.run),
         format!("   State={} Reason={}", vm.state, dash(vm.why.as_deref().unwrap_or_default())),
         format!("   RunTime={} StartTime={started}", span(vm.run_seconds)),
-        format!("   Image={} Type={}", dash(&vm.image), dash(&vm.domain_type)),
+        format!("   Image={} Type={}{}", dash(&vm.image), dash(&vm.domain_type), type_why(vm)),
         format!(
             "   CPUs={} Cores={} Mem={guest} AllocMem={allocated} Disk={disk}",
             vm.vcpus,
@@ -79,6 +79,15 @@ fn date(unix: u64) -> String {
         rest / 60 % 60,
         rest % 60
     )
+}
+
+/// Who or what chose the type, in brackets.
+fn type_why(vm: &VmView) -> String {
+    if vm.domain_type_why.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", vm.domain_type_why)
+    }
 }
 
 #[cfg(test)]

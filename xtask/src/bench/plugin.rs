@@ -29,7 +29,7 @@ const BEGIN_EVERY: usize = 8;
 
 /// Runs the bench.
 pub fn run(common: &Common) -> Result<Report> {
-    let built = release(&["-p", "slurm-vm", "-p", "spank_vm", "--bin", "slurm-vm-run", "--lib"])?;
+    let built = release()?;
     let lab = lab(
         common,
         Options {

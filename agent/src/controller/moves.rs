@@ -483,7 +483,13 @@ impl Driver<'_> {
             return;
         }
         let nodes = ReservationNodes::Named(vec![to]);
-        let spec = ReservationSpec { name, nodes, partition: None, features: None, users: vec![self.m.user.clone()] };
+        let spec = ReservationSpec {
+            name,
+            nodes,
+            partition: None,
+            features: None,
+            users: vec![self.m.user.clone()],
+        };
         match slurm.create_reservation(&spec) {
             Ok(_) => self.note("its reservation was lost, and made again".into()),
             Err(e) => self.note(format!("its reservation was lost: {e}")),

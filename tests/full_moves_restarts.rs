@@ -23,16 +23,18 @@ fn up(name: &str) -> Lab {
 fn with_fault(m: &Mover, host: &str, point: &str, full: bool, may_start_over: bool) {
     println!("=== {point} on {host}");
     m.arm(host, &format!("{point}=abort"));
-    let full = full.then(|| m.take("n2", 15));
-    if let Some(full) = full {
-        m.t.wait_state(full, "RUNNING");
-    }
+    let full = full.then(|| m.fill("n2"));
     let out = format!("{host}.{point}");
     let job = m.count(Count::to(NUMBERS), &out, if full.is_some() { "" } else { "-w n1" });
     m.wait_lines(&out, 5);
     let copies = OneCopy::watch(m.lab, &m.nodes, job);
-    let high = m.take("n1", 3);
+    // Restored on n2, where the fault is: n1 stays taken.
+    let stays = full.is_some() && host == "n2";
+    let high = m.take("n1", if stays { 900 } else { 3 });
     m.started(high, Instant::now());
+    if let Some(full) = full {
+        m.give_back(full);
+    }
     m.wait_fault(host, &format!("fault point {point}: aborting"));
     let end = m.t.end_of(job);
     if end != ("COMPLETED".into(), "0:0".into()) {
@@ -44,10 +46,10 @@ fn with_fault(m: &Mover, host: &str, point: &str, full: bool, may_start_over: bo
     let ways = m.ways(job);
     println!("=== {point} on {host}: {ways:?}");
     assert!(may_start_over || !ways.is_empty(), "{point}: it started over");
-    m.t.end_of(high);
-    if let Some(full) = full {
-        m.t.end_of(full);
+    if stays {
+        m.give_back(high);
     }
+    m.t.end_of(high);
     m.wait_healthy();
     m.t.leaves_nothing(job);
 }

@@ -23,7 +23,7 @@ use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     effects::store::write_durably,
-    slurm::{JobInfo, JobUpdate, SlurmError},
+    slurm::{JobInfo, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -474,11 +474,34 @@ impl Driver<'_> {
         Ok(None)
     }
 
+    /// A slurmctld that was killed may have forgotten the reservation.
+    fn keep_reservation(&mut self) {
+        let Some(to) = self.m.to.clone() else { return };
+        let name = Controller::reservation(self.m.job);
+        let slurm = &self.c.world.slurm;
+        if !matches!(slurm.reservation(&name), Ok(None)) {
+            return;
+        }
+        let nodes = ReservationNodes::Named(vec![to]);
+        let spec = ReservationSpec {
+            name,
+            nodes,
+            partition: None,
+            features: None,
+            users: vec![self.m.user.clone()],
+        };
+        match slurm.create_reservation(&spec) {
+            Ok(_) => self.note("its reservation was lost, and made again".into()),
+            Err(e) => self.note(format!("its reservation was lost: {e}")),
+        }
+    }
+
     fn requeued(&mut self) -> Result<Option<String>, String> {
         let Some(info) = self.job() else {
             return Ok(Some(self.job_is_over()));
         };
         if info.brief.state.is_waiting() {
+            self.keep_reservation();
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
             if clear {
@@ -492,10 +515,15 @@ impl Driver<'_> {
                 req_nodes: clear.then(Vec::new),
                 ..JobUpdate::default()
             };
-            self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
-            if info.brief.is_held() {
-                self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            if let Err(why) = self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update)) {
+                // Held for ever is worse than anywhere: it goes on from a save, or starts over.
+                self.note(why);
+                if let Some(to) = self.m.to.take() {
+                    let line = self.kept_out(&to);
+                    self.note(line);
+                }
             }
+            self.order("release", || self.c.world.slurm.release(self.m.job))?;
         }
         self.step(Step::Released);
         Ok(None)

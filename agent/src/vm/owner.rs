@@ -156,12 +156,11 @@ impl Owner {
                 }
                 self.core(Event::Tick);
             }
-            if self.vm.record.life.is_over_here()
-                && self.releases.is_empty()
-                && !self.programs.attached()
-                && self.node.retire(&self.vm.record, rx)
-            {
-                return;
+            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
+                self.programs.forget_spools();
+                if self.node.retire(&self.vm.record, rx) {
+                    return;
+                }
             }
         }
     }

@@ -238,7 +238,7 @@ impl Node {
                     let tx = tx.clone();
                     drop(vms);
                     let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, |r| Request::Record(r));
+                    let record = self.ask(&tx, Request::Record);
                     if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
@@ -309,8 +309,12 @@ impl Node {
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
             record.generation += 1;
+            let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
                 plan.layers.insert(0, from.join("overlay.qcow2"));
+                if plan.overlay.is_some() {
+                    (plan.overlay, plan.overlay_shared) = (Some(overlay), shared);
+                }
             }
             return Birth::Expected(record);
         }

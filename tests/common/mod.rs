@@ -53,6 +53,7 @@ pub fn start(options: &Options, more_images: &[&str]) -> Lab {
     };
     lab.keep();
     let xtask = xtask::paths::xtask().expect("the xtask program");
+    #[expect(clippy::zombie_processes, reason = "it outlives this process")]
     let mut guard = Command::new("/bin/sh")
         .args([
             "-c",

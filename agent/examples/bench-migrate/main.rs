@@ -104,13 +104,12 @@ impl Bench {
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
         // Jobs of different ways have different numbers: their domains share a libvirtd.
         let job = (0..number)
-            .map(|_| {
-                slurm.submit(FakeJob {
+            .fold(None, |_, _| {
+                Some(slurm.submit(FakeJob {
                     mem_mib_per_node: 1024,
                     ..FakeJob::default()
-                })
+                }))
             })
-            .last()
             .ok_or("no job")?;
         slurm.tick(1);
         let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);

@@ -98,15 +98,17 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             offset,
             hex,
         } => {
-            let sent = node.owner(job).zip(crate::text::unhex(&hex)).map(|(o, bytes)| {
-                o.send(Request::Kept {
-                    program,
-                    stream,
-                    offset,
-                    bytes,
-                })
-            });
-            if matches!(sent, Some(Ok(()))) {
+            let kept = |bytes| Request::Kept {
+                program,
+                stream,
+                offset,
+                bytes,
+            };
+            let sent = node
+                .owner(job)
+                .zip(crate::text::unhex(&hex))
+                .is_some_and(|(owner, bytes)| owner.send(kept(bytes)).is_ok());
+            if sent {
                 PeerReply::Ok
             } else {
                 PeerReply::Refused(format!("job {job} has no VM on {}", node.name))

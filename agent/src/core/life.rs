@@ -14,7 +14,7 @@ impl Vm {
     pub fn on_event(&mut self, now_ms: u64, await_job_ms: u64, event: Event) -> Vec<Effect> {
         use Effect as Do;
         if self.unclear.is_some() {
-            return self.on_event_while_unclear(now_ms, event);
+            return self.on_event_while_unclear(now_ms, &event);
         }
         match (self.record.life.clone(), event) {
             // Preparing and booting.
@@ -265,7 +265,7 @@ impl Vm {
                 let since = *self.unknown_since_ms.get_or_insert(now_ms);
                 if self.then == Some(End::Released) && now_ms >= since + UNKNOWN_MS {
                     // The job has left, and a copy here may not run again: what became of it only the destination can tell.
-                    return self.gone(to, Some(Err("it does not answer".into())));
+                    return self.gone(now_ms, &to, Some(Err("it does not answer".into())));
                 }
                 if self.asking || now_ms < self.retry_at_ms {
                     vec![]
@@ -286,7 +286,7 @@ impl Vm {
                 if outcome.is_err() && self.failures < HAND_OVER_ATTEMPTS {
                     vec![]
                 } else {
-                    self.gone(to, Some(outcome))
+                    self.gone(now_ms, &to, Some(outcome))
                 }
             }
             (
@@ -342,11 +342,17 @@ impl Vm {
             // The source or its word may have been lost: a VM that is waited for in vain would keep its job out.
             (Life::Arriving { .. }, Event::Tick) => {
                 let by = *self.arrive_by_ms.get_or_insert(now_ms + await_job_ms);
-                if now_ms < by || self.asking {
+                if self.asking || (now_ms < by && (self.then.is_none() || now_ms < self.retry_at_ms)) {
                     return vec![];
                 }
+                self.retry_at_ms = now_ms + RETRY_MS;
                 self.arrive_by_ms = Some(now_ms + await_job_ms);
                 vec![self.ask(Do::AskOwner)]
+            }
+            // The disk is the source's until the guest runs here: which of them ends it depends on that.
+            (Life::Arriving { .. }, Event::Release) => {
+                self.then = Some(End::Released);
+                if self.asking { vec![] } else { vec![self.ask(Do::AskOwner)] }
             }
             (Life::Arriving { .. }, Event::OwnerIs(owner)) if self.asking => {
                 self.asking = false;
@@ -434,12 +440,7 @@ impl Vm {
 
             // Ending.
             (
-                Life::Preparing
-                | Life::Booting { .. }
-                | Life::Running
-                | Life::AwaitingJob { .. }
-                | Life::Arriving { .. }
-                | Life::Restoring { .. },
+                Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. },
                 Event::Release,
             ) => self.stop(End::Released),
             (Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::GiveUp) => {

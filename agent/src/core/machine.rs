@@ -234,9 +234,10 @@ impl Vm {
         ]
     }
 
-    pub(super) fn gone(&mut self, to: String, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+    pub(super) fn gone(&mut self, now_ms: u64, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
-        self.enter(Life::Gone { to: to.clone() });
+        self.enter(Life::Gone { to: to.to_owned() });
+        self.record.ended_ms = Some(now_ms);
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;
         let mut effects = vec![Effect::Persist];
@@ -263,6 +264,10 @@ impl Vm {
     }
 
     pub(super) fn arrive(&mut self, now_ms: u64, await_job_ms: u64) -> Vec<Effect> {
+        if let Some(end) = self.then.take() {
+            self.record.generation += 1;
+            return self.stop(end);
+        }
         self.offsets_pending = true;
         let life = if self.job_here {
             Life::Running

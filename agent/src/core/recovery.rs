@@ -26,7 +26,7 @@ impl Vm {
         (vm, effects)
     }
 
-    pub(super) fn on_event_while_unclear(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
+    pub(super) fn on_event_while_unclear(&mut self, now_ms: u64, event: &Event) -> Vec<Effect> {
         let Some(mut known) = self.unclear else { return vec![] };
         match event {
             Event::DomainIs(here) if self.asking => {
@@ -47,7 +47,7 @@ impl Vm {
             Event::Release => self.end_unclear(End::Released),
             Event::GiveUp => self.end_unclear(End::Requeued),
             Event::JobHere { run } => {
-                self.record.run = run;
+                self.record.run = *run;
                 self.record.await_until_ms = None;
                 let mut effects = vec![Effect::Persist];
                 effects.extend(self.clear_up(Unclear {

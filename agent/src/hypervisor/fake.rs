@@ -377,6 +377,12 @@ impl FakeHypervisor {
         self.with(|n| n.foreign.clone())
     }
 
+    /// A domain's state as it is, whatever faults are ordered and whether or not the connection is cut: for the test's own eyes.
+    #[must_use]
+    pub fn peek(&self, name: &str) -> Option<DomainState> {
+        self.with(|n| n.guests.get(name).map(|g| g.state))
+    }
+
     /// A running guest's work so far.
     #[must_use]
     pub fn work(&self, name: &str) -> Option<u64> {

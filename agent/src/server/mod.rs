@@ -108,7 +108,7 @@ fn client(mut stream: UnixStream, roles: &Roles) -> io::Result<()> {
     let mut first = [0u8; 1];
     stream.read_exact(&mut first)?;
     if first[0] == OPENING {
-        return session::serve(stream, roles, uid);
+        return session::serve(&stream, roles, uid);
     }
     let mut line = String::from_utf8_lossy(&first).into_owned();
     let mut reader = BufReader::new(stream.try_clone()?).take(hooks::MAX_LINE as u64);

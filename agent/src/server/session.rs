@@ -19,7 +19,7 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Serves one shim until either side ends. A shim that reads slowly only slows its own program: the guest sends no
 /// more than a window beyond what the shim has acknowledged, so the queue between owner and writer is bounded.
-pub fn serve(stream: UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
+pub fn serve(stream: &UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
     let session = NEXT.fetch_add(1, Ordering::Relaxed);
     let mut reader = BufReader::with_capacity(128 << 10, stream.try_clone()?);
     let (mut environment, mut arguments, mut script) = (Vec::new(), Vec::new(), None);
@@ -41,7 +41,7 @@ pub fn serve(stream: UnixStream, roles: &Roles, uid: u32) -> io::Result<()> {
             outcome: outcome.into(),
             why,
         });
-        write_frame(&mut &stream, &failed)
+        write_frame(&mut &*stream, &failed)
     };
     let Some(node) = &roles.node else {
         return refuse(outcome::NODE_FAULT, "this agent has no node role".into());

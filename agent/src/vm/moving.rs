@@ -28,7 +28,7 @@ use std::{
 
 use slurm_vm_api::query::MoveView;
 
-use super::prepare;
+use super::{prepare, programs::Kept};
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
@@ -611,7 +611,7 @@ pub fn abandon(node: &Node, record: &Record, order: Option<&MoveOrder>) {
 ///
 /// # Errors
 /// Why it did not confirm.
-pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[(u32, usize, u64, Vec<u8>)]) -> Result<(), String> {
+pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[Kept]) -> Result<(), String> {
     node.world.faults.pass("hand-over.before")?;
     node.moves.leaving().remove(&record.job);
     let (to, address, move_id) = match (order, &record.life) {

@@ -290,7 +290,7 @@ impl Owner {
                     self.carry_out(vec![Effect::Persist]);
                 }
                 log::debug!("job {}: session {session} attached", self.vm.record.job);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             _ => {
                 let _ = a.to.send(Frame::Control(ToShim::Progress(format!(
@@ -345,13 +345,13 @@ impl Owner {
                 for (stream, offset) in wrote {
                     requests.extend(self.programs.wrote(session, stream, offset));
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.hand_over_done(session);
                 return;
             }
             _ => vec![],
         };
-        self.to_guest(requests);
+        self.send_guest(requests);
     }
 
     /// Finds out from Slurm what a SIGTERM means, without blocking this thread.
@@ -396,7 +396,7 @@ impl Owner {
                 });
                 // A guest that was moved or restored has lost time.
                 self.effect(Effect::SetClock);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::Down { reason } => {
@@ -410,14 +410,14 @@ impl Owner {
                 bytes,
             } => {
                 let requests = self.programs.data(program, stream, offset, &bytes);
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Started { program, report } => {
                 let requests = self.programs.started(program, &report);
                 if let Some(note) = self.programs.take_note(program) {
                     self.journal(&note);
                 }
-                self.to_guest(requests);
+                self.send_guest(requests);
             }
             LinkEvent::Refused { program, message, .. } => {
                 self.journal(&format!("program {program} was refused by the guest: {message}"));
@@ -431,7 +431,7 @@ impl Owner {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);
-                self.to_guest(requests);
+                self.send_guest(requests);
                 self.sync_programs();
             }
             LinkEvent::ProgramLost { program } => {
@@ -475,7 +475,7 @@ impl Owner {
         self.carry_out(vec![Effect::Persist]);
     }
 
-    fn to_guest(&mut self, requests: Vec<ToGuest>) {
+    fn send_guest(&mut self, requests: Vec<ToGuest>) {
         let Some((link, _)) = &self.link else { return };
         for r in requests {
             let request = match r {

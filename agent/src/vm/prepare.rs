@@ -34,11 +34,17 @@ pub fn image<'a>(config: &'a Config, name: &str) -> Result<&'a ImageConfig, Fail
     })
 }
 
-/// Where a VM's overlay is: on shared storage when there is some.
+/// Where a VM's overlay is: on shared storage when there is some. Every run has its own, so that what a node removes late
+/// is never another node's.
 #[must_use]
-pub fn overlay_path(config: &Config, vm_dir: &Path, domain: &str) -> (PathBuf, bool) {
+pub fn overlay_path(config: &Config, vm_dir: &Path, record: &Record) -> (PathBuf, bool) {
     match &config.shared_dir {
-        Some(shared) => (shared.join("overlays").join(format!("{domain}.qcow2")), true),
+        Some(shared) => (
+            shared
+                .join("overlays")
+                .join(format!("{}.{}.{}.qcow2", record.domain(), record.node, record.run)),
+            true,
+        ),
         None => (vm_dir.join("overlay.qcow2"), false),
     }
 }
@@ -96,7 +102,7 @@ pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: 
                 base.sha256
             )));
         }
-        let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), &record.domain());
+        let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), record);
         world.disks.make_overlay(&overlay, disk, &image.disk_format)?;
         plan.overlay = Some(overlay);
         plan.overlay_shared = shared;

@@ -22,6 +22,9 @@ pub type ToSession = Sender<Frame<ToShim>>;
 /// How many bytes of a spool are under way to a shim at a time.
 const PUMP_WINDOW: u64 = 256 << 10;
 
+/// Output that was kept for a shim, to travel with a move or a save: program, stream index, offset of the first byte, bytes.
+pub type Kept = (u32, usize, u64, Vec<u8>);
+
 /// What a session brings.
 #[derive(Debug)]
 pub struct Attach {
@@ -262,7 +265,7 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 let from = a
                     .open
@@ -278,7 +281,7 @@ impl Programs {
                     if self.guest_up && p.started {
                         requests.push(ToGuest::Resume {
                             program: p.record.id,
-                            stream: OUTPUTS[i],
+                            stream,
                             from,
                         });
                     }
@@ -590,7 +593,7 @@ impl Programs {
 
     /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
     #[must_use]
-    pub fn spools(&self) -> Vec<(u32, usize, u64, Vec<u8>)> {
+    pub fn spools(&self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {
@@ -656,7 +659,7 @@ impl Programs {
             if !p.told_start {
                 continue;
             }
-            for i in 0..2 {
+            for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
@@ -676,7 +679,7 @@ impl Programs {
                     o.spool.clear();
                     requests.push(ToGuest::Resume {
                         program: p.record.id,
-                        stream: OUTPUTS[i],
+                        stream,
                         from: o.received,
                     });
                 }

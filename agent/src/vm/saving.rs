@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
-use super::{moving::make_run_dir, prepare};
+use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
     core::{Life, Record, record::domain_name},
     effects::store::write_durably,
@@ -70,7 +70,7 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
 ///
 /// # Errors
 /// Why there is no save; the domain is then still there, paused.
-pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)], cause: &str) -> Result<MoveView, String> {
+pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
     node.world.faults.pass("save.before")?;
     let Life::Saving { at: dir } = &record.life else {
         return Err("the VM is not being saved".into());
@@ -108,14 +108,7 @@ pub fn save(node: &Node, record: &Record, kept: &[(u32, usize, u64, Vec<u8>)], c
 }
 
 /// The part of a save after the memory: overlay, syncs, manifest last.
-fn complete(
-    node: &Node,
-    record: &Record,
-    dir: &Path,
-    begun: Instant,
-    kept: &[(u32, usize, u64, Vec<u8>)],
-    cause: &str,
-) -> Result<MoveView, String> {
+fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
     let memory = dir.join("memory");
     let mut bytes = node.world.disks.used_bytes(&memory);
     let mut files = vec![memory];
@@ -203,12 +196,18 @@ fn read(path: &Path) -> Option<Manifest> {
 ///
 /// # Errors
 /// Why it cannot be restored; nothing of it runs then.
-pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<(u32, usize, u64, Vec<u8>)>), String> {
+pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>), String> {
     node.world.faults.pass("restore.before")?;
     let Life::Restoring { from: dir } = &record.life else {
         return Err("the VM is not being restored".into());
     };
     let begun = Instant::now();
+    // The job may have been cancelled, or requeued to another node, while its last run's VM was on its way out here.
+    match node.job_here(record.job) {
+        Some(true) => {}
+        Some(false) => return Err(format!("Slurm does not run job {} here", record.job)),
+        None => return Err(format!("Slurm does not say whether job {} runs here", record.job)),
+    }
     let mine = crate::node::type_name(node.domain_type());
     if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
         return Err(format!("it was saved under {theirs}, this node runs guests with {mine}"));

@@ -174,7 +174,7 @@ fn slurm(program: &str, args: &[&str]) -> Command {
         .gid(USER)
         .current_dir("/tmp")
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     command
 }

@@ -70,7 +70,7 @@ impl Way {
 
 /// Runs the bench.
 pub fn run(common: &Common, pairs: usize) -> Result<Report> {
-    let built = release(&["--example", "bench-migrate"])?;
+    let built = release()?;
     let lab = lab(common, Options::default())?;
     for host in [CTL, "n1", "n2"] {
         lab.stop(host, "slurm-vmd")?;

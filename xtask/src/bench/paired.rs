@@ -122,13 +122,13 @@ pub fn run(
         }
         report.rounds.push(round);
         let n = report.rounds.len();
-        if n >= limits.least && n % LOOK_EVERY == 0 {
+        if n >= limits.least && n.is_multiple_of(LOOK_EVERY) {
             // What is only shown does not prolong a run.
             let quiet = questions.iter().filter(|q| q.goal.is_some()).all(|q| {
                 let noise = control(&report, q, limits.seed).reach(0.0);
                 noise < half_margin(q)
             });
-            if n % (LOOK_EVERY * 4) == 0 {
+            if n.is_multiple_of(LOOK_EVERY * 4) {
                 let noise: Vec<String> = questions
                     .iter()
                     .map(|q| format!("{:.4}", control(&report, q, limits.seed).reach(0.0)))

@@ -29,7 +29,7 @@ const BEGIN_EVERY: usize = 8;
 
 /// Runs the bench.
 pub fn run(common: &Common) -> Result<Report> {
-    let built = release(&["-p", "slurm-vm", "-p", "spank_vm", "--bin", "slurm-vm-run", "--lib"])?;
+    let built = release()?;
     let lab = lab(
         common,
         Options {
@@ -118,7 +118,7 @@ pub fn run(common: &Common) -> Result<Report> {
             sample.extend(clients.ask(&format!("{command} {}", words[arm]))?);
         }
         // A whole batch job takes most of a second, nearly all of it slurmctld's own timers: it is looked at now and then only.
-        if turns / arms.len() % BEGIN_EVERY == 0 {
+        if (turns / arms.len()).is_multiple_of(BEGIN_EVERY) {
             sample.extend(clients.ask(&format!("begin {}", words[arm]))?);
         }
         turns += 1;

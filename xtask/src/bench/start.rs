@@ -16,7 +16,7 @@ const BOOTS: usize = 5;
 
 /// Runs the bench.
 pub fn run(common: &Common) -> Result<Report> {
-    let built = release(&["--example", "bench-start"])?;
+    let built = release()?;
     let lab = lab(
         common,
         Options {

@@ -172,11 +172,9 @@ pub fn in_a_vm(lab: &Lab, stop: &Stop) -> Result<()> {
     quote(&output);
     let node = get(&job, "BatchHost").to_owned();
     let door = Door::root(lab, stop);
-    let kernel = door.ask_on(&node, &["uname", "-r"])?;
-    println!(
-        "\n  That was the guest. Below it is node {node}, with kernel {}: the script ran in the VM, not there.",
-        kernel.trim()
-    );
+    let uptime = door.ask_on(&node, &["cat", "/proc/uptime"])?;
+    let minutes = uptime.split('.').next().and_then(|s| s.parse::<u64>().ok()).unwrap_or(0) / 60;
+    println!("\n  That was the guest. Below it is node {node}, which has been up for {minutes} min: the script ran in the VM, not there.");
     if get(&job, "ExitCode") != "3:0" {
         return Err(format!("the script ended with `exit 3`, but Slurm says {}", summary(&job)).into());
     }
@@ -258,8 +256,19 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
         return Err(format!("the counter did not end well: {}", summary(&ended)).into());
     }
     let shown = alice.ask(&["svm", "show", &id])?;
-    if let Some(moved) = shown.lines().find_map(|line| line.trim().strip_prefix("Move=")) {
-        println!("            the move, says svm show {id}: {moved}");
+    if let Some(moved) = shown.lines().map(str::trim).find(|line| line.starts_with("Move=")) {
+        let moved = fields(moved);
+        let gap = ["GuestGap", "Downtime"]
+            .into_iter()
+            .map(|key| get(&moved, key))
+            .find(|v| v.ends_with("ms"));
+        let stood = gap.map_or_else(String::new, |gap| format!("; the guest stood still for {gap}"));
+        println!(
+            "            svm show {id}: moved {}, {} in {}{stood}",
+            get(&moved, "Move"),
+            get(&moved, "Bytes"),
+            get(&moved, "Took")
+        );
     }
     let boot = checked(&alice.output(&id)?).map_err(Error::Other)?;
     println!("\n  slurm-{id}.out has every number from 1 to {LAST}, once and in order, and the first line is the last one:");

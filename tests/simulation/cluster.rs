@@ -1,0 +1,1189 @@
+//! The cluster: time, messages, nodes with their agents and ledgers, Slurm's side of a job, and what must hold.
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    path::PathBuf,
+};
+
+use crossbeam_channel::Receiver;
+use slurm_vm::{
+    core::{Allocation, Effect, End, Event, Life, Plan, Record, Vm, record::RECORD_VERSION},
+    hypervisor::{
+        Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainState, DomainType, Hypervisor, HypervisorError, StopReason,
+        fake::{FakeHypervisor, Fault, Op, World},
+    },
+    slurm::{FakeEvent, FakeJob, FakeSlurm, JobId, Slurm},
+};
+use slurm_vm_api::{query::MoveView, session::UserEntry, spec::VmSpec};
+
+use crate::{controller::Controller, random::Random};
+
+/// How long a VM waits for its job.
+pub const AWAIT_JOB_MS: u64 = 40_000;
+/// How long an epilog waits.
+const EPILOG_MS: u64 = 30_000;
+/// A seed's time in which things go wrong.
+const ROUGH_MS: u64 = 420_000;
+/// And the time in which all must have come to rest.
+const DRAIN_MS: u64 = 2_400_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mood {
+    /// Jobs are preempted, moved and cancelled; nothing fails.
+    Calm,
+    /// Everything.
+    Rough,
+}
+
+/// What is under way.
+#[derive(Debug, Clone)]
+pub enum Message {
+    /// An event for a VM's core; dropped if that agent was killed since.
+    Core {
+        node: String,
+        epoch: u64,
+        job: u32,
+        event: Event,
+    },
+    /// The second half of an effect.
+    Act {
+        node: String,
+        epoch: u64,
+        job: u32,
+        act: Act,
+    },
+    /// A migration's or save's end in libvirt, agent or no agent.
+    LibvirtJobEnds {
+        node: String,
+        job: u32,
+        id: u64,
+    },
+    /// Prolog, or an ensure that waits for the last run to leave.
+    Ensure {
+        node: String,
+        epoch: u64,
+        job: u32,
+        tries: u32,
+    },
+    Epilog {
+        node: String,
+        job: u32,
+    },
+    EpilogOver {
+        id: u64,
+    },
+    Shim {
+        job: u32,
+        restarts: u32,
+    },
+    HighEnds {
+        job: u32,
+        restarts: u32,
+    },
+    Restart {
+        node: String,
+    },
+    RestartController,
+    Libvirt {
+        node: String,
+        up: bool,
+    },
+    Slurmctld {
+        up: bool,
+    },
+    /// The destination is asked to prepare.
+    Import {
+        from: String,
+        epoch: u64,
+        to: String,
+        record: Box<Record>,
+        move_id: String,
+    },
+    Abandon {
+        to: String,
+        job: u32,
+        move_id: String,
+    },
+    TakeOver {
+        from: String,
+        epoch: u64,
+        to: String,
+        record: Box<Record>,
+    },
+    /// An order of the controller, with the id of the request.
+    Order {
+        node: String,
+        job: u32,
+        id: u64,
+        order: Order,
+    },
+    Answer {
+        id: u64,
+        epoch: u64,
+        outcome: Result<(), String>,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub enum Act {
+    Prepare,
+    Start,
+    Destroy,
+    Migrate { to: String, to_epoch: Option<u64> },
+    Save { at: PathBuf, record: Box<Record> },
+    Restore { from: PathBuf },
+    Resume,
+    AskOwner,
+    AskDomain,
+    AskJob,
+    OpenGuest { link: u64 },
+}
+
+#[derive(Debug, Clone)]
+pub enum Order {
+    MoveOut { to: String },
+    Save,
+    Cancel,
+    GiveUp,
+    Release,
+}
+
+/// A live VM of an agent.
+#[derive(Debug)]
+pub struct Owner {
+    pub vm: Vm,
+    pub releases: Vec<u64>,
+    pub move_reply: Option<u64>,
+    pub link: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct Node {
+    pub alive: bool,
+    pub epoch: u64,
+    pub vms: BTreeMap<u32, Owner>,
+    /// What survives the agent.
+    pub ledger: BTreeMap<u32, Record>,
+    /// Destinations that have said yes, by job: their agent's epoch. Forgotten when this agent dies.
+    pub departures: BTreeMap<u32, u64>,
+}
+
+#[derive(Debug)]
+pub struct SaveFile {
+    pub at: PathBuf,
+    pub job: u32,
+    /// With its manifest; none while it is incomplete.
+    pub manifest: Option<Record>,
+    pub used: bool,
+}
+
+/// A migration or save in libvirt.
+#[derive(Debug, Clone)]
+pub struct LibvirtJob {
+    pub id: u64,
+    pub epoch: u64,
+    pub act: Act,
+}
+
+pub struct Cluster {
+    pub mood: Mood,
+    pub random: Random,
+    pub now: u64,
+    next: u64,
+    queue: BTreeMap<(u64, u64), Message>,
+    pub world: World,
+    pub hypervisors: BTreeMap<String, FakeHypervisor>,
+    events: BTreeMap<String, Receiver<DomainEvent>>,
+    pub slurm: FakeSlurm,
+    pub nodes: BTreeMap<String, Node>,
+    /// Overlays on shared storage.
+    pub overlays: BTreeSet<PathBuf>,
+    pub saves: Vec<SaveFile>,
+    pub libvirt_jobs: BTreeMap<(String, u32), LibvirtJob>,
+    epilogs: BTreeMap<u64, (String, u32)>,
+    pub vm_jobs: BTreeMap<u32, u64>,
+    faults: BTreeMap<u32, u32>,
+    pub controller: Controller,
+    quiet: bool,
+    /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
+    pub excused: BTreeSet<u32>,
+    slurm_away: bool,
+    pub trace: VecDeque<String>,
+    pub reached: BTreeSet<(&'static str, &'static str)>,
+    pub counts: BTreeMap<&'static str, u64>,
+}
+
+pub fn domain(job: u32) -> String {
+    format!("slurm-{job}-0")
+}
+
+impl Cluster {
+    pub fn new(seed: u64, mood: Mood) -> Self {
+        let mut random = Random::new(seed);
+        let count = random.between(2, 4);
+        let world = World::new();
+        let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
+        let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
+        let events = hypervisors.iter().map(|(n, h)| (n.clone(), h.events())).collect();
+        let slurm = FakeSlurm::with_nodes(u32::try_from(count).unwrap());
+        slurm.set_requeues_early_exit(random.permille(500));
+        Self {
+            mood,
+            random,
+            now: 1_000_000,
+            next: 0,
+            queue: BTreeMap::new(),
+            world,
+            hypervisors,
+            events,
+            slurm,
+            nodes: names
+                .iter()
+                .map(|n| {
+                    (
+                        n.clone(),
+                        Node {
+                            alive: true,
+                            epoch: 1,
+                            ..Node::default()
+                        },
+                    )
+                })
+                .collect(),
+            overlays: BTreeSet::new(),
+            saves: Vec::new(),
+            libvirt_jobs: BTreeMap::new(),
+            epilogs: BTreeMap::new(),
+            vm_jobs: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            controller: Controller::default(),
+            quiet: false,
+            excused: BTreeSet::new(),
+            slurm_away: false,
+            trace: VecDeque::new(),
+            reached: BTreeSet::new(),
+            counts: BTreeMap::new(),
+        }
+    }
+
+    pub fn say(&mut self, line: String) {
+        if self.trace.len() > 600 {
+            self.trace.pop_front();
+        }
+        self.trace
+            .push_back(format!("{:>8.3} {line}", (self.now - 1_000_000) as f64 / 1000.0));
+    }
+
+    pub fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    /// Something of the rough kind happens now, in so many of a thousand cases.
+    pub fn rough(&mut self, permille: u64) -> bool {
+        self.mood == Mood::Rough && !self.quiet && self.random.permille(permille)
+    }
+
+    pub fn at(&mut self, delay_ms: u64, message: Message) {
+        self.next += 1;
+        self.queue.insert((self.now + delay_ms, self.next), message);
+    }
+
+    /// A delay as threads and networks have it: mostly short, sometimes long.
+    pub fn delay(&mut self) -> u64 {
+        if self.rough(50) {
+            self.random.between(500, 8_000)
+        } else {
+            self.random.between(1, 120)
+        }
+    }
+
+    pub fn id(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Runs a seed to its end.
+    pub fn run(&mut self) -> Result<(), String> {
+        let begin = self.now;
+        let (mut half_seconds, mut last) = (0_u64, String::new());
+        loop {
+            if self.now - begin > ROUGH_MS + DRAIN_MS {
+                return Err(format!("not at rest {} s after the last trouble: {last}", DRAIN_MS / 1000));
+            }
+            // Messages of the next half second in their order, then the clockwork.
+            let until = begin + (half_seconds + 1) * 500;
+            while let Some(entry) = self.queue.first_entry() {
+                let (at, _) = *entry.key();
+                if at > until {
+                    break;
+                }
+                let message = entry.remove();
+                self.now = self.now.max(at);
+                self.deliver(message);
+                self.libvirt_events();
+                self.check()?;
+            }
+            self.now = until;
+            half_seconds += 1;
+            self.clockwork(half_seconds, begin);
+            self.libvirt_events();
+            self.check()?;
+            if self.quiet && half_seconds % 20 == 0 {
+                match self.left() {
+                    None => return Ok(()),
+                    Some(what) => last = what,
+                }
+            }
+        }
+    }
+
+    fn clockwork(&mut self, half_seconds: u64, begin: u64) {
+        for (node, jobs) in self
+            .nodes
+            .iter()
+            .map(|(n, s)| (n.clone(), s.vms.keys().copied().collect::<Vec<_>>()))
+            .collect::<Vec<_>>()
+        {
+            for job in jobs {
+                self.core(&node, job, Event::Tick);
+            }
+        }
+        if half_seconds % 2 == 0 {
+            self.world.tick(1000);
+            self.slurm.tick(i64::try_from(self.now / 1000).unwrap());
+            self.slurm_events();
+            self.controller_tick();
+        }
+        if self.now - begin < ROUGH_MS {
+            self.trouble();
+        } else if !self.quiet {
+            self.say("-- left alone from here on".into());
+            self.quiet = true;
+            for h in self.hypervisors.values() {
+                h.clear_faults();
+                h.connect(true);
+            }
+            self.slurm_away = false;
+            self.slurm.set_unreachable(false);
+        }
+    }
+
+    fn trouble(&mut self) {
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        if self.vm_jobs.len() < 10 && self.random.permille(25) {
+            let cpus = if self.random.permille(600) { 4 } else { 2 };
+            let job = self.slurm.submit(FakeJob {
+                cpus_per_node: cpus,
+                time_limit_min: Some(600),
+                ..FakeJob::default()
+            });
+            let work = self.random.between(20_000, 150_000);
+            self.say(format!("job {job} submitted, {work} ms of work"));
+            self.vm_jobs.insert(job, work);
+        }
+        if self.random.permille(15) {
+            let req_nodes = if self.random.permille(700) {
+                self.random.pick(&names).cloned().into_iter().collect()
+            } else {
+                vec![]
+            };
+            let job = self.slurm.submit(FakeJob {
+                user: "bob".into(),
+                uid: 2002,
+                partition: "high".into(),
+                cpus_per_node: 4,
+                features: None,
+                time_limit_min: Some(600),
+                req_nodes,
+                ..FakeJob::default()
+            });
+            self.say(format!("high job {job} submitted"));
+        }
+        let jobs: Vec<u32> = self.vm_jobs.keys().copied().collect();
+        if self.random.permille(6)
+            && let Some(job) = self.random.pick(&jobs).copied()
+        {
+            self.say(format!("scancel {job}"));
+            self.slurm.cancel(job, None).ok();
+            self.slurm_events();
+        }
+        if self.random.permille(8)
+            && let Some(job) = self.random.pick(&jobs).copied()
+        {
+            self.ask_move(job, "asked");
+        }
+        if self.random.permille(8)
+            && let (Some(job), Some(node)) = (self.random.pick(&jobs).copied(), self.random.pick(&names).cloned())
+        {
+            let order = if self.random.permille(800) { Order::Cancel } else { Order::GiveUp };
+            let id = self.id();
+            self.say(format!("{order:?} {job} on {node}"));
+            if matches!(order, Order::GiveUp) {
+                let _ = self.slurm.requeue(job);
+            }
+            self.at(10, Message::Order { node, job, id, order });
+        }
+        if self.mood == Mood::Calm {
+            return;
+        }
+        let Some(node) = self.random.pick(&names).cloned() else { return };
+        if self.random.permille(14) && self.nodes[&node].alive {
+            self.kill(&node);
+            let after = self.random.between(200, 25_000);
+            self.at(after, Message::Restart { node: node.clone() });
+        }
+        if self.random.permille(6) && self.controller.alive {
+            self.say("controller killed".into());
+            self.controller.kill();
+            let after = self.random.between(500, 15_000);
+            self.at(after, Message::RestartController);
+        }
+        let fail = |op: Op, times| (op, Fault::Refuse(refusal(op)), times);
+        let lose = |op: Op, times| (op, Fault::LoseAnswer, times);
+        let fault = match self.random.next() % 600 {
+            0..3 => Some(fail(Op::Import, 1)),
+            3..6 => Some(lose(Op::Import, 1)),
+            6..8 => Some(fail(Op::Start, 1)),
+            8..10 => Some(fail(Op::Save, 1)),
+            10..12 => Some(fail(Op::Restore, 1)),
+            12..14 => Some(fail(Op::Destroy, 2)),
+            14..16 => Some(fail(Op::Resume, 1)),
+            16..18 => Some(fail(Op::Migrate, 1)),
+            18..20 => Some(lose(Op::Migrate, 1)),
+            20..22 => Some(lose(Op::Start, 1)),
+            22..24 => Some(lose(Op::Destroy, 1)),
+            _ => None,
+        };
+        if let Some((op, fault, times)) = fault {
+            self.say(format!("{node}: the next {op:?}: {fault:?}"));
+            self.hypervisors[&node].fail_next(op, fault, times);
+        }
+        if self.random.permille(3)
+            && let Some(job) = self.random.pick(&jobs).copied()
+        {
+            let panics = self.random.permille(500);
+            if self.hypervisors[&node].info(&domain(job)).ok().flatten().is_some() {
+                self.say(format!("{node}: guest of {job} dies"));
+            }
+            self.hypervisors[&node].end_guest(&domain(job), panics);
+        }
+        if self.random.permille(4) {
+            self.say(format!("{node}: libvirt away"));
+            self.hypervisors[&node].connect(false);
+            let after = self.random.between(500, 20_000);
+            self.at(after, Message::Libvirt { node, up: true });
+        }
+        if self.random.permille(3) {
+            self.say("slurmctld away".into());
+            self.slurm_away = true;
+            self.slurm.set_unreachable(true);
+            let after = self.random.between(500, 20_000);
+            self.at(after, Message::Slurmctld { up: true });
+        }
+    }
+
+    fn kill(&mut self, name: &str) {
+        self.say(format!("{name}: agent killed"));
+        self.count("agents killed");
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        node.alive = false;
+        node.epoch += 1;
+        node.departures.clear();
+        let lost: Vec<Owner> = std::mem::take(&mut node.vms).into_values().collect();
+        for owner in lost {
+            // Who waits sees the connection break.
+            for epilog in owner.releases {
+                self.epilog_returns(epilog);
+            }
+            if let Some(id) = owner.move_reply {
+                self.answer(id, Err("connection lost".into()));
+            }
+        }
+    }
+
+    fn restart(&mut self, name: &str) {
+        self.say(format!("{name}: agent started"));
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        node.alive = true;
+        let records: Vec<Record> = node.ledger.values().cloned().collect();
+        let hypervisor = self.hypervisors[name].clone();
+        let domains = hypervisor.list().ok();
+        for record in &records {
+            let job = record.job;
+            let here = domains.as_ref().map(|d| d.iter().any(|d| d.name == record.domain()));
+            if record.life.is_over_here() {
+                if here == Some(true) {
+                    let _ = hypervisor.destroy(&record.domain());
+                }
+                continue;
+            }
+            let (vm, effects) = Vm::recovered(record.clone(), here, self.job_here(name, job));
+            self.say(format!("{name}: job {job} found {} (domain {here:?})", record.life.name()));
+            self.adopt(name, job, vm, effects);
+        }
+        for d in domains.into_iter().flatten() {
+            if !records.iter().any(|r| r.domain() == d.name) {
+                self.say(format!("{name}: {} is in no record", d.name));
+                let _ = hypervisor.destroy(&d.name);
+            }
+        }
+    }
+
+    pub fn adopt(&mut self, node: &str, job: u32, vm: Vm, effects: Vec<Effect>) {
+        let link = self.id();
+        let owner = Owner {
+            vm,
+            releases: vec![],
+            move_reply: None,
+            link,
+        };
+        if let Some(n) = self.nodes.get_mut(node) {
+            n.vms.insert(job, owner);
+        }
+        self.carry_out(node, job, effects);
+    }
+
+    pub fn job_here(&self, node: &str, job: u32) -> Option<bool> {
+        match self.slurm.job(job) {
+            Ok(Some(info)) => Some(info.brief.state.is_on_nodes() && info.brief.nodes.iter().any(|n| n == node)),
+            Ok(None) => Some(false),
+            Err(_) => None,
+        }
+    }
+
+    pub fn job_is_over(&self, job: u32) -> bool {
+        self.slurm
+            .job(job)
+            .is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
+    }
+
+    /// Feeds a core and carries out what it says.
+    pub fn core(&mut self, node: &str, job: u32, event: Event) {
+        let now = self.now;
+        let Some(owner) = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job)) else {
+            return;
+        };
+        let before = owner.vm.record.life.name();
+        let kind = kind(&event);
+        let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);
+        let after = owner.vm.record.life.name();
+        self.reached.insert((before, kind));
+        if before != after || !matches!(kind, "tick") {
+            let named: Vec<String> = effects.iter().map(|e| format!("{e:?}").chars().take(60).collect()).collect();
+            self.say(format!("{node}: job {job} {before} <- {kind} -> {after}: {}", named.join(", ")));
+        }
+        self.carry_out(node, job, effects);
+        self.retire(node, job);
+    }
+
+    fn retire(&mut self, node: &str, job: u32) {
+        if let Some(n) = self.nodes.get_mut(node)
+            && n.vms
+                .get(&job)
+                .is_some_and(|o| o.vm.record.life.is_over_here() && o.releases.is_empty())
+        {
+            n.vms.remove(&job);
+        }
+    }
+
+    fn deliver(&mut self, message: Message) {
+        match message {
+            Message::Core { node, epoch, job, event } => {
+                if self.is(&node, epoch) {
+                    self.core(&node, job, event);
+                }
+            }
+            Message::Act { node, epoch, job, act } => {
+                if self.is(&node, epoch) {
+                    self.act(&node, epoch, job, act);
+                }
+            }
+            Message::LibvirtJobEnds { node, job, id } => self.libvirt_job_ends(&node, job, id),
+            Message::Ensure { node, epoch, job, tries } => {
+                if self.is(&node, epoch) {
+                    self.ensure(&node, job, tries);
+                }
+            }
+            Message::Epilog { node, job } => self.epilog(&node, job),
+            Message::EpilogOver { id } => self.epilog_over(id),
+            Message::Shim { job, restarts } => self.shim(job, restarts),
+            Message::HighEnds { job, restarts } => {
+                if self.runs_on(job, restarts).is_some() {
+                    self.slurm.exited(job, 0);
+                    self.slurm_events();
+                }
+            }
+            Message::Restart { node } => self.restart(&node),
+            Message::RestartController => {
+                self.say("controller started".into());
+                self.controller.restart();
+            }
+            Message::Libvirt { node, up } => {
+                self.say(format!("{node}: libvirt back"));
+                self.hypervisors[&node].connect(up);
+                self.recheck(&node);
+            }
+            Message::Slurmctld { up } => {
+                self.say("slurmctld back".into());
+                self.slurm_away = !up;
+                self.slurm.set_unreachable(!up);
+            }
+            Message::Import {
+                from,
+                epoch,
+                to,
+                record,
+                move_id,
+            } => self.import(&from, epoch, &to, *record, &move_id),
+            Message::Abandon { to, job, move_id } => {
+                let waits = self.nodes[&to]
+                    .vms
+                    .get(&job)
+                    .is_some_and(|o| matches!(&o.vm.record.life, Life::Arriving { move_id: m, .. } if *m == move_id));
+                if waits {
+                    self.core(&to, job, Event::Abandoned);
+                }
+            }
+            Message::TakeOver { from, epoch, to, record } => {
+                let there = self.nodes[&to].alive && self.nodes[&to].vms.contains_key(&record.job);
+                let job = record.job;
+                let outcome = if there {
+                    self.core(
+                        &to,
+                        job,
+                        Event::TookOver {
+                            programs: record.programs.clone(),
+                            moves: record.moves.clone(),
+                        },
+                    );
+                    Ok(())
+                } else {
+                    Err(format!("{to} has no VM"))
+                };
+                let outcome = if self.rough(80) { Err("no answer".into()) } else { outcome };
+                let delay = self.delay();
+                self.at(
+                    delay,
+                    Message::Core {
+                        node: from,
+                        epoch,
+                        job,
+                        event: Event::HandedOver(outcome),
+                    },
+                );
+            }
+            Message::Order { node, job, id, order } => self.order(&node, job, id, order),
+            Message::Answer { id, epoch, outcome } => self.controller.answered(id, epoch, outcome),
+        }
+    }
+
+    fn is(&self, node: &str, epoch: u64) -> bool {
+        self.nodes.get(node).is_some_and(|n| n.alive && n.epoch == epoch)
+    }
+
+    pub fn answer(&mut self, id: u64, outcome: Result<(), String>) {
+        let (delay, epoch) = (self.delay(), self.controller.epoch);
+        let outcome = if self.rough(60) { Err("connection lost".into()) } else { outcome };
+        self.at(delay, Message::Answer { id, epoch, outcome });
+    }
+
+    // What libvirt tells.
+
+    fn libvirt_events(&mut self) {
+        for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+            while let Ok(event) = self.events[&node].try_recv() {
+                let (name, event) = match event {
+                    DomainEvent::Stopped {
+                        reason: StopReason::Migrated | StopReason::Saved,
+                        ..
+                    } => continue,
+                    DomainEvent::Stopped { name, reason, .. } => (
+                        name,
+                        Event::DomainEnded {
+                            how: format!("{reason:?}"),
+                        },
+                    ),
+                    DomainEvent::Resumed {
+                        name,
+                        reason: slurm_vm::hypervisor::StateReason::Migrated,
+                        ..
+                    } => (name, Event::Arrived),
+                    _ => continue,
+                };
+                let Some(job) = name.split('-').nth(1).and_then(|j| j.parse().ok()) else {
+                    continue;
+                };
+                let (delay, epoch) = (self.delay(), self.nodes[&node].epoch);
+                if self.rough(60) {
+                    continue;
+                }
+                if self.rough(50) {
+                    self.at(
+                        delay + 20,
+                        Message::Core {
+                            node: node.clone(),
+                            epoch,
+                            job,
+                            event: event.clone(),
+                        },
+                    );
+                }
+                self.at(
+                    delay,
+                    Message::Core {
+                        node: node.clone(),
+                        epoch,
+                        job,
+                        event,
+                    },
+                );
+            }
+        }
+    }
+
+    /// Events were lost while libvirt was away.
+    fn recheck(&mut self, node: &str) {
+        if !self.nodes[node].alive {
+            return;
+        }
+        let Ok(domains) = self.hypervisors[node].list() else { return };
+        let gone: Vec<u32> = self.nodes[node]
+            .vms
+            .iter()
+            .filter(|(_, o)| matches!(o.vm.record.life, Life::Running | Life::AwaitingJob { .. } | Life::Booting { .. }))
+            .map(|(j, _)| *j)
+            .filter(|j| !domains.iter().any(|d| d.name == domain(*j)))
+            .collect();
+        for job in gone {
+            self.core(
+                node,
+                job,
+                Event::DomainEnded {
+                    how: "it ended while libvirt was away".into(),
+                },
+            );
+        }
+    }
+
+    // Slurm's side.
+
+    pub fn slurm_events(&mut self) {
+        for event in self.slurm.events() {
+            match event {
+                FakeEvent::Started { job, nodes, restarts } => {
+                    let Some(node) = nodes.first().cloned() else { continue };
+                    self.say(format!("job {job} starts on {node} (restarts {restarts})"));
+                    if self.vm_jobs.contains_key(&job) {
+                        let (delay, epoch) = (self.random.between(1, 60), self.nodes[&node].epoch);
+                        // A prolog that finds no agent does without.
+                        if self.nodes[&node].alive {
+                            self.at(
+                                delay,
+                                Message::Ensure {
+                                    node,
+                                    epoch,
+                                    job,
+                                    tries: 0,
+                                },
+                            );
+                        }
+                        self.at(delay + 200, Message::Shim { job, restarts });
+                    } else {
+                        let last = self.random.between(10_000, 90_000);
+                        self.at(last, Message::HighEnds { job, restarts });
+                    }
+                }
+                FakeEvent::Grace { job, .. } => {
+                    self.say(format!("job {job} is preempted"));
+                    self.count("preemptions");
+                }
+                FakeEvent::Ending { job, nodes, next } => {
+                    self.say(format!("job {job} leaves {nodes:?}, then {next:?}"));
+                    for node in nodes {
+                        if self.vm_jobs.contains_key(&job) {
+                            let delay = self.random.between(50, 2_000);
+                            self.at(delay, Message::Epilog { node, job });
+                        } else {
+                            self.slurm.epilog_done(job, &node);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn runs_on(&self, job: JobId, restarts: u32) -> Option<String> {
+        // What slurmd and the shim know of themselves, slurmctld or not.
+        self.slurm.set_unreachable(false);
+        let info = self.slurm.job(job).ok().flatten();
+        self.slurm.set_unreachable(self.slurm_away);
+        info.filter(|i| i.brief.state.is_on_nodes() && i.brief.restarts == restarts)?
+            .brief
+            .nodes
+            .first()
+            .cloned()
+    }
+
+    fn ensure(&mut self, node: &str, job: u32, tries: u32) {
+        let life = self.nodes[node].vms.get(&job).map(|o| (o.vm.record.life.clone(), o.vm.record.run));
+        match life {
+            Some((life, _))
+                if life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. }) =>
+            {
+                if tries < 600 {
+                    let epoch = self.nodes[node].epoch;
+                    self.at(
+                        200,
+                        Message::Ensure {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            tries: tries + 1,
+                        },
+                    );
+                }
+            }
+            Some((_, run)) => self.core(node, job, Event::JobHere { run: run + 1 }),
+            None => {
+                let run = self.nodes[node].ledger.get(&job).map_or(1, |r| r.run + 1);
+                let save = self
+                    .saves
+                    .iter()
+                    .filter(|s| s.job == job && !s.used)
+                    .filter_map(|s| s.manifest.clone())
+                    .max_by_key(|r| r.generation);
+                let (vm, effects) = match save {
+                    Some(mut record) => {
+                        record.run = run.max(record.run + 1);
+                        record.node = node.into();
+                        record.generation += 1;
+                        record.plan = Some(allocation(&record).1);
+                        Vm::expected(record)
+                    }
+                    None => Vm::new(self.record(node, job, run)),
+                };
+                self.adopt(node, job, vm, effects);
+            }
+        }
+    }
+
+    fn record(&self, node: &str, job: u32, run: u64) -> Record {
+        Record {
+            v: RECORD_VERSION,
+            cluster: "fake".into(),
+            node: node.into(),
+            job,
+            k: 0,
+            user: UserEntry {
+                name: "alice".into(),
+                uid: 2001,
+                gid: 2001,
+                home: "/home/alice".into(),
+                shell: "/bin/sh".into(),
+            },
+            spec: VmSpec {
+                image: "tiny".into(),
+                cpus: None,
+                mem_mib: None,
+                boot_timeout_s: Some(60),
+                preempt: None,
+            },
+            run,
+            generation: 1,
+            life: Life::Preparing,
+            allocation: None,
+            plan: None,
+            programs: vec![],
+            moves: vec![],
+            created_ms: self.now,
+            up_ms: None,
+            ended_ms: None,
+            boot_id: None,
+            await_until_ms: None,
+        }
+    }
+
+    fn epilog(&mut self, node: &str, job: u32) {
+        let id = self.id();
+        self.epilogs.insert(id, (node.into(), job));
+        let owner = self.nodes.get_mut(node).filter(|n| n.alive).and_then(|n| n.vms.get_mut(&job));
+        let Some(owner) = owner else {
+            self.epilog_returns(id);
+            return;
+        };
+        owner.releases.push(id);
+        self.at(EPILOG_MS, Message::EpilogOver { id });
+        self.core(node, job, Event::Release);
+    }
+
+    /// It took too long: the domain is ended by force.
+    fn epilog_over(&mut self, id: u64) {
+        let Some((node, job)) = self.epilogs.get(&id).cloned() else {
+            return;
+        };
+        self.say(format!("{node}: epilog of {job} overruns"));
+        self.count("epilogs that overran");
+        let _ = self.hypervisors[&node].destroy(&domain(job));
+        if let Some(owner) = self.nodes.get_mut(&node).and_then(|n| n.vms.get_mut(&job)) {
+            owner.releases.retain(|r| *r != id);
+        }
+        self.epilog_returns(id);
+        self.retire(&node, job);
+    }
+
+    pub fn epilog_returns(&mut self, id: u64) {
+        if let Some((node, job)) = self.epilogs.remove(&id) {
+            self.say(format!("{node}: epilog of {job} returns"));
+            self.slurm.epilog_done(job, &node);
+        }
+    }
+
+    /// One look of the shim at its VM.
+    fn shim(&mut self, job: u32, restarts: u32) {
+        let Some(node) = self.runs_on(job, restarts) else { return };
+        let again = self.random.between(400, 1_200);
+        self.at(again, Message::Shim { job, restarts });
+        if !self.nodes[&node].alive {
+            return;
+        }
+        let epoch = self.nodes[&node].epoch;
+        let over = match self.nodes[&node].vms.get(&job).map(|o| o.vm.record.life.clone()) {
+            Some(Life::Running | Life::AwaitingJob { .. }) => {
+                let done = self.hypervisors[&node].work(&domain(job)).is_some_and(|w| w >= self.vm_jobs[&job]);
+                if done && self.nodes[&node].vms[&job].vm.record.up_ms.is_some() {
+                    self.say(format!("job {job} has done its work"));
+                    self.count("jobs finished");
+                    self.slurm.exited(job, 0);
+                    self.slurm_events();
+                }
+                return;
+            }
+            Some(Life::Stopping { why } | Life::Stopped { why }) => why,
+            Some(_) => return,
+            None => match self.nodes[&node].ledger.get(&job) {
+                // The end of an earlier run says nothing about this one.
+                // It is elsewhere, and its job follows: no second one here.
+                Some(Record {
+                    life: Life::Gone { .. } | Life::Saved { .. },
+                    ended_ms,
+                    ..
+                }) if !self.is_older(job, *ended_ms) => return,
+                Some(Record {
+                    life: Life::Stopped { why },
+                    ended_ms,
+                    ..
+                }) if why.verdict().is_some() && !self.is_older(job, *ended_ms) => why.clone(),
+                _ => {
+                    // Not announced by the prolog: taken from Slurm.
+                    if self.job_here(&node, job) == Some(true) {
+                        self.ensure(&node, job, 0);
+                    }
+                    return;
+                }
+            },
+        };
+        match over {
+            End::NodeFault { how } => {
+                let n = self.faults.entry(job).or_default();
+                *n += 1;
+                if *n > 20 {
+                    self.slurm.exited(job, 125);
+                } else {
+                    self.say(format!("job {job}: shim requeues: {how}"));
+                    let _ = self.slurm.requeue(job);
+                }
+                self.slurm_events();
+            }
+            End::Released | End::NotArrived | End::Requeued => {
+                let _ = epoch;
+            }
+            End::BootTimeout { .. } | End::BootFailed { .. } | End::GuestLost { .. } | End::Refused { .. } | End::NotReadmitted => {
+                self.say(format!("job {job}: shim reports {over:?}"));
+                self.count("jobs that lost their guest");
+                if self.mood == Mood::Calm {
+                    self.counts.insert("lost guests in calm weather", 1);
+                }
+                self.slurm.exited(job, 123);
+                self.slurm_events();
+            }
+        }
+    }
+
+    fn is_older(&self, job: u32, ended_ms: Option<u64>) -> bool {
+        let start = self
+            .slurm
+            .job(job)
+            .ok()
+            .flatten()
+            .and_then(|i| i.brief.start_time)
+            .and_then(|s| u64::try_from(s).ok());
+        matches!((ended_ms, start), (Some(ended), Some(start)) if ended < start * 1000)
+    }
+
+    // What must hold.
+
+    pub fn check(&self) -> Result<(), String> {
+        for what in self.world.violations() {
+            if !self.excused.iter().any(|job| what.starts_with(&format!("{} ", domain(*job)))) {
+                return Err(what);
+            }
+        }
+        if let Some(what) = self.slurm.breach() {
+            return Err(what);
+        }
+        for (name, node) in &self.nodes {
+            for (job, record) in &node.ledger {
+                let info = || self.hypervisors[name].peek(&domain(*job));
+                if matches!(record.life, Life::Gone { .. } | Life::Saved { .. }) && info() == Some(DomainState::Running) {
+                    return Err(format!("job {job} runs on {name}, whose record says {}", record.life.name()));
+                }
+                if matches!(record.life, Life::Stopped { .. }) && info().is_some() {
+                    return Err(format!("job {job} is stopped on {name}, and its domain is there"));
+                }
+                let disk = record.plan.as_ref().and_then(|p| p.overlay.as_ref());
+                if info() == Some(DomainState::Running) && disk.is_none_or(|d| !self.overlays.contains(d)) {
+                    return Err(format!("job {job} runs on {name} without its disk"));
+                }
+            }
+        }
+        if self.mood == Mood::Calm && self.counts.contains_key("lost guests in calm weather") {
+            return Err("a guest was lost although nothing failed".into());
+        }
+        Ok(())
+    }
+
+    /// What is left; `None` when the cluster is at rest.
+    fn left(&self) -> Option<String> {
+        if let Some(job) = self.vm_jobs.keys().find(|j| !self.job_is_over(**j)) {
+            let at: Vec<String> = self
+                .nodes
+                .iter()
+                .filter_map(|(n, s)| Some(format!("{} on {n}", s.vms.get(job)?.vm.record.life.name())))
+                .collect();
+            let slurm = self
+                .slurm
+                .job(*job)
+                .ok()
+                .flatten()
+                .map(|i| (i.brief.state, i.brief.nodes, i.brief.reservation, i.brief.priority));
+            return Some(format!("job {job} has not ended: {slurm:?}, VM {at:?}"));
+        }
+        for (name, node) in &self.nodes {
+            if let Some((job, owner)) = node.vms.first_key_value() {
+                return Some(format!("{name} still has a VM of job {job}: {}", owner.vm.record.life.name()));
+            }
+            if let Some((job, record)) = node.ledger.iter().find(|(_, r)| !r.life.is_over_here()) {
+                return Some(format!("{name}'s ledger has job {job} {}", record.life.name()));
+            }
+        }
+        let left: [(&str, usize); 6] = [
+            ("domains", self.world.domains()),
+            ("overlays", self.overlays.len()),
+            ("saves", self.saves.len()),
+            ("moves", self.controller.moves.len()),
+            ("epilogs", self.epilogs.len()),
+            ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
+        ];
+        left.iter().find(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what} left"))
+    }
+}
+
+fn refusal(op: Op) -> HypervisorError {
+    HypervisorError::Libvirt {
+        call: "ordered",
+        domain: 10,
+        message: format!("{op:?} fails as ordered"),
+        code: 9,
+    }
+}
+
+/// An event's name.
+fn kind(event: &Event) -> &'static str {
+    match event {
+        Event::Prepared(Ok(_)) => "prepared",
+        Event::Prepared(Err(_)) => "prepare-failed",
+        Event::DomainStarted(Ok(())) => "started",
+        Event::DomainStarted(Err(_)) => "start-failed",
+        Event::GuestUp { .. } => "guest-up",
+        Event::DomainEnded { .. } => "domain-ended",
+        Event::JobHere { .. } => "job-here",
+        Event::Release => "release",
+        Event::Tick => "tick",
+        Event::Destroyed(Ok(())) => "destroyed",
+        Event::Destroyed(Err(_)) => "destroy-failed",
+        Event::MoveOut { .. } => "move-out",
+        Event::DestinationReady(Ok(())) => "destination-ready",
+        Event::DestinationReady(Err(_)) => "destination-refused",
+        Event::Migrated(Ok(_)) => "migrated",
+        Event::Migrated(Err(_)) => "migrate-failed",
+        Event::OwnerIs(slurm_vm::core::Whereabouts::AtSource) => "owner-is-source",
+        Event::OwnerIs(slurm_vm::core::Whereabouts::AtDestination) => "owner-is-destination",
+        Event::OwnerIs(slurm_vm::core::Whereabouts::Nowhere) => "owner-is-nobody",
+        Event::OwnerIs(slurm_vm::core::Whereabouts::Unknown) => "owner-is-unknown",
+        Event::DomainIs(_) => "domain-is",
+        Event::JobIs(_) => "job-is",
+        Event::HandedOver(Ok(())) => "handed-over",
+        Event::HandedOver(Err(_)) => "hand-over-failed",
+        Event::CancelMove => "cancel",
+        Event::Arrived => "arrived",
+        Event::TookOver { .. } => "took-over",
+        Event::Abandoned => "abandoned",
+        Event::Save { .. } => "save",
+        Event::SaveWritten(Ok(_)) => "saved",
+        Event::SaveWritten(Err(_)) => "save-failed",
+        Event::Restored(Ok(_)) => "restored",
+        Event::Restored(Err(_)) => "restore-failed",
+        Event::Resumed(_) => "resumed",
+        Event::GiveUp => "give-up",
+    }
+}
+
+pub fn allocation(record: &Record) -> (Allocation, Plan) {
+    (
+        Allocation {
+            cores: vec![0],
+            mem_mib: Some(512),
+        },
+        Plan {
+            vcpus: 1,
+            mem_mib: 256,
+            domain_type: "qemu".into(),
+            overlay: Some(format!("/shared/overlays/{}.{}.{}", record.domain(), record.node, record.run).into()),
+            overlay_shared: true,
+            layers: vec![],
+            base_sha256: None,
+        },
+    )
+}
+
+pub fn spec(record: &Record) -> DomainSpec {
+    DomainSpec {
+        name: record.domain(),
+        uuid: record.uuid(),
+        domain_type: DomainType::Qemu,
+        machine: None,
+        vcpus: 1,
+        cpuset: vec![],
+        mem_mib: 256,
+        hard_limit_mib: None,
+        cpu: CpuModel::Default,
+        boot: Boot::Disk,
+        disks: vec![],
+        channels: vec![],
+        serial_log: "/run/vm/serial.log".into(),
+        metadata: DomainMetadata {
+            job: record.job,
+            run: record.run,
+            node: record.node.clone(),
+            ..DomainMetadata::default()
+        },
+    }
+}
+
+pub fn view(from: &str, to: &str) -> MoveView {
+    MoveView {
+        from: from.into(),
+        to: to.into(),
+        outcome: "done".into(),
+        ..MoveView::default()
+    }
+}

@@ -1,0 +1,581 @@
+//! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
+use slurm_vm::{
+    core::{Effect, Event, Failure, Life, Record, Vm, Whereabouts},
+    hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
+};
+
+use crate::cluster::{Act, Cluster, LibvirtJob, Message, Order, SaveFile, allocation, domain, spec, view};
+
+impl Cluster {
+    pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
+        for effect in effects {
+            self.effect(node, job, effect);
+        }
+    }
+
+    fn effect(&mut self, node: &str, job: u32, effect: Effect) {
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let epoch = n.epoch;
+        let Some(owner) = n.vms.get_mut(&job) else { return };
+        let record = owner.vm.record.clone();
+        let later = |act| Message::Act {
+            node: node.into(),
+            epoch,
+            job,
+            act,
+        };
+        match effect {
+            Effect::Persist => {
+                n.ledger.insert(job, record);
+            }
+            Effect::Journal(_) | Effect::Sessions(_) | Effect::SetClock => {}
+            Effect::CloseGuest => owner.link = 0,
+            Effect::OpenGuest => {
+                self.next_link(node, job);
+            }
+            Effect::Prepare => self.soon(later(Act::Prepare)),
+            Effect::StartDomain => self.soon(later(Act::Start)),
+            Effect::Destroy => self.soon(later(Act::Destroy)),
+            Effect::ResumeDomain => self.soon(later(Act::Resume)),
+            Effect::AskOwner => self.soon(later(Act::AskOwner)),
+            Effect::AskDomain => self.soon(later(Act::AskDomain)),
+            Effect::AskJob => self.soon(later(Act::AskJob)),
+            Effect::Clear => {
+                let _ = self.hypervisors[node].destroy(&domain(job));
+            }
+            Effect::AnswerRelease(_) => {
+                for id in std::mem::take(&mut owner.releases) {
+                    self.epilog_returns(id);
+                }
+            }
+            Effect::AnswerMove(outcome) => {
+                if let Some(id) = owner.move_reply.take() {
+                    self.answer(id, outcome.map(drop));
+                }
+            }
+            Effect::AskDestination => {
+                let Life::Leaving { to, move_id, .. } = &record.life else { return };
+                let (to, move_id) = (to.clone(), move_id.clone());
+                let import = Message::Import {
+                    from: node.into(),
+                    epoch,
+                    to,
+                    record: Box::new(record),
+                    move_id,
+                };
+                if self.rough(100) {
+                    // Given up by the source, and perhaps carried out by the destination all the same.
+                    let (timeout, late) = (self.random.between(5_000, 15_000), self.random.between(1, 20_000));
+                    self.at(
+                        timeout,
+                        Message::Core {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            event: Event::DestinationReady(Err("no answer".into())),
+                        },
+                    );
+                    if self.random.permille(500) {
+                        self.at(late, import);
+                    }
+                } else {
+                    self.soon(import);
+                }
+            }
+            Effect::Migrate => {
+                let Life::Leaving { to, .. } = &record.life else { return };
+                let (to, to_epoch) = (to.clone(), n.departures.get(&job).copied());
+                self.soon(later(Act::Migrate { to, to_epoch }));
+            }
+            Effect::AbortMigration => {
+                // libvirt has nothing to abort before the job has begun and after it has ended.
+                if let Some(aborted) = self.libvirt_jobs.remove(&(node.to_owned(), job)) {
+                    self.libvirt_job_failed(node, job, &aborted, "aborted".into());
+                }
+            }
+            Effect::HandOver => {
+                let Life::Leaving { to, .. } = &record.life else { return };
+                let to = to.clone();
+                let take_over = Message::TakeOver {
+                    from: node.into(),
+                    epoch,
+                    to,
+                    record: Box::new(record),
+                };
+                if self.rough(60) {
+                    let late = self.random.between(100, 30_000);
+                    self.at(late, take_over.clone());
+                }
+                if self.rough(60) {
+                    self.at(
+                        3_000,
+                        Message::Core {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            event: Event::HandedOver(Err("no answer".into())),
+                        },
+                    );
+                } else {
+                    self.soon(take_over);
+                }
+            }
+            Effect::AbandonDestination { to, move_id } => {
+                n.departures.remove(&job);
+                if !self.rough(100) {
+                    self.soon(Message::Abandon { to, job, move_id });
+                }
+            }
+            Effect::WriteSave => {
+                let Life::Saving { at } = &record.life else { return };
+                let at = at.clone();
+                if let Err(e) = self.hypervisors[node].suspend(&domain(job)) {
+                    self.soon(Message::Core {
+                        node: node.into(),
+                        epoch,
+                        job,
+                        event: Event::SaveWritten(Err(e.to_string())),
+                    });
+                    return;
+                }
+                self.soon(later(Act::Save {
+                    at,
+                    record: Box::new(record),
+                }));
+            }
+            Effect::Restore => {
+                let Life::Restoring { from } = &record.life else { return };
+                let from = from.clone();
+                self.soon(later(Act::Restore { from }));
+            }
+        }
+    }
+
+    fn soon(&mut self, message: Message) {
+        let delay = self.delay();
+        self.at(delay, message);
+    }
+
+    fn next_link(&mut self, node: &str, job: u32) {
+        let (link, delay) = (self.id(), self.random.between(50, 2_000));
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let epoch = n.epoch;
+        if let Some(owner) = n.vms.get_mut(&job) {
+            owner.link = link;
+        }
+        self.at(
+            delay,
+            Message::Act {
+                node: node.into(),
+                epoch,
+                job,
+                act: Act::OpenGuest { link },
+            },
+        );
+    }
+
+    fn tell(&mut self, node: &str, epoch: u64, job: u32, event: Event) {
+        let delay = self.delay();
+        self.at(
+            delay,
+            Message::Core {
+                node: node.into(),
+                epoch,
+                job,
+                event,
+            },
+        );
+    }
+
+    /// The half of an effect that reaches out.
+    pub fn act(&mut self, node: &str, epoch: u64, job: u32, act: Act) {
+        let hypervisor = self.hypervisors[node].clone();
+        let name = domain(job);
+        let Some(record) = self.nodes[node].vms.get(&job).map(|o| o.vm.record.clone()) else {
+            return;
+        };
+        let words = |e: HypervisorError| e.to_string();
+        match act {
+            Act::Prepare => {
+                if self.evict_elsewhere(node, job) {
+                    self.at(
+                        500,
+                        Message::Act {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            act: Act::Prepare,
+                        },
+                    );
+                    return;
+                }
+                let done = if self.job_here(node, job) != Some(true) {
+                    Err(Failure::Node("Slurm does not show the job here".into()))
+                } else if self.rough(20) {
+                    Err(Failure::Node("no space".into()))
+                } else {
+                    let (allocation, plan) = allocation(&record);
+                    self.overlays.extend(plan.overlay.clone());
+                    Ok((allocation, plan))
+                };
+                self.tell(node, epoch, job, Event::Prepared(done));
+            }
+            Act::Start => {
+                let done = match hypervisor.start(&spec(&record), false) {
+                    Err(HypervisorError::AlreadyExists { .. }) if self.same_run(node, &record) => Ok(()),
+                    Err(HypervisorError::AlreadyExists { .. }) => {
+                        // An earlier run's, which nobody owns.
+                        let _ = hypervisor.destroy(&name);
+                        hypervisor.start(&spec(&record), false)
+                    }
+                    done => done,
+                };
+                self.count("boots");
+                self.tell(node, epoch, job, Event::DomainStarted(done.map_err(|e| Failure::Node(words(e)))));
+            }
+            Act::Destroy => {
+                let done = hypervisor.destroy(&name).and_then(|_| hypervisor.info(&name));
+                let done = match done {
+                    Ok(None) => {
+                        let over = self.job_is_over(job);
+                        if !matches!(
+                            record.life,
+                            Life::Stopping {
+                                why: slurm_vm::core::End::NotArrived
+                            }
+                        ) {
+                            self.remove_overlay(&record);
+                            self.saves.retain(|s| s.job != job || (!over && !s.used && s.manifest.is_some()));
+                        }
+                        Ok(())
+                    }
+                    Ok(Some(_)) => Err("still there".into()),
+                    Err(e) => Err(words(e)),
+                };
+                self.tell(node, epoch, job, Event::Destroyed(done));
+            }
+            Act::Resume => {
+                let event = match hypervisor.resume(&name) {
+                    Err(_) if matches!(hypervisor.info(&name), Ok(None)) => Event::DomainEnded {
+                        how: "its domain is gone".into(),
+                    },
+                    done => Event::Resumed(done.map_err(words)),
+                };
+                self.tell(node, epoch, job, event);
+            }
+            Act::AskDomain => {
+                let here = hypervisor.info(&name).ok().map(|d| d.is_some());
+                self.tell(node, epoch, job, Event::DomainIs(here));
+            }
+            Act::AskJob => {
+                let here = self.job_here(node, job);
+                self.tell(node, epoch, job, Event::JobIs(here));
+            }
+            Act::AskOwner => match self.find_guest(node, &record) {
+                Some(found) => self.tell(node, epoch, job, Event::OwnerIs(found)),
+                None => self.at(
+                    1_000,
+                    Message::Act {
+                        node: node.into(),
+                        epoch,
+                        job,
+                        act: Act::AskOwner,
+                    },
+                ),
+            },
+            Act::OpenGuest { link } => {
+                if self.nodes[node].vms.get(&job).is_none_or(|o| o.link != link) {
+                    return;
+                }
+                match hypervisor.info(&name) {
+                    Ok(Some(d)) if d.state == DomainState::Running => {
+                        let boot_id = format!("boot {}", self.world.boots(record.uuid()));
+                        self.tell(node, epoch, job, Event::GuestUp { boot_id });
+                    }
+                    // The link tries again as long as it is wanted.
+                    _ => self.at(
+                        1_000,
+                        Message::Act {
+                            node: node.into(),
+                            epoch,
+                            job,
+                            act: Act::OpenGuest { link },
+                        },
+                    ),
+                }
+            }
+            Act::Migrate { to, to_epoch } => {
+                if to_epoch.is_none() {
+                    self.tell(node, epoch, job, Event::Migrated(Err("the destination's answer was lost".into())));
+                    return;
+                }
+                let long = self.random.between(500, 20_000);
+                self.libvirt_job(node, job, epoch, Act::Migrate { to, to_epoch }, long);
+            }
+            Act::Save { at, record } => {
+                let long = self.random.between(300, 10_000);
+                self.saves.retain(|s| s.at != at);
+                self.saves.push(SaveFile {
+                    at: at.clone(),
+                    job,
+                    manifest: None,
+                    used: false,
+                });
+                self.libvirt_job(node, job, epoch, Act::Save { at, record }, long);
+            }
+            Act::Restore { from } => {
+                let done = self.restore(node, &record, &from);
+                if done.is_ok() {
+                    self.count("restores");
+                }
+                self.tell(node, epoch, job, Event::Restored(done.map(|()| Box::new(view("", node)))));
+            }
+        }
+    }
+
+    /// A job that starts over ends what other nodes still have of it; true as long as one has.
+    fn evict_elsewhere(&mut self, node: &str, job: u32) -> bool {
+        let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
+        let mut found = false;
+        for other in others {
+            if self.nodes[&other].alive && self.nodes[&other].vms.get(&job).is_some_and(|o| !o.vm.record.life.is_over_here()) {
+                self.core(&other, job, Event::Release);
+                found = true;
+            } else if !self.nodes[&other].alive && self.hypervisors[&other].peek(&domain(job)).is_some() && self.excused.insert(job) {
+                self.count("jobs started over beside a copy on a node without agent");
+            }
+        }
+        found
+    }
+
+    fn same_run(&self, node: &str, record: &Record) -> bool {
+        self.hypervisors[node]
+            .info(&record.domain())
+            .ok()
+            .flatten()
+            .is_some_and(|d| d.metadata.run == record.run)
+    }
+
+    fn remove_overlay(&mut self, record: &Record) {
+        if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
+            self.overlays.remove(overlay);
+        }
+    }
+
+    fn restore(&mut self, node: &str, record: &Record, from: &std::path::Path) -> Result<(), String> {
+        let hypervisor = self.hypervisors[node].clone();
+        if self.job_here(node, record.job) != Some(true) {
+            return Err("Slurm does not run the job here".into());
+        }
+        let save = self
+            .saves
+            .iter_mut()
+            .find(|s| s.at == from && s.manifest.is_some())
+            .ok_or("no manifest")?;
+        if hypervisor.info(&record.domain()).map_err(|e| e.to_string())?.is_none() {
+            if save.used {
+                return Err("the save was used".into());
+            }
+            hypervisor.restore(from, None, true).map_err(|e| e.to_string())?;
+        }
+        save.used = true;
+        self.overlays.extend(record.plan.as_ref().and_then(|p| p.overlay.clone()));
+        hypervisor.resume(&record.domain()).map_err(|e| e.to_string())?;
+        self.world.delete_save(from);
+        Ok(())
+    }
+
+    /// `None`: not clear yet.
+    fn find_guest(&mut self, node: &str, record: &Record) -> Option<Whereabouts> {
+        let (other, arriving) = match &record.life {
+            Life::Leaving { to, .. } => (to.clone(), false),
+            Life::Arriving { from, .. } => (from.clone(), true),
+            _ => return Some(Whereabouts::AtSource),
+        };
+        let name = record.domain();
+        let here = self.hypervisors[node].info(&name).ok()?;
+        if here.is_some() && self.libvirt_jobs.contains_key(&(node.to_owned(), record.job)) {
+            return None;
+        }
+        if here.as_ref().is_some_and(|d| d.state == DomainState::Running) {
+            return Some(if arriving {
+                Whereabouts::AtDestination
+            } else {
+                Whereabouts::AtSource
+            });
+        }
+        if !self.nodes[&other].alive || self.rough(150) {
+            return None;
+        }
+        let there = self.hypervisors[&other]
+            .info(&name)
+            .ok()?
+            .is_some_and(|d| d.state == DomainState::Running);
+        match (there, here) {
+            (true, _) => Some(if arriving {
+                Whereabouts::AtSource
+            } else {
+                Whereabouts::AtDestination
+            }),
+            (false, None) => Some(Whereabouts::Nowhere),
+            (false, Some(_)) if !arriving => Some(Whereabouts::AtSource),
+            _ => None,
+        }
+    }
+
+    // What libvirt does on its own.
+
+    fn libvirt_job(&mut self, node: &str, job: u32, epoch: u64, act: Act, long: u64) {
+        let id = self.id();
+        self.libvirt_jobs.insert((node.to_owned(), job), LibvirtJob { id, epoch, act });
+        self.at(
+            long,
+            Message::LibvirtJobEnds {
+                node: node.into(),
+                job,
+                id,
+            },
+        );
+    }
+
+    fn libvirt_job_failed(&mut self, node: &str, job: u32, failed: &LibvirtJob, why: String) {
+        let event = match failed.act {
+            Act::Migrate { .. } => Event::Migrated(Err(why)),
+            _ => Event::SaveWritten(Err(why)),
+        };
+        self.tell(node, failed.epoch, job, event);
+    }
+
+    pub fn libvirt_job_ends(&mut self, node: &str, job: u32, id: u64) {
+        let key = (node.to_owned(), job);
+        if self.libvirt_jobs.get(&key).is_none_or(|j| j.id != id) {
+            return;
+        }
+        let Some(ended) = self.libvirt_jobs.remove(&key) else { return };
+        let hypervisor = self.hypervisors[node].clone();
+        let name = domain(job);
+        let ours = |c: &Cluster| c.nodes[node].alive && c.nodes[node].epoch == ended.epoch;
+        match &ended.act {
+            Act::Migrate { to, to_epoch } => {
+                // The relay dies with either agent; bytes that were on their way may be enough all the same.
+                let relay = ours(self) && self.nodes[to].alive && Some(self.nodes[to].epoch) == *to_epoch;
+                if !relay && self.random.permille(800) {
+                    self.libvirt_job_failed(node, job, &ended, "the line broke".into());
+                    return;
+                }
+                let params = MigrateParams {
+                    libvirt_uri: format!("fake:///{to}"),
+                    ..MigrateParams::default()
+                };
+                let done = hypervisor.migrate(&name, &params);
+                self.say(format!("libvirt: {name} {node} -> {to}: {done:?}"));
+                match done {
+                    Ok(_) => {
+                        self.count("live moves");
+                        self.tell(node, ended.epoch, job, Event::Migrated(Ok(Box::new(view(node, to)))));
+                    }
+                    Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
+                }
+            }
+            Act::Save { at, record } => match hypervisor.save(&name, at, SaveFormat::Raw) {
+                Ok(_) if ours(self) => {
+                    self.count("saves");
+                    let mut saved = (**record).clone();
+                    saved.life = Life::Restoring { from: at.clone() };
+                    saved.generation += 1;
+                    self.remove_overlay(record);
+                    if let Some(save) = self.saves.iter_mut().find(|s| s.at == *at) {
+                        save.manifest = Some(saved);
+                    }
+                    self.tell(node, ended.epoch, job, Event::SaveWritten(Ok(Box::new(view(node, "")))));
+                }
+                // Its memory is written, and nobody is there to write the manifest.
+                Ok(_) => self.say(format!("libvirt: {name} saved for nobody")),
+                Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
+            },
+            _ => {}
+        }
+    }
+
+    // Between agents.
+
+    pub fn import(&mut self, from: &str, epoch: u64, to: &str, mut record: Record, move_id: &str) {
+        let job = record.job;
+        let there = &self.nodes[to];
+        let refused = if !there.alive {
+            Some("nobody there".to_owned())
+        } else if there.vms.contains_key(&job) {
+            Some(format!("job {job} has a VM here already"))
+        } else if self.rough(40) {
+            Some("another QEMU".into())
+        } else {
+            None
+        };
+        if let Some(why) = refused {
+            self.tell(from, epoch, job, Event::DestinationReady(Err(why)));
+            return;
+        }
+        record.life = Life::Arriving {
+            from: from.into(),
+            move_id: move_id.into(),
+        };
+        record.node = to.into();
+        let (vm, effects) = Vm::expected(record);
+        self.adopt(to, job, vm, effects);
+        let to_epoch = self.nodes[to].epoch;
+        if let Some(n) = self.nodes.get_mut(from)
+            && n.epoch == epoch
+        {
+            n.departures.insert(job, to_epoch);
+        }
+        self.tell(from, epoch, job, Event::DestinationReady(Ok(())));
+    }
+
+    /// An order of the controller reaches an agent.
+    pub fn order(&mut self, node: &str, job: u32, id: u64, order: Order) {
+        if !self.nodes[node].alive {
+            self.answer(id, Err("nobody there".into()));
+            return;
+        }
+        let now = self.now;
+        let Some(owner) = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job)) else {
+            self.answer(id, Err("no such VM".into()));
+            return;
+        };
+        let busy = owner.move_reply.is_some();
+        let generation = owner.vm.record.generation;
+        match order {
+            Order::MoveOut { .. } | Order::Save if busy => self.answer(id, Err("another move is under way".into())),
+            Order::MoveOut { to } => {
+                owner.move_reply = Some(id);
+                self.core(
+                    node,
+                    job,
+                    Event::MoveOut {
+                        move_id: format!("{job}-{node}-{now}"),
+                        to,
+                        cause: "preemption".into(),
+                    },
+                );
+            }
+            Order::Save => {
+                owner.move_reply = Some(id);
+                let at = format!("/shared/saves/{}.{generation}", domain(job)).into();
+                self.core(
+                    node,
+                    job,
+                    Event::Save {
+                        at,
+                        cause: "preemption".into(),
+                    },
+                );
+            }
+            Order::Cancel => self.core(node, job, Event::CancelMove),
+            Order::GiveUp => self.core(node, job, Event::GiveUp),
+            Order::Release => {
+                self.core(node, job, Event::Release);
+                self.answer(id, Ok(()));
+            }
+        }
+    }
+}

@@ -98,7 +98,11 @@ impl Vm {
                     Some(false) => {
                         let how = self.lost.take().unwrap_or_else(|| "its domain is gone".into());
                         let never_up = matches!(self.record.life, Life::Booting { .. });
-                        self.stop(if never_up { End::BootFailed { how } } else { End::GuestLost { how } })
+                        self.stop(if never_up {
+                            End::BootFailed { how }
+                        } else {
+                            End::GuestLost { how }
+                        })
                     }
                     None => vec![],
                 }

@@ -197,18 +197,7 @@ impl Cluster {
         let words = |e: HypervisorError| e.to_string();
         match act {
             Act::Prepare => {
-                if self.evict_elsewhere(node, job) {
-                    self.at(
-                        500,
-                        Message::Act {
-                            node: node.into(),
-                            epoch,
-                            job,
-                            act: Act::Prepare,
-                        },
-                    );
-                    return;
-                }
+                self.excuse_copies(node, job);
                 let done = if self.job_here(node, job) != Some(true) {
                     Err(Failure::Node("Slurm does not show the job here".into()))
                 } else if self.rough(20) {
@@ -333,19 +322,19 @@ impl Cluster {
         }
     }
 
-    /// A job that starts over ends what other nodes still have of it; true as long as one has.
-    fn evict_elsewhere(&mut self, node: &str, job: u32) -> bool {
+    /// Known gap: when Slurm starts a job over elsewhere although its VM has landed (the controller was away, or the
+    /// landing agent is), the landed copy stays until the controller or its own deadline ends it.
+    fn excuse_copies(&mut self, node: &str, job: u32) {
         let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
-        let mut found = false;
         for other in others {
-            if self.nodes[&other].alive && self.nodes[&other].vms.get(&job).is_some_and(|o| !o.vm.record.life.is_over_here()) {
-                self.core(&other, job, Event::Release);
-                found = true;
-            } else if !self.nodes[&other].alive && self.hypervisors[&other].peek(&domain(job)).is_some() && self.excused.insert(job) {
-                self.count("jobs started over beside a copy on a node without agent");
+            let record = self.nodes[&other].ledger.get(&job);
+            let left_behind =
+                record.is_some_and(|r| matches!(r.life, Life::AwaitingJob { .. } | Life::Stopping { .. })) || !self.nodes[&other].alive;
+            let there = self.hypervisors[&other].peek(&domain(job)).is_some();
+            if there && left_behind && self.excused.insert(job) {
+                self.count("jobs started over beside a copy of theirs");
             }
         }
-        found
     }
 
     fn same_run(&self, node: &str, record: &Record) -> bool {
@@ -487,7 +476,7 @@ impl Cluster {
                     ..MigrateParams::default()
                 };
                 let done = hypervisor.migrate(&name, &params);
-                self.say(format!("libvirt: {name} {node} -> {to}: {done:?}"));
+                self.say(&format!("libvirt: {name} {node} -> {to}: {done:?}"));
                 match done {
                     Ok(_) => {
                         self.count("live moves");
@@ -509,7 +498,7 @@ impl Cluster {
                     self.tell(node, ended.epoch, job, Event::SaveWritten(Ok(Box::new(view(node, "")))));
                 }
                 // Its memory is written, and nobody is there to write the manifest.
-                Ok(_) => self.say(format!("libvirt: {name} saved for nobody")),
+                Ok(_) => self.say(&format!("libvirt: {name} saved for nobody")),
                 Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
             },
             _ => {}

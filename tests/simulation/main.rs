@@ -7,9 +7,11 @@
 //! What must hold is checked after each step ([`cluster::Cluster::check`]); at the end the cluster is left alone and must
 //! come to rest with nothing left. A failing seed is printed with the last steps; `SLURM_VM_SEED=N` replays it,
 //! `SLURM_VM_SEEDS=N` runs so many.
+mod check;
 mod cluster;
 mod controller;
 mod effects;
+mod jobs;
 mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{Cluster, Mood};
 
 /// Seeds in a plain `cargo test`.
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 120;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name)

@@ -560,13 +560,14 @@ impl Owner {
             Effect::Destroy => worker(job, "destroy", move || {
                 let _ = tx.send(Request::Core(Event::Destroyed(moving::destroy(&node, &record))));
             }),
-            Effect::Clear => worker(job, "clear", move || {
+            Effect::Clear => {
+                // Not on a thread of its own: who is answered next may send the VM back here.
                 // libvirt leaves a paused copy where it could not tell how a migration ended.
                 if let Err(e) = node.world.hypervisor.destroy(&domain) {
                     log::error!("job {job}: cannot end what is left of {domain}: {e}");
                 }
                 moving::clear_here(&node, &record);
-            }),
+            }
             Effect::Sessions(news) => self.tell_sessions(news),
             Effect::AnswerRelease(outcome) => {
                 for reply in self.releases.drain(..) {
@@ -771,6 +772,11 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Run of the job that a domain of ours belongs to.
+fn run_of(node: &Node, domain: &str) -> Option<u64> {
+    Some(node.world.hypervisor.info(domain).ok()??.metadata.run)
+}
+
 fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let fault = |e: String| Failure::Node(e);
     node.world.faults.pass("start-domain.before").map_err(fault)?;
@@ -792,15 +798,17 @@ fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     }
     match started {
         Ok(()) => {}
-        // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
-        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })
-            if node
+        // The agent was restarted between the call and its record: the domain of this very run is ours.
+        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name) == Some(record.run) => {}
+        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name).is_some() => {
+            log::warn!("job {}: {} is left from an earlier run: ending it", record.job, spec.name);
+            let again = node
                 .world
                 .hypervisor
-                .info(&spec.name)
-                .ok()
-                .flatten()
-                .is_some_and(|i| i.uuid == spec.uuid) => {}
+                .destroy(&spec.name)
+                .and_then(|_| node.world.hypervisor.start(&spec, false));
+            again.map_err(|e| Failure::Node(format!("failed to start domain {}: {e}", spec.name)))?;
+        }
         Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
     }
     node.world.faults.pass("start-domain.after").map_err(fault)

@@ -2,9 +2,9 @@
 mod common;
 
 use std::{
+    io::{BufRead, BufReader},
     process::Stdio,
-    thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use common::{
@@ -223,22 +223,25 @@ fn a_drain_empties_the_node_and_a_move_by_hand_can_be_cancelled_half_way() {
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 5);
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
-    let hand =
+    let mut hand =
         m.t.command(&format!("svm migrate {job}"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("svm");
-    m.wait_vm(job, "leaving");
-    thread::sleep(Duration::from_secs(2));
+    let mut out = BufReader::new(hand.stdout.take().expect("its output"));
+    let mut told = String::new();
+    while !told.contains("MiB done") {
+        assert_ne!(out.read_line(&mut told).expect("progress"), 0, "no progress: {told}");
+    }
+    println!("{told}");
     let cancel = m.t.sh(&format!("svm migrate {job} --cancel"));
     assert_eq!(cancel.code, Some(0), "{cancel:?}");
     let said: Said = hand.wait_with_output().expect("svm").into();
     println!("{said:?}");
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.err.contains("cancel"), "{said:?}");
-    assert!(said.out.contains("MiB done"), "no progress: {said:?}");
     m.wait_vm(job, "running");
     let slurm = m.t.job(job);
     assert_eq!((slurm["NodeList"].as_str(), slurm["Restarts"].as_str()), ("n1", "0"));
@@ -339,8 +342,7 @@ fn scancel_in_any_phase_ends_everything() {
 
     // While it is saved, saved, and restored.
     for phase in ["saving", "saved", "restoring"] {
-        let full = m.take("n2", if phase == "restoring" { 15 } else { 40 });
-        m.t.wait_state(full, "RUNNING");
+        let full = m.fill("n2");
         let job = m.count(
             Count {
                 numbers: 500,
@@ -351,7 +353,11 @@ fn scancel_in_any_phase_ends_everything() {
             "",
         );
         m.wait_lines(phase, 5);
-        let high = m.take("n1", 12);
+        let high = m.take("n1", 900);
+        if phase == "restoring" {
+            m.wait_vm(job, "saved");
+            m.give_back(full);
+        }
         let condition = format!("svm show {job} | grep -q State={phase}");
         m.as_soon_as(&condition, &format!("scancel {job}"));
         let (state, _) = m.t.end_of(job);

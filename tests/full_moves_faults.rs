@@ -127,8 +127,7 @@ fn without_space_for_the_save_it_starts_over_and_says_why() {
                 ),
             ],
         );
-        let full = m.take("n2", 30);
-        m.t.wait_state(full, "RUNNING");
+        let full = m.fill("n2");
         let count = Count {
             numbers: 80,
             memory_mib: 64,
@@ -139,7 +138,7 @@ fn without_space_for_the_save_it_starts_over_and_says_why() {
         println!("{noted}");
         assert!(noted.contains("not saved: "), "{noted}");
         assert!(noted.contains("requeued to start over"), "{noted}");
-        m.t.end_of(full);
+        m.give_back(full);
         m.t.leaves_nothing(job);
         lab.node("n1", &["umount", mount]);
     }
@@ -177,8 +176,9 @@ fn a_full_destination_without_shared_storage_is_refused() {
     m.wait_lines("out", 5);
     let said: Said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(1), "{said:?}");
-    assert!(said.err.contains("free"), "{said:?}");
+    assert!(said.err.contains("n2 is not healthy: "), "{said:?}");
     lab.fill("n2", false).expect("room again");
+    m.wait_healthy();
     let said: Said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
     m.completed(job, 1);

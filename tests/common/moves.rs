@@ -143,6 +143,19 @@ impl<'a> Mover<'a> {
             .submit(&format!("-p high -w {node} -c 2 -o /dev/null --wrap 'sleep {seconds}'"))
     }
 
+    /// Takes a node until [`Mover::give_back`].
+    pub fn fill(&self, node: &str) -> u32 {
+        let job = self.take(node, 900);
+        self.t.wait_state(job, "RUNNING");
+        job
+    }
+
+    /// Ends a job that filled a node.
+    pub fn give_back(&self, job: u32) {
+        self.t.sh(&format!("scancel {job}"));
+        self.t.end_of(job);
+    }
+
     /// Waits until a job runs and says when it began, in seconds since `from`.
     pub fn started(&self, job: u32, from: Instant) -> f32 {
         self.t.wait_state(job, "RUNNING");
@@ -319,6 +332,10 @@ impl<'a> Mover<'a> {
     pub fn restart_agent(&self, host: &str) {
         self.lab.stop(host, "slurm-vmd").expect("the agent stops");
         self.lab.start(host, "slurm-vmd").expect("the agent starts");
+        // The controller's word may be older than the restart.
+        wait("the agent to answer", || {
+            Said::from(self.lab.node(host, &["svm", "list"])).code.filter(|c| *c == 0)
+        });
         self.wait_healthy();
     }
 

@@ -123,6 +123,21 @@ pub enum Message {
     },
 }
 
+impl Message {
+    /// The job that it may do something to.
+    fn job(&self) -> Option<u32> {
+        match self {
+            Self::Core { job, .. }
+            | Self::Act { job, .. }
+            | Self::LibvirtJobEnds { job, .. }
+            | Self::Ensure { job, .. }
+            | Self::Order { job, .. } => Some(*job),
+            Self::Import { record, .. } | Self::TakeOver { record, .. } => Some(record.job),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub enum Act {
     Prepare,
@@ -207,6 +222,8 @@ pub struct Cluster {
     /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
     pub excused: BTreeSet<u32>,
     slurm_away: bool,
+    /// Keeps what happens in `trace`.
+    pub tracing: bool,
     pub trace: VecDeque<String>,
     pub reached: BTreeSet<(&'static str, &'static str)>,
     pub counts: BTreeMap<&'static str, u64>,
@@ -219,7 +236,7 @@ pub fn domain(job: u32) -> String {
 impl Cluster {
     pub fn new(seed: u64, mood: Mood) -> Self {
         let mut random = Random::new(seed);
-        let count = random.between(2, 4);
+        let count = random.between(2, 6);
         let world = World::new();
         let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
         let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
@@ -259,14 +276,19 @@ impl Cluster {
             quiet: false,
             excused: BTreeSet::new(),
             slurm_away: false,
+            tracing: false,
             trace: VecDeque::new(),
             reached: BTreeSet::new(),
             counts: BTreeMap::new(),
         }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "every caller has just formatted it")]
     pub fn say(&mut self, line: String) {
-        if self.trace.len() > 600 {
+        if !self.tracing {
+            return;
+        }
+        if self.trace.len() > 20_000 {
             self.trace.pop_front();
         }
         self.trace
@@ -318,15 +340,18 @@ impl Cluster {
                 }
                 let message = entry.remove();
                 self.now = self.now.max(at);
+                let about = message.job();
                 self.deliver(message);
                 self.libvirt_events();
-                self.check()?;
+                if about.is_some() {
+                    self.check(about)?;
+                }
             }
             self.now = until;
             half_seconds += 1;
             self.clockwork(half_seconds, begin);
             self.libvirt_events();
-            self.check()?;
+            self.check(None)?;
             if self.quiet && half_seconds % 20 == 0 {
                 match self.left() {
                     None => return Ok(()),
@@ -347,7 +372,7 @@ impl Cluster {
                 self.core(&node, job, Event::Tick);
             }
         }
-        if half_seconds % 2 == 0 {
+        if half_seconds.is_multiple_of(2) {
             self.world.tick(1000);
             self.slurm.tick(i64::try_from(self.now / 1000).unwrap());
             self.slurm_events();
@@ -369,7 +394,8 @@ impl Cluster {
 
     fn trouble(&mut self) {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
-        if self.vm_jobs.len() < 10 && self.random.permille(25) {
+        let waiting = self.vm_jobs.keys().filter(|j| !self.job_is_over(**j)).count();
+        if waiting < self.nodes.len() && self.vm_jobs.len() < 12 && self.random.permille(40) {
             let cpus = if self.random.permille(600) { 4 } else { 2 };
             let job = self.slurm.submit(FakeJob {
                 cpus_per_node: cpus,
@@ -380,7 +406,7 @@ impl Cluster {
             self.say(format!("job {job} submitted, {work} ms of work"));
             self.vm_jobs.insert(job, work);
         }
-        if self.random.permille(15) {
+        if self.random.permille(20) {
             let req_nodes = if self.random.permille(700) {
                 self.random.pick(&names).cloned().into_iter().collect()
             } else {
@@ -406,7 +432,7 @@ impl Cluster {
             self.slurm.cancel(job, None).ok();
             self.slurm_events();
         }
-        if self.random.permille(8)
+        if self.random.permille(25)
             && let Some(job) = self.random.pick(&jobs).copied()
         {
             self.ask_move(job, "asked");
@@ -418,6 +444,9 @@ impl Cluster {
             let id = self.id();
             self.say(format!("{order:?} {job} on {node}"));
             if matches!(order, Order::GiveUp) {
+                if self.job_here(&node, job) != Some(true) {
+                    return;
+                }
                 let _ = self.slurm.requeue(job);
             }
             self.at(10, Message::Order { node, job, id, order });
@@ -484,6 +513,7 @@ impl Cluster {
     fn kill(&mut self, name: &str) {
         self.say(format!("{name}: agent killed"));
         self.count("agents killed");
+        self.break_relays(name);
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.alive = false;
         node.epoch += 1;
@@ -567,7 +597,7 @@ impl Cluster {
         let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);
         let after = owner.vm.record.life.name();
         self.reached.insert((before, kind));
-        if before != after || !matches!(kind, "tick") {
+        if self.tracing && (before != after || !matches!(kind, "tick")) {
             let named: Vec<String> = effects.iter().map(|e| format!("{e:?}").chars().take(60).collect()).collect();
             self.say(format!("{node}: job {job} {before} <- {kind} -> {after}: {}", named.join(", ")));
         }
@@ -1021,18 +1051,22 @@ impl Cluster {
 
     // What must hold.
 
-    pub fn check(&self) -> Result<(), String> {
+    /// Looks at one job, or at all.
+    pub fn check(&self, about: Option<u32>) -> Result<(), String> {
         for what in self.world.violations() {
             if !self.excused.iter().any(|job| what.starts_with(&format!("{} ", domain(*job)))) {
                 return Err(what);
             }
         }
-        if let Some(what) = self.slurm.breach() {
+        if about.is_none()
+            && let Some(what) = self.slurm.breach()
+        {
             return Err(what);
         }
         for (name, node) in &self.nodes {
-            for (job, record) in &node.ledger {
-                let info = || self.hypervisors[name].peek(&domain(*job));
+            for (job, record) in node.ledger.iter().filter(|(job, _)| about.is_none_or(|a| a == **job)) {
+                let state = self.hypervisors[name].peek(&domain(*job));
+                let info = || state;
                 if matches!(record.life, Life::Gone { .. } | Life::Saved { .. }) && info() == Some(DomainState::Running) {
                     return Err(format!("job {job} runs on {name}, whose record says {}", record.life.name()));
                 }
@@ -1083,7 +1117,9 @@ impl Cluster {
             ("epilogs", self.epilogs.len()),
             ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
         ];
-        left.iter().find(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what} left"))
+        left.iter()
+            .find(|(_, n)| *n > 0)
+            .map(|(what, n)| format!("{n} {what} left ({:?}, {:?})", self.overlays, self.saves))
     }
 }
 

@@ -301,7 +301,7 @@ impl Cluster {
                 m.step = Step::Released;
             }
             Step::Released => {
-                let Some(to) = m.to.clone() else { return None };
+                let to = m.to.clone()?;
                 if brief.state.is_on_nodes() {
                     if !brief.nodes.contains(&to) {
                         self.order_out(&to, job, Order::Release);

@@ -46,9 +46,13 @@ impl Controller {
                 continue;
             };
             log::warn!(
-                "job {job}: met a broken node{}; it is released to try again, without {}",
+                "job {job}: met a broken node{}; it is released to try again{}",
                 broken.map_or(String::new(), |n| format!(" ({n})")),
-                if list.is_empty() { "no node".into() } else { list.join(",") }
+                if list.is_empty() {
+                    String::new()
+                } else {
+                    format!(", not on {}", list.join(","))
+                }
             );
             let ours = list.iter().filter(|n| !users.contains(n)).cloned().collect();
             self.cluster().excluded.insert(job, ours);
@@ -76,14 +80,16 @@ fn excluded(broken: Option<&str>, users: &[String], asked: &[String], want: usiz
         return None;
     }
     let mut list = users.to_vec();
-    let others = well.iter().filter(|n| Some(**n) != broken).count();
-    if let Some(broken) = broken
-        && others >= want.max(1)
+    // After a restart of the controller it is not known where the job was: on one of the sick nodes.
+    let broken: Vec<&str> = match broken {
+        Some(node) => vec![node],
+        None => nodes.iter().filter(|(_, is_well)| !is_well).map(|(n, _)| n.as_str()).collect(),
+    };
+    let others = well.iter().filter(|n| !broken.contains(n)).count();
+    if others >= want.max(1) {
         // Slurm refuses a job that asks for a node and excludes it.
-        && !asked.iter().any(|n| n == broken)
-        && !users.iter().any(|n| n == broken)
-    {
-        list.push(broken.to_owned());
+        let more = broken.iter().filter(|n| !asked.iter().chain(users).any(|m| m == *n));
+        list.extend(more.map(|n| (*n).to_owned()));
     }
     Some(list)
 }
@@ -117,6 +123,7 @@ mod tests {
         );
         assert_eq!(excluded(Some("n1"), &[], &[], 3, &all), Some(vec![]), "three of three");
         assert_eq!(excluded(None, &[], &[], 1, &all), Some(vec![]), "a controller that was restarted");
+        assert_eq!(excluded(None, &[], &[], 1, &nodes(&["n1"], &["n2"])), Some(names(&["n2"])));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     effects::store::write_durably,
-    slurm::{JobInfo, JobUpdate, SlurmError},
+    slurm::{JobInfo, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -56,6 +56,9 @@ pub struct JobMove {
     pub left_min: Option<u32>,
     /// Nodes that the user had demanded, cleared for the steering.
     pub req_nodes: Vec<String>,
+    /// Its priority before.
+    #[serde(default)]
+    pub priority: Option<u64>,
     /// Slurm's restart count before.
     pub restarts: u32,
     /// What went wrong on the way.
@@ -489,6 +492,28 @@ impl Driver<'_> {
         Ok(None)
     }
 
+    /// A slurmctld that was killed may have forgotten the reservation.
+    fn keep_reservation(&mut self) {
+        let Some(to) = self.m.to.clone() else { return };
+        let name = Controller::reservation(self.m.job);
+        let slurm = &self.c.world.slurm;
+        if !matches!(slurm.reservation(&name), Ok(None)) {
+            return;
+        }
+        let nodes = ReservationNodes::Named(vec![to]);
+        let spec = ReservationSpec {
+            name,
+            nodes,
+            partition: None,
+            features: None,
+            users: vec![self.m.user.clone()],
+        };
+        match slurm.create_reservation(&spec) {
+            Ok(_) => self.note("its reservation was lost, and made again".into()),
+            Err(e) => self.note(format!("its reservation was lost: {e}")),
+        }
+    }
+
     /// From 24.05 on Slurm itself requeues a batch job whose script ends within its grace time, and only then forgets that
     /// the job was in it. A job that was requeued by order instead is requeued once more at its end, long after it landed.
     /// So there the shim just ends. Earlier releases would take that for the end of the job.
@@ -523,11 +548,27 @@ impl Driver<'_> {
         Ok(false)
     }
 
+    /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
+    fn keep_place(&self) {
+        let slurm = &self.c.world.slurm;
+        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
+            return;
+        }
+        let update = JobUpdate {
+            priority: self.m.priority,
+            ..JobUpdate::default()
+        };
+        if let Err(e) = slurm.update_job(self.m.job, &update) {
+            log::info!("job {}: its priority is not what it was: {e}", self.m.job);
+        }
+    }
+
     fn requeued(&mut self) -> Result<Option<String>, String> {
         let Some(info) = self.job() else {
             return Ok(Some(self.job_is_over()));
         };
         if info.brief.state.is_waiting() {
+            self.keep_reservation();
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
             if clear {
@@ -541,10 +582,16 @@ impl Driver<'_> {
                 req_nodes: clear.then(Vec::new),
                 ..JobUpdate::default()
             };
-            self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
-            if info.brief.is_held() {
-                self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            if let Err(why) = self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update)) {
+                // Held for ever is worse than anywhere: it goes on from a save, or starts over.
+                self.note(why);
+                if let Some(to) = self.m.to.take() {
+                    let line = self.kept_out(&to);
+                    self.note(line);
+                }
             }
+            self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            self.keep_place();
         }
         self.step(Step::Released);
         Ok(None)

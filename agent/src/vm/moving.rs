@@ -131,10 +131,13 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
             why: crate::core::End::NotArrived
         }
     );
-    if let Some(plan) = record.plan.as_ref().filter(|p| !(not_ours && p.overlay_shared))
-        && let Some(overlay) = &plan.overlay
-    {
-        node.world.disks.remove(overlay).map_err(|e| e.to_string())?;
+    let overlay = match &record.plan {
+        Some(plan) => plan.overlay.clone().filter(|_| !(not_ours && plan.overlay_shared)),
+        // Made by a preparation that nobody heard the end of.
+        None => Some(prepare::overlay_path(&node.config, &node.world.store.vm_dir(&domain), record).0),
+    };
+    if let Some(overlay) = overlay {
+        node.world.disks.remove(&overlay).map_err(|e| e.to_string())?;
     }
     if !not_ours {
         super::saving::remove_saves(node, &domain, node.job_is_over(record.job));

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
+    hypervisor::DomainState,
     node::Node,
 };
 
@@ -158,12 +159,11 @@ impl Owner {
                 }
                 self.core(Event::Tick);
             }
-            if self.vm.record.life.is_over_here()
-                && self.releases.is_empty()
-                && !self.programs.attached()
-                && self.node.retire(&self.vm.record, rx)
-            {
-                return;
+            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
+                self.programs.forget_spools();
+                if self.node.retire(&self.vm.record, rx) {
+                    return;
+                }
             }
         }
     }
@@ -614,11 +614,13 @@ impl Owner {
                 });
             }
             Effect::AskDomain => worker(job, "domain", move || {
+                // A transient domain that has ended is seen for a moment still.
+                let ended = |s| matches!(s, DomainState::Shutoff | DomainState::Crashed);
                 let here = node
                     .world
                     .hypervisor
                     .info(&domain)
-                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid() && !ended(d.state)));
                 let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
             }),
             Effect::AskJob => worker(job, "job", move || {

@@ -168,6 +168,9 @@ impl Report {
             Scale::Ratio => format!("{v:.3}"),
             Scale::Difference => format!("{v:+.2}"),
         };
+        if !f.value.low.is_finite() {
+            return format!("\n{}: too few pairs\n", f.title);
+        }
         let line = |i: &Interval| format!("{}  [{} .. {}]", unit(i.at), unit(i.low), unit(i.high));
         let what = match f.scale {
             Scale::Ratio => "ratio",

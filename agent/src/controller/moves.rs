@@ -298,6 +298,11 @@ impl Driver<'_> {
                 return Ok(Some("the job ended before its VM moved".into()));
             }
             match way {
+                // Each of its nodes would restore the same guest.
+                PreemptWay::Save if self.nodes() > 1 => self.note(format!(
+                    "not saved: the job has {} nodes, only jobs of one node can move",
+                    self.nodes()
+                )),
                 PreemptWay::Live => match self.live() {
                     Ok(done) => {
                         self.m.done = Some(done);
@@ -361,6 +366,11 @@ impl Driver<'_> {
             self.save();
         }
         Err(format!("its VM stays on {}{}", self.m.from, self.because()))
+    }
+
+    /// How many nodes the job has.
+    fn nodes(&self) -> usize {
+        self.job().map_or(0, |j| j.brief.nodes.len())
     }
 
     fn because(&self) -> String {

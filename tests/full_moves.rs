@@ -223,7 +223,7 @@ fn a_drain_empties_the_node_and_a_move_by_hand_can_be_cancelled_half_way() {
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 5);
     m.set("n1", "node", "move_bandwidth_mib_s = 4");
-    let hand =
+    let mut hand =
         m.t.command(&format!("svm migrate {job}"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -176,8 +176,9 @@ fn a_full_destination_without_shared_storage_is_refused() {
     m.wait_lines("out", 5);
     let said: Said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(1), "{said:?}");
-    assert!(said.err.contains("free"), "{said:?}");
+    assert!(said.err.contains("n2 is not healthy: "), "{said:?}");
     lab.fill("n2", false).expect("room again");
+    m.wait_healthy();
     let said: Said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
     m.completed(job, 1);

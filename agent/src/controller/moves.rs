@@ -56,6 +56,9 @@ pub struct JobMove {
     pub left_min: Option<u32>,
     /// Nodes that the user had demanded, cleared for the steering.
     pub req_nodes: Vec<String>,
+    /// Its priority before.
+    #[serde(default)]
+    pub priority: Option<u64>,
     /// Slurm's restart count before.
     pub restarts: u32,
     /// What went wrong on the way.
@@ -535,6 +538,21 @@ impl Driver<'_> {
         Ok(false)
     }
 
+    /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
+    fn keep_place(&self) {
+        let slurm = &self.c.world.slurm;
+        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
+            return;
+        }
+        let update = JobUpdate {
+            priority: self.m.priority,
+            ..JobUpdate::default()
+        };
+        if let Err(e) = slurm.update_job(self.m.job, &update) {
+            log::info!("job {}: its priority is not what it was: {e}", self.m.job);
+        }
+    }
+
     fn requeued(&mut self) -> Result<Option<String>, String> {
         let Some(info) = self.job() else {
             return Ok(Some(self.job_is_over()));
@@ -563,6 +581,7 @@ impl Driver<'_> {
                 }
             }
             self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            self.keep_place();
         }
         self.step(Step::Released);
         Ok(None)

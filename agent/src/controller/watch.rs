@@ -146,6 +146,7 @@ impl Controller {
             limit_min: None,
             left_min: None,
             req_nodes: vec![],
+            priority: Some(j.priority).filter(|p| *p > 0),
             restarts: j.restarts,
             notes: vec![],
             done: None,

@@ -263,6 +263,8 @@ pub struct JobUpdate {
     pub features: Option<String>,
     /// The comment.
     pub comment: Option<String>,
+    /// Its place in the queue. Refused while it is held.
+    pub priority: Option<u64>,
 }
 
 /// Which nodes a reservation holds.
@@ -327,6 +329,8 @@ pub struct SlurmConfig {
     pub preempt_mode: String,
     /// Such as `preempt/partition_prio`.
     pub preempt_type: String,
+    /// Such as `priority/basic`.
+    pub priority_type: String,
     /// Seconds for which a started job is safe from preemption.
     pub preempt_exempt_s: u64,
     /// Jobs may be requeued unless they say otherwise.

@@ -688,6 +688,7 @@ impl Model {
             slurm_uid: 64030,
             preempt_mode: "REQUEUE".into(),
             preempt_type: "preempt/partition_prio".into(),
+            priority_type: "priority/basic".into(),
             preempt_exempt_s: self.exempt_s.unsigned_abs(),
             job_requeue: true,
             prolog_flags: vec!["Alloc".into()],

@@ -407,7 +407,7 @@ impl Node {
                 resumed: true,
             }));
             let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
-            let _ = std::fs::remove_file(self.completion_path(job));
+            self.forget_completion(job);
             return;
         }
         let known = match self.vms().get(&job) {
@@ -581,7 +581,7 @@ impl Node {
 
     /// Puts on record that a job's script ended within its grace time: Slurm >= 24.05 requeues such a job, and it is not
     /// to run again. On shared storage where there is some, so that every node knows.
-    pub fn keep_completion(&self, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
+    pub fn keep_completion(self: &Arc<Self>, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
         let path = self.completion_path(record.job);
         let done = Completion {
             v: 1,
@@ -594,6 +594,32 @@ impl Node {
         };
         if let Err(e) = write() {
             log::error!("job {}: {}: {e}", record.job, path.display());
+        }
+        let (node, job) = (self.clone(), record.job);
+        let watch = std::thread::Builder::new().name(format!("done-{job}"));
+        if let Err(e) = watch.spawn(move || node.drop_completion_in_time(job)) {
+            log::warn!("job {job}: {e}");
+        }
+    }
+
+    /// Removes that record as soon as Slurm calls the job finished: who requeues it then wants it to run again.
+    fn drop_completion_in_time(&self, job: u32) {
+        let path = self.completion_path(job);
+        while path.exists() {
+            if self.job_is_over(job) {
+                self.forget_completion(job);
+                return;
+            }
+            self.world.clock.sleep(Duration::from_secs(2));
+        }
+    }
+
+    /// Removes that record.
+    pub fn forget_completion(&self, job: u32) {
+        let path = self.completion_path(job);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::warn!("job {job}: {}: {e}", path.display()),
+            _ => {}
         }
     }
 
@@ -631,9 +657,13 @@ impl Node {
         });
     }
 
-    /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.
+    /// Slurm's notice reached a shim. What moves the VM is the controller's own poll.
     pub fn notice(&self, job: u32) {
         log::info!("job {job}: preemption notice");
+        // Also where no controller says so: a script that ends from here on is not to run again.
+        if let Some(owner) = self.owner(job) {
+            let _ = owner.send(Request::Grace);
+        }
     }
 
     /// Passes libvirt's events on to the owners; runs on its own thread until the hypervisor goes away.

@@ -341,7 +341,12 @@ impl Driver<'_> {
                     if self.vm_is_over() {
                         return Ok(Some("the job finished within its grace time".into()));
                     }
-                    self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+                    let Some(info) = self.job() else {
+                        return Ok(Some("the job ended in its grace time".into()));
+                    };
+                    if !self.ends_by_itself(&info)? {
+                        self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+                    }
                     return Ok(Some(format!("requeued to start over{}", self.because())));
                 }
                 PreemptWay::Cancel => {
@@ -447,7 +452,7 @@ impl Driver<'_> {
             self.m.left_min = Some(limit.saturating_sub(used).max(1));
             self.save();
         }
-        if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
+        if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() && !self.ends_by_itself(&info)? {
             if self.m.to.is_some() {
                 // Held, so that it cannot start anywhere before it is steered.
                 self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
@@ -512,6 +517,40 @@ impl Driver<'_> {
         if let Err(e) = slurm.update_job(self.m.job, &update) {
             log::info!("job {}: its priority is not what it was: {e}", self.m.job);
         }
+    }
+
+    /// From 24.05 on Slurm itself requeues a batch job whose script ends within its grace time, and only then forgets that
+    /// the job was in it. A job that was requeued by order instead is requeued once more at its end, long after it landed.
+    /// So there the shim just ends. Earlier releases would take that for the end of the job.
+    fn ends_by_itself(&self, info: &JobInfo) -> Result<bool, String> {
+        let slurm = &self.c.world.slurm;
+        let requeues = info.requeue
+            && info.brief.in_grace()
+            && slurm
+                .config()
+                .is_ok_and(|c| c.release() >= Some((24, 5)) && c.preempt_type == "preempt/partition_prio")
+            && slurm
+                .partitions()
+                .is_ok_and(|all| all.iter().any(|p| p.name == info.brief.partition && p.preempt_mode == "REQUEUE"));
+        if !requeues || self.ask(&self.m.from, &PeerRequest::Part { job: self.m.job }, Duration::from_secs(5)) != Ok(PeerReply::Ok) {
+            return Ok(false);
+        }
+        let until = Instant::now() + Duration::from_secs(15);
+        while Instant::now() < until {
+            match self.job() {
+                Some(i) if i.brief.state.is_waiting() => {
+                    if self.m.to.is_some() {
+                        // Slurm's delay of requeued jobs keeps it from starting elsewhere until now, the hold from now on.
+                        self.order("hold", || slurm.hold(self.m.job))?;
+                    }
+                    return Ok(true);
+                }
+                Some(_) => self.sleep(),
+                None => return Ok(true),
+            }
+        }
+        log::warn!("job {}: its shim did not end", self.m.job);
+        Ok(false)
     }
 
     fn requeued(&mut self) -> Result<Option<String>, String> {

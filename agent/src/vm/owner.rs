@@ -69,6 +69,8 @@ struct Owner {
     save_cause: String,
     /// The job is being preempted.
     in_grace: bool,
+    /// Its shims were told to end so that the job starts over: what the program does now is for nobody.
+    parted: bool,
     started_at: Instant,
 }
 
@@ -120,6 +122,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             verdict: None,
             restart: 0,
             in_grace: false,
+            parted: false,
             save_cause: String::new(),
             started_at: Instant::now(),
         };
@@ -256,6 +259,12 @@ impl Owner {
                 let _ = reply.send(text);
             }
             Request::Grace => self.in_grace = true,
+            Request::Part => {
+                let left = matches!(self.vm.record.life, Life::Gone { .. } | Life::Saved { .. });
+                self.parted = !left;
+                self.programs
+                    .tell_all(&ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            }
             Request::Verdict(text) => self.verdict = Some(text),
         }
     }
@@ -427,7 +436,8 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
-                if self.in_grace && self.programs.is_batch(program) {
+                // A job that was requeued in its grace time is requeued once more when it ends: Slurm has not forgotten.
+                if (self.in_grace || self.restart > 0) && !self.parted && self.programs.is_batch(program) {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);

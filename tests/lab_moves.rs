@@ -53,22 +53,21 @@ fn with_every_node_full_it_is_saved_and_goes_on_when_one_is_free() {
         memory_mib: 256,
         rewrite_mib: 4,
     };
-    let full = m.take("n2", 25);
-    m.t.wait_state(full, "RUNNING");
+    let full = m.fill("n2");
     let job = m.count(count, "out", "");
     m.wait_lines("out", 10);
     let begun = Instant::now();
-    let high = m.take("n1", 10);
+    let high = m.take("n1", 20);
     let after = m.started(high, begun);
     assert!(
         after < f32::from(u8::try_from(GRACE).unwrap()),
         "the preemptor started after {after} s, which is not before the grace of {GRACE} s"
     );
     assert_eq!(m.vm_state(job), "saved");
+    m.give_back(full);
     m.completed(job, 1);
     m.check("out", count.numbers);
     assert_eq!(m.ways(job), ["save", "restore"]);
-    m.t.end_of(full);
     m.nothing_left();
     lab.down().expect("down");
 }

@@ -57,7 +57,17 @@ fn seen(lab: &Lab) -> BTreeMap<String, String> {
         "sbatch --wrap=true --vim=x",
     ] {
         let said = t.sh(line);
-        seen.insert(line.into(), format!("{:?}\n{}\n{}", said.code, said.out, said.err));
+        // What Slurm says of waiting depends on how long it waited.
+        let waits = [
+            "queued and waiting",
+            "has been allocated",
+            "Pending job",
+            "Waiting for resource",
+            "ready for job",
+            "revoked",
+        ];
+        let err: Vec<&str> = said.err.lines().filter(|l| !waits.iter().any(|w| l.contains(w))).collect();
+        seen.insert(line.into(), format!("{:?}\n{}\n{}", said.code, said.out, err.join("\n")));
     }
     seen
 }

@@ -170,6 +170,7 @@ impl Node {
             known.push(record.domain());
             let job = record.job;
             if record.life.is_over_here() {
+                self.clear_after(&record, domains.as_deref().unwrap_or_default());
                 if record.ended_ms.is_some_and(|ended| ended + keep_ms < now) {
                     let _ = self.world.store.remove(&record.domain());
                 } else {
@@ -201,6 +202,19 @@ impl Node {
                 log::error!("cannot end {}: {e}", d.name);
             }
         }
+    }
+
+    /// An agent that died right after it had recorded a VM's end may have left something of it here.
+    fn clear_after(&self, record: &Record, domains: &[crate::hypervisor::DomainInfo]) {
+        let domain = record.domain();
+        if !domains.iter().any(|d| d.name == domain) {
+            return;
+        }
+        log::warn!("job {}: {domain} is {} and still here: ending it", record.job, record.life.name());
+        if let Err(e) = self.world.hypervisor.destroy(&domain) {
+            log::error!("cannot end {domain}: {e}");
+        }
+        vm::moving::clear_here(self, record);
     }
 
     /// Whether Slurm runs the job on this node; `None` when it does not say.
@@ -407,20 +421,31 @@ impl Node {
                 resumed: true,
             }));
             let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
-            let _ = std::fs::remove_file(self.completion_path(job));
+            self.forget_completion(job);
             return;
         }
+        let mut over = None;
         let known = match self.vms().get(&job) {
             Some(Entry::Live(tx)) => Some(tx.clone()),
             Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
-                if let Some((outcome, why)) = over_verdict(last) {
-                    refuse(outcome, why);
-                    return;
-                }
+                over = Some(last.clone());
                 None
             }
             _ => None,
         };
+        // Of an earlier run nothing is told any more.
+        if let Some(last) = over.filter(|last| !self.is_of_an_earlier_run(last)) {
+            if let Some((outcome, why)) = over_verdict(&last) {
+                refuse(outcome, why);
+                return;
+            }
+            if matches!(last.life, Life::Gone { .. } | Life::Saved { .. }) {
+                // The VM is elsewhere and its job follows: another one here would be a second. The shim comes again until then.
+                let line = format!("the VM is {}, its job follows", last.life.name());
+                let _ = attach.to.send(Frame::Control(ToShim::Progress(line)));
+                return;
+            }
+        }
         let tx = match known {
             Some(tx) => {
                 let owner = self.ask(&tx, Request::Record).map(|r| r.user.uid);
@@ -445,6 +470,13 @@ impl Node {
                 why: "the VM's owner has ended".into(),
             }));
         }
+    }
+
+    /// The VM ended before the job's present run began.
+    fn is_of_an_earlier_run(&self, last: &Record) -> bool {
+        let start = self.world.slurm.job(last.job).ok().flatten().and_then(|info| info.brief.start_time);
+        let start_ms = start.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000);
+        matches!((last.ended_ms, start_ms), (Some(ended), Some(start)) if ended < start)
     }
 
     fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
@@ -566,9 +598,9 @@ impl Node {
     pub fn mark(&self, record: &Record) {
         let marker = self.marker(record.job);
         let done = if record.life.is_over_here() {
-            std::fs::remove_file(&marker).or_else(|e| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+            self.world.files.remove(&marker)
         } else {
-            std::fs::write(&marker, b"")
+            self.world.files.touch(&marker)
         };
         if let Err(e) = done {
             log::warn!("job {}: marker {}: {e}", record.job, marker.display());
@@ -581,19 +613,43 @@ impl Node {
 
     /// Puts on record that a job's script ended within its grace time: Slurm >= 24.05 requeues such a job, and it is not
     /// to run again. On shared storage where there is some, so that every node knows.
-    pub fn keep_completion(&self, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
+    pub fn keep_completion(self: &Arc<Self>, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
         let path = self.completion_path(record.job);
         let done = Completion {
             v: 1,
             uid: record.user.uid,
             ended: vm::programs::ended(*status, ""),
         };
-        let write = || {
-            std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
-            crate::effects::store::write_durably(&path, &serde_json::to_vec(&done)?)
-        };
-        if let Err(e) = write() {
+        let written = serde_json::to_vec(&done)
+            .map_err(Into::into)
+            .and_then(|bytes| self.world.files.write_durably(&path, &bytes));
+        if let Err(e) = written {
             log::error!("job {}: {}: {e}", record.job, path.display());
+        }
+        let (node, job) = (self.clone(), record.job);
+        let watch = std::thread::Builder::new().name(format!("done-{job}"));
+        if let Err(e) = watch.spawn(move || node.drop_completion_in_time(job)) {
+            log::warn!("job {job}: {e}");
+        }
+    }
+
+    /// Removes that record as soon as Slurm calls the job finished: who requeues it then wants it to run again.
+    fn drop_completion_in_time(&self, job: u32) {
+        let path = self.completion_path(job);
+        while self.world.files.read(&path).is_ok() {
+            if self.job_is_over(job) {
+                self.forget_completion(job);
+                return;
+            }
+            self.world.clock.sleep(Duration::from_secs(2));
+        }
+    }
+
+    /// Removes that record.
+    pub fn forget_completion(&self, job: u32) {
+        let path = self.completion_path(job);
+        if let Err(e) = self.world.files.remove(&path) {
+            log::warn!("job {job}: {}: {e}", path.display());
         }
     }
 
@@ -610,7 +666,7 @@ impl Node {
 
     /// How a job's script ended within the grace time of an earlier run.
     fn completion(&self, job: u32, uid: u32) -> Option<slurm_vm_api::session::Ended> {
-        let bytes = std::fs::read(self.completion_path(job)).ok()?;
+        let bytes = self.world.files.read(&self.completion_path(job)).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
     }
@@ -631,9 +687,13 @@ impl Node {
         });
     }
 
-    /// Slurm's notice reached a shim; the controller's own poll acts on it, this only says when it came.
+    /// Slurm's notice reached a shim. What moves the VM is the controller's own poll.
     pub fn notice(&self, job: u32) {
         log::info!("job {job}: preemption notice");
+        // Also where no controller says so: a script that ends from here on is not to run again.
+        if let Some(owner) = self.owner(job) {
+            let _ = owner.send(Request::Grace);
+        }
     }
 
     /// Passes libvirt's events on to the owners; runs on its own thread until the hypervisor goes away.
@@ -689,6 +749,22 @@ impl Node {
             }
         }
         log::info!("libvirt is back, {} domains", domains.len());
+        // A start that libvirt was busy with when it went away may have come through after its VM was given up.
+        let given_up: Vec<String> = self
+            .vms()
+            .values()
+            .filter_map(|e| match e {
+                Entry::Over(r) if matches!(r.life, Life::Stopped { .. }) => Some(r.domain()),
+                _ => None,
+            })
+            .filter(|name| domains.iter().any(|d| d.name == *name))
+            .collect();
+        for name in given_up {
+            log::warn!("domain {name} runs though its VM was given up: ending it");
+            if let Err(e) = self.world.hypervisor.destroy(&name) {
+                log::error!("cannot end {name}: {e}");
+            }
+        }
     }
 }
 

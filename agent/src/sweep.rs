@@ -1,6 +1,6 @@
 //! What nobody else removes: saves of jobs that were cancelled while no VM of theirs existed, completions that were not
 //! asked for again, records of VMs that ended long ago. One thread, every half minute.
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{node::Node, vm::saving};
 
@@ -18,7 +18,7 @@ pub fn run(node: &Arc<Node>) {
         }
         for (job, path) in completions(node) {
             if is_over(node, job, None) {
-                let _ = fs::remove_file(path);
+                let _ = node.world.files.remove(&path);
             }
         }
         node.forget_old();
@@ -38,10 +38,9 @@ fn completions(node: &Node) -> Vec<(u32, PathBuf)> {
     let Some(dir) = node.completion_path(0).parent().map(PathBuf::from) else {
         return vec![];
     };
-    fs::read_dir(dir)
+    let found = node.world.files.list(&dir).unwrap_or_default();
+    found
         .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|e| Some((e.path().file_stem()?.to_str()?.parse().ok()?, e.path())))
+        .filter_map(|path| Some((path.file_stem()?.to_str()?.parse().ok()?, path)))
         .collect()
 }

@@ -143,6 +143,19 @@ impl<'a> Mover<'a> {
             .submit(&format!("-p high -w {node} -c 2 -o /dev/null --wrap 'sleep {seconds}'"))
     }
 
+    /// Takes a node until [`Mover::give_back`].
+    pub fn fill(&self, node: &str) -> u32 {
+        let job = self.take(node, 900);
+        self.t.wait_state(job, "RUNNING");
+        job
+    }
+
+    /// Ends a job that filled a node.
+    pub fn give_back(&self, job: u32) {
+        self.t.sh(&format!("scancel {job}"));
+        self.t.end_of(job);
+    }
+
     /// Waits until a job runs and says when it began, in seconds since `from`.
     pub fn started(&self, job: u32, from: Instant) -> f32 {
         self.t.wait_state(job, "RUNNING");
@@ -184,6 +197,11 @@ impl<'a> Mover<'a> {
         assert_eq!((boots.len(), pids.len()), (1, 1), "{out}: boots {boots:?}, pids {pids:?}");
         let longest = lines.windows(2).map(|w| w[1].at_ms.saturating_sub(w[0].at_ms)).max().unwrap_or(0);
         println!("{out}: {numbers} numbers, once and in order; the longest pause by the guest's clock is {longest} ms");
+        // A line is in the file within 2 s: the file's own time says what the guest's clock should have been.
+        let written = fs::metadata(self.t.path(out)).and_then(|m| m.modified()).expect("the file's time");
+        let written = i128::try_from(written.duration_since(UNIX_EPOCH).expect("a time after 1970").as_millis()).expect("a time");
+        let off = written - i128::from(lines[lines.len() - 1].at_ms);
+        assert!((-500..=3000).contains(&off), "the guest's clock is {off} ms behind");
         lines
     }
 
@@ -204,8 +222,7 @@ impl<'a> Mover<'a> {
             .command("ctl", "root", &["svm", "show", "--json", &job.to_string()])
             .and_then(|mut c| c.stdin(Stdio::null()).output().map_err(|e| e.to_string().into()));
         let output = output.expect("svm");
-        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-        if value.get("vm").is_some() { value["vm"].clone() } else { value }
+        serde_json::from_slice::<Value>(&output.stdout).map_or(Value::Null, |v| v["vms"][0].clone())
     }
 
     /// State of a job's VM.
@@ -269,18 +286,32 @@ impl<'a> Mover<'a> {
         });
     }
 
-    /// Arms fault points in a host's agent (none: disarms) and restarts it.
+    /// Arms fault points in a host's agent, by restarting it. When it dies of them, the next one has none.
     pub fn arm(&self, host: &str, faults: &str) {
-        let line = if faults.is_empty() {
-            String::new()
-        } else {
-            format!("SLURM_VM_FAULT={faults}")
-        };
         self.lab.node(
             host,
-            &["sh", "-c", &format!("mkdir -p /etc/default; echo '{line}' > /etc/default/slurm-vm")],
+            &[
+                "sh",
+                "-c",
+                &format!("mkdir -p /etc/default; echo 'SLURM_VM_FAULT={faults}' > /etc/default/slurm-vm"),
+            ],
         );
         self.restart_agent(host);
+        self.lab.node(host, &["rm", "/etc/default/slurm-vm"]);
+    }
+
+    /// The agent of a host has passed an armed point.
+    pub fn wait_fault(&self, host: &str, text: &str) {
+        wait(&format!("`{text}` in the log of {host}'s agent"), || {
+            self.lab.log_tail(host, "slurm-vmd", 400).ok().filter(|t| t.contains(text))
+        });
+    }
+
+    /// Runs a line of sh on the login host again and again, without a pause, until it succeeds.
+    pub fn as_soon_as(&self, condition: &str, act: &str) {
+        let line = format!("for i in $(seq 2000); do if {condition}; then {act}; exit; fi; done; exit 77");
+        let said: Said = self.lab.node("ctl", &["sh", "-c", &line]).into();
+        assert_ne!(said.code, Some(77), "never came: {condition}");
     }
 
     /// Adds settings to a table of a host's slurm-vm.toml and restarts its agent.
@@ -301,6 +332,10 @@ impl<'a> Mover<'a> {
     pub fn restart_agent(&self, host: &str) {
         self.lab.stop(host, "slurm-vmd").expect("the agent stops");
         self.lab.start(host, "slurm-vmd").expect("the agent starts");
+        // The controller's word may be older than the restart.
+        wait("the agent to answer", || {
+            Said::from(self.lab.node(host, &["svm", "list"])).code.filter(|c| *c == 0)
+        });
         self.wait_healthy();
     }
 

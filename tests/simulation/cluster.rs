@@ -6,21 +6,21 @@ use std::{
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
-    core::{Allocation, Effect, End, Event, Life, Plan, Record, Vm, record::RECORD_VERSION},
+    core::{Allocation, Effect, Event, Life, Plan, Record, Vm},
     hypervisor::{
-        Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainState, DomainType, Hypervisor, HypervisorError, StopReason,
+        Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
     },
-    slurm::{FakeEvent, FakeJob, FakeSlurm, JobId, Slurm},
+    slurm::{FakeJob, FakeSlurm, Slurm},
 };
-use slurm_vm_api::{query::MoveView, session::UserEntry, spec::VmSpec};
+use slurm_vm_api::query::MoveView;
 
-use crate::{controller::Controller, random::Random};
+use crate::{check::kind, controller::Controller, random::Random};
 
 /// How long a VM waits for its job.
 pub const AWAIT_JOB_MS: u64 = 40_000;
 /// How long an epilog waits.
-const EPILOG_MS: u64 = 30_000;
+pub const EPILOG_MS: u64 = 30_000;
 /// A seed's time in which things go wrong.
 const ROUGH_MS: u64 = 420_000;
 /// And the time in which all must have come to rest.
@@ -123,6 +123,21 @@ pub enum Message {
     },
 }
 
+impl Message {
+    /// The job that it may do something to.
+    pub fn job(&self) -> Option<u32> {
+        match self {
+            Self::Core { job, .. }
+            | Self::Act { job, .. }
+            | Self::LibvirtJobEnds { job, .. }
+            | Self::Ensure { job, .. }
+            | Self::Order { job, .. } => Some(*job),
+            Self::Import { record, .. } | Self::TakeOver { record, .. } => Some(record.job),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub enum Act {
     Prepare,
@@ -199,14 +214,16 @@ pub struct Cluster {
     pub overlays: BTreeSet<PathBuf>,
     pub saves: Vec<SaveFile>,
     pub libvirt_jobs: BTreeMap<(String, u32), LibvirtJob>,
-    epilogs: BTreeMap<u64, (String, u32)>,
+    pub epilogs: BTreeMap<u64, (String, u32)>,
     pub vm_jobs: BTreeMap<u32, u64>,
-    faults: BTreeMap<u32, u32>,
+    pub faults: BTreeMap<u32, u32>,
     pub controller: Controller,
     quiet: bool,
     /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
     pub excused: BTreeSet<u32>,
-    slurm_away: bool,
+    pub slurm_away: bool,
+    /// Keeps what happens in `trace`.
+    pub tracing: bool,
     pub trace: VecDeque<String>,
     pub reached: BTreeSet<(&'static str, &'static str)>,
     pub counts: BTreeMap<&'static str, u64>,
@@ -219,7 +236,7 @@ pub fn domain(job: u32) -> String {
 impl Cluster {
     pub fn new(seed: u64, mood: Mood) -> Self {
         let mut random = Random::new(seed);
-        let count = random.between(2, 4);
+        let count = random.between(2, 6);
         let world = World::new();
         let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
         let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
@@ -259,14 +276,18 @@ impl Cluster {
             quiet: false,
             excused: BTreeSet::new(),
             slurm_away: false,
+            tracing: false,
             trace: VecDeque::new(),
             reached: BTreeSet::new(),
             counts: BTreeMap::new(),
         }
     }
 
-    pub fn say(&mut self, line: String) {
-        if self.trace.len() > 600 {
+    pub fn say(&mut self, line: &str) {
+        if !self.tracing {
+            return;
+        }
+        if self.trace.len() > 20_000 {
             self.trace.pop_front();
         }
         self.trace
@@ -318,16 +339,19 @@ impl Cluster {
                 }
                 let message = entry.remove();
                 self.now = self.now.max(at);
+                let about = message.job();
                 self.deliver(message);
                 self.libvirt_events();
-                self.check()?;
+                if about.is_some() {
+                    self.check(about)?;
+                }
             }
             self.now = until;
             half_seconds += 1;
             self.clockwork(half_seconds, begin);
             self.libvirt_events();
-            self.check()?;
-            if self.quiet && half_seconds % 20 == 0 {
+            self.check(None)?;
+            if self.quiet && half_seconds.is_multiple_of(20) {
                 match self.left() {
                     None => return Ok(()),
                     Some(what) => last = what,
@@ -336,7 +360,7 @@ impl Cluster {
         }
     }
 
-    fn clockwork(&mut self, half_seconds: u64, begin: u64) {
+    pub fn clockwork(&mut self, half_seconds: u64, begin: u64) {
         for (node, jobs) in self
             .nodes
             .iter()
@@ -347,7 +371,7 @@ impl Cluster {
                 self.core(&node, job, Event::Tick);
             }
         }
-        if half_seconds % 2 == 0 {
+        if half_seconds.is_multiple_of(2) {
             self.world.tick(1000);
             self.slurm.tick(i64::try_from(self.now / 1000).unwrap());
             self.slurm_events();
@@ -356,7 +380,7 @@ impl Cluster {
         if self.now - begin < ROUGH_MS {
             self.trouble();
         } else if !self.quiet {
-            self.say("-- left alone from here on".into());
+            self.say("-- left alone from here on");
             self.quiet = true;
             for h in self.hypervisors.values() {
                 h.clear_faults();
@@ -367,9 +391,10 @@ impl Cluster {
         }
     }
 
-    fn trouble(&mut self) {
+    pub fn trouble(&mut self) {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
-        if self.vm_jobs.len() < 10 && self.random.permille(25) {
+        let waiting = self.vm_jobs.keys().filter(|j| !self.job_is_over(**j)).count();
+        if waiting < self.nodes.len() && self.vm_jobs.len() < 12 && self.random.permille(40) {
             let cpus = if self.random.permille(600) { 4 } else { 2 };
             let job = self.slurm.submit(FakeJob {
                 cpus_per_node: cpus,
@@ -377,10 +402,10 @@ impl Cluster {
                 ..FakeJob::default()
             });
             let work = self.random.between(20_000, 150_000);
-            self.say(format!("job {job} submitted, {work} ms of work"));
+            self.say(&format!("job {job} submitted, {work} ms of work"));
             self.vm_jobs.insert(job, work);
         }
-        if self.random.permille(15) {
+        if self.random.permille(20) {
             let req_nodes = if self.random.permille(700) {
                 self.random.pick(&names).cloned().into_iter().collect()
             } else {
@@ -396,17 +421,17 @@ impl Cluster {
                 req_nodes,
                 ..FakeJob::default()
             });
-            self.say(format!("high job {job} submitted"));
+            self.say(&format!("high job {job} submitted"));
         }
         let jobs: Vec<u32> = self.vm_jobs.keys().copied().collect();
         if self.random.permille(6)
             && let Some(job) = self.random.pick(&jobs).copied()
         {
-            self.say(format!("scancel {job}"));
+            self.say(&format!("scancel {job}"));
             self.slurm.cancel(job, None).ok();
             self.slurm_events();
         }
-        if self.random.permille(8)
+        if self.random.permille(25)
             && let Some(job) = self.random.pick(&jobs).copied()
         {
             self.ask_move(job, "asked");
@@ -416,8 +441,11 @@ impl Cluster {
         {
             let order = if self.random.permille(800) { Order::Cancel } else { Order::GiveUp };
             let id = self.id();
-            self.say(format!("{order:?} {job} on {node}"));
+            self.say(&format!("{order:?} {job} on {node}"));
             if matches!(order, Order::GiveUp) {
+                if self.job_here(&node, job) != Some(true) {
+                    return;
+                }
                 let _ = self.slurm.requeue(job);
             }
             self.at(10, Message::Order { node, job, id, order });
@@ -432,7 +460,7 @@ impl Cluster {
             self.at(after, Message::Restart { node: node.clone() });
         }
         if self.random.permille(6) && self.controller.alive {
-            self.say("controller killed".into());
+            self.say("controller killed");
             self.controller.kill();
             let after = self.random.between(500, 15_000);
             self.at(after, Message::RestartController);
@@ -454,7 +482,7 @@ impl Cluster {
             _ => None,
         };
         if let Some((op, fault, times)) = fault {
-            self.say(format!("{node}: the next {op:?}: {fault:?}"));
+            self.say(&format!("{node}: the next {op:?}: {fault:?}"));
             self.hypervisors[&node].fail_next(op, fault, times);
         }
         if self.random.permille(3)
@@ -462,18 +490,18 @@ impl Cluster {
         {
             let panics = self.random.permille(500);
             if self.hypervisors[&node].info(&domain(job)).ok().flatten().is_some() {
-                self.say(format!("{node}: guest of {job} dies"));
+                self.say(&format!("{node}: guest of {job} dies"));
             }
             self.hypervisors[&node].end_guest(&domain(job), panics);
         }
         if self.random.permille(4) {
-            self.say(format!("{node}: libvirt away"));
+            self.say(&format!("{node}: libvirt away"));
             self.hypervisors[&node].connect(false);
             let after = self.random.between(500, 20_000);
             self.at(after, Message::Libvirt { node, up: true });
         }
         if self.random.permille(3) {
-            self.say("slurmctld away".into());
+            self.say("slurmctld away");
             self.slurm_away = true;
             self.slurm.set_unreachable(true);
             let after = self.random.between(500, 20_000);
@@ -481,9 +509,10 @@ impl Cluster {
         }
     }
 
-    fn kill(&mut self, name: &str) {
-        self.say(format!("{name}: agent killed"));
+    pub fn kill(&mut self, name: &str) {
+        self.say(&format!("{name}: agent killed"));
         self.count("agents killed");
+        self.break_relays(name);
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.alive = false;
         node.epoch += 1;
@@ -500,8 +529,8 @@ impl Cluster {
         }
     }
 
-    fn restart(&mut self, name: &str) {
-        self.say(format!("{name}: agent started"));
+    pub fn restart(&mut self, name: &str) {
+        self.say(&format!("{name}: agent started"));
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.alive = true;
         let records: Vec<Record> = node.ledger.values().cloned().collect();
@@ -517,12 +546,12 @@ impl Cluster {
                 continue;
             }
             let (vm, effects) = Vm::recovered(record.clone(), here, self.job_here(name, job));
-            self.say(format!("{name}: job {job} found {} (domain {here:?})", record.life.name()));
+            self.say(&format!("{name}: job {job} found {} (domain {here:?})", record.life.name()));
             self.adopt(name, job, vm, effects);
         }
         for d in domains.into_iter().flatten() {
             if !records.iter().any(|r| r.domain() == d.name) {
-                self.say(format!("{name}: {} is in no record", d.name));
+                self.say(&format!("{name}: {} is in no record", d.name));
                 let _ = hypervisor.destroy(&d.name);
             }
         }
@@ -567,15 +596,15 @@ impl Cluster {
         let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);
         let after = owner.vm.record.life.name();
         self.reached.insert((before, kind));
-        if before != after || !matches!(kind, "tick") {
+        if self.tracing && (before != after || !matches!(kind, "tick")) {
             let named: Vec<String> = effects.iter().map(|e| format!("{e:?}").chars().take(60).collect()).collect();
-            self.say(format!("{node}: job {job} {before} <- {kind} -> {after}: {}", named.join(", ")));
+            self.say(&format!("{node}: job {job} {before} <- {kind} -> {after}: {}", named.join(", ")));
         }
         self.carry_out(node, job, effects);
         self.retire(node, job);
     }
 
-    fn retire(&mut self, node: &str, job: u32) {
+    pub fn retire(&mut self, node: &str, job: u32) {
         if let Some(n) = self.nodes.get_mut(node)
             && n.vms
                 .get(&job)
@@ -585,7 +614,7 @@ impl Cluster {
         }
     }
 
-    fn deliver(&mut self, message: Message) {
+    pub fn deliver(&mut self, message: Message) {
         match message {
             Message::Core { node, epoch, job, event } => {
                 if self.is(&node, epoch) {
@@ -614,16 +643,16 @@ impl Cluster {
             }
             Message::Restart { node } => self.restart(&node),
             Message::RestartController => {
-                self.say("controller started".into());
+                self.say("controller started");
                 self.controller.restart();
             }
             Message::Libvirt { node, up } => {
-                self.say(format!("{node}: libvirt back"));
+                self.say(&format!("{node}: libvirt back"));
                 self.hypervisors[&node].connect(up);
                 self.recheck(&node);
             }
             Message::Slurmctld { up } => {
-                self.say("slurmctld back".into());
+                self.say("slurmctld back");
                 self.slurm_away = !up;
                 self.slurm.set_unreachable(!up);
             }
@@ -676,7 +705,7 @@ impl Cluster {
         }
     }
 
-    fn is(&self, node: &str, epoch: u64) -> bool {
+    pub fn is(&self, node: &str, epoch: u64) -> bool {
         self.nodes.get(node).is_some_and(|n| n.alive && n.epoch == epoch)
     }
 
@@ -688,7 +717,7 @@ impl Cluster {
 
     // What libvirt tells.
 
-    fn libvirt_events(&mut self) {
+    pub fn libvirt_events(&mut self) {
         for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
             while let Ok(event) = self.events[&node].try_recv() {
                 let (name, event) = match event {
@@ -741,7 +770,7 @@ impl Cluster {
     }
 
     /// Events were lost while libvirt was away.
-    fn recheck(&mut self, node: &str) {
+    pub fn recheck(&mut self, node: &str) {
         if !self.nodes[node].alive {
             return;
         }
@@ -763,328 +792,6 @@ impl Cluster {
             );
         }
     }
-
-    // Slurm's side.
-
-    pub fn slurm_events(&mut self) {
-        for event in self.slurm.events() {
-            match event {
-                FakeEvent::Started { job, nodes, restarts } => {
-                    let Some(node) = nodes.first().cloned() else { continue };
-                    self.say(format!("job {job} starts on {node} (restarts {restarts})"));
-                    if self.vm_jobs.contains_key(&job) {
-                        let (delay, epoch) = (self.random.between(1, 60), self.nodes[&node].epoch);
-                        // A prolog that finds no agent does without.
-                        if self.nodes[&node].alive {
-                            self.at(
-                                delay,
-                                Message::Ensure {
-                                    node,
-                                    epoch,
-                                    job,
-                                    tries: 0,
-                                },
-                            );
-                        }
-                        self.at(delay + 200, Message::Shim { job, restarts });
-                    } else {
-                        let last = self.random.between(10_000, 90_000);
-                        self.at(last, Message::HighEnds { job, restarts });
-                    }
-                }
-                FakeEvent::Grace { job, .. } => {
-                    self.say(format!("job {job} is preempted"));
-                    self.count("preemptions");
-                }
-                FakeEvent::Ending { job, nodes, next } => {
-                    self.say(format!("job {job} leaves {nodes:?}, then {next:?}"));
-                    for node in nodes {
-                        if self.vm_jobs.contains_key(&job) {
-                            let delay = self.random.between(50, 2_000);
-                            self.at(delay, Message::Epilog { node, job });
-                        } else {
-                            self.slurm.epilog_done(job, &node);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn runs_on(&self, job: JobId, restarts: u32) -> Option<String> {
-        // What slurmd and the shim know of themselves, slurmctld or not.
-        self.slurm.set_unreachable(false);
-        let info = self.slurm.job(job).ok().flatten();
-        self.slurm.set_unreachable(self.slurm_away);
-        info.filter(|i| i.brief.state.is_on_nodes() && i.brief.restarts == restarts)?
-            .brief
-            .nodes
-            .first()
-            .cloned()
-    }
-
-    fn ensure(&mut self, node: &str, job: u32, tries: u32) {
-        let life = self.nodes[node].vms.get(&job).map(|o| (o.vm.record.life.clone(), o.vm.record.run));
-        match life {
-            Some((life, _))
-                if life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. }) =>
-            {
-                if tries < 600 {
-                    let epoch = self.nodes[node].epoch;
-                    self.at(
-                        200,
-                        Message::Ensure {
-                            node: node.into(),
-                            epoch,
-                            job,
-                            tries: tries + 1,
-                        },
-                    );
-                }
-            }
-            Some((_, run)) => self.core(node, job, Event::JobHere { run: run + 1 }),
-            None => {
-                let run = self.nodes[node].ledger.get(&job).map_or(1, |r| r.run + 1);
-                let save = self
-                    .saves
-                    .iter()
-                    .filter(|s| s.job == job && !s.used)
-                    .filter_map(|s| s.manifest.clone())
-                    .max_by_key(|r| r.generation);
-                let (vm, effects) = match save {
-                    Some(mut record) => {
-                        record.run = run.max(record.run + 1);
-                        record.node = node.into();
-                        record.generation += 1;
-                        record.plan = Some(allocation(&record).1);
-                        Vm::expected(record)
-                    }
-                    None => Vm::new(self.record(node, job, run)),
-                };
-                self.adopt(node, job, vm, effects);
-            }
-        }
-    }
-
-    fn record(&self, node: &str, job: u32, run: u64) -> Record {
-        Record {
-            v: RECORD_VERSION,
-            cluster: "fake".into(),
-            node: node.into(),
-            job,
-            k: 0,
-            user: UserEntry {
-                name: "alice".into(),
-                uid: 2001,
-                gid: 2001,
-                home: "/home/alice".into(),
-                shell: "/bin/sh".into(),
-            },
-            spec: VmSpec {
-                image: "tiny".into(),
-                cpus: None,
-                mem_mib: None,
-                boot_timeout_s: Some(60),
-                preempt: None,
-            },
-            run,
-            generation: 1,
-            life: Life::Preparing,
-            allocation: None,
-            plan: None,
-            programs: vec![],
-            moves: vec![],
-            created_ms: self.now,
-            up_ms: None,
-            ended_ms: None,
-            boot_id: None,
-            await_until_ms: None,
-        }
-    }
-
-    fn epilog(&mut self, node: &str, job: u32) {
-        let id = self.id();
-        self.epilogs.insert(id, (node.into(), job));
-        let owner = self.nodes.get_mut(node).filter(|n| n.alive).and_then(|n| n.vms.get_mut(&job));
-        let Some(owner) = owner else {
-            self.epilog_returns(id);
-            return;
-        };
-        owner.releases.push(id);
-        self.at(EPILOG_MS, Message::EpilogOver { id });
-        self.core(node, job, Event::Release);
-    }
-
-    /// It took too long: the domain is ended by force.
-    fn epilog_over(&mut self, id: u64) {
-        let Some((node, job)) = self.epilogs.get(&id).cloned() else {
-            return;
-        };
-        self.say(format!("{node}: epilog of {job} overruns"));
-        self.count("epilogs that overran");
-        let _ = self.hypervisors[&node].destroy(&domain(job));
-        if let Some(owner) = self.nodes.get_mut(&node).and_then(|n| n.vms.get_mut(&job)) {
-            owner.releases.retain(|r| *r != id);
-        }
-        self.epilog_returns(id);
-        self.retire(&node, job);
-    }
-
-    pub fn epilog_returns(&mut self, id: u64) {
-        if let Some((node, job)) = self.epilogs.remove(&id) {
-            self.say(format!("{node}: epilog of {job} returns"));
-            self.slurm.epilog_done(job, &node);
-        }
-    }
-
-    /// One look of the shim at its VM.
-    fn shim(&mut self, job: u32, restarts: u32) {
-        let Some(node) = self.runs_on(job, restarts) else { return };
-        let again = self.random.between(400, 1_200);
-        self.at(again, Message::Shim { job, restarts });
-        if !self.nodes[&node].alive {
-            return;
-        }
-        let epoch = self.nodes[&node].epoch;
-        let over = match self.nodes[&node].vms.get(&job).map(|o| o.vm.record.life.clone()) {
-            Some(Life::Running | Life::AwaitingJob { .. }) => {
-                let done = self.hypervisors[&node].work(&domain(job)).is_some_and(|w| w >= self.vm_jobs[&job]);
-                if done && self.nodes[&node].vms[&job].vm.record.up_ms.is_some() {
-                    self.say(format!("job {job} has done its work"));
-                    self.count("jobs finished");
-                    self.slurm.exited(job, 0);
-                    self.slurm_events();
-                }
-                return;
-            }
-            Some(Life::Stopping { why } | Life::Stopped { why }) => why,
-            Some(_) => return,
-            None => match self.nodes[&node].ledger.get(&job) {
-                // The end of an earlier run says nothing about this one.
-                // It is elsewhere, and its job follows: no second one here.
-                Some(Record {
-                    life: Life::Gone { .. } | Life::Saved { .. },
-                    ended_ms,
-                    ..
-                }) if !self.is_older(job, *ended_ms) => return,
-                Some(Record {
-                    life: Life::Stopped { why },
-                    ended_ms,
-                    ..
-                }) if why.verdict().is_some() && !self.is_older(job, *ended_ms) => why.clone(),
-                _ => {
-                    // Not announced by the prolog: taken from Slurm.
-                    if self.job_here(&node, job) == Some(true) {
-                        self.ensure(&node, job, 0);
-                    }
-                    return;
-                }
-            },
-        };
-        match over {
-            End::NodeFault { how } => {
-                let n = self.faults.entry(job).or_default();
-                *n += 1;
-                if *n > 20 {
-                    self.slurm.exited(job, 125);
-                } else {
-                    self.say(format!("job {job}: shim requeues: {how}"));
-                    let _ = self.slurm.requeue(job);
-                }
-                self.slurm_events();
-            }
-            End::Released | End::NotArrived | End::Requeued => {
-                let _ = epoch;
-            }
-            End::BootTimeout { .. } | End::BootFailed { .. } | End::GuestLost { .. } | End::Refused { .. } | End::NotReadmitted => {
-                self.say(format!("job {job}: shim reports {over:?}"));
-                self.count("jobs that lost their guest");
-                if self.mood == Mood::Calm {
-                    self.counts.insert("lost guests in calm weather", 1);
-                }
-                self.slurm.exited(job, 123);
-                self.slurm_events();
-            }
-        }
-    }
-
-    fn is_older(&self, job: u32, ended_ms: Option<u64>) -> bool {
-        let start = self
-            .slurm
-            .job(job)
-            .ok()
-            .flatten()
-            .and_then(|i| i.brief.start_time)
-            .and_then(|s| u64::try_from(s).ok());
-        matches!((ended_ms, start), (Some(ended), Some(start)) if ended < start * 1000)
-    }
-
-    // What must hold.
-
-    pub fn check(&self) -> Result<(), String> {
-        for what in self.world.violations() {
-            if !self.excused.iter().any(|job| what.starts_with(&format!("{} ", domain(*job)))) {
-                return Err(what);
-            }
-        }
-        if let Some(what) = self.slurm.breach() {
-            return Err(what);
-        }
-        for (name, node) in &self.nodes {
-            for (job, record) in &node.ledger {
-                let info = || self.hypervisors[name].peek(&domain(*job));
-                if matches!(record.life, Life::Gone { .. } | Life::Saved { .. }) && info() == Some(DomainState::Running) {
-                    return Err(format!("job {job} runs on {name}, whose record says {}", record.life.name()));
-                }
-                if matches!(record.life, Life::Stopped { .. }) && info().is_some() {
-                    return Err(format!("job {job} is stopped on {name}, and its domain is there"));
-                }
-                let disk = record.plan.as_ref().and_then(|p| p.overlay.as_ref());
-                if info() == Some(DomainState::Running) && disk.is_none_or(|d| !self.overlays.contains(d)) {
-                    return Err(format!("job {job} runs on {name} without its disk"));
-                }
-            }
-        }
-        if self.mood == Mood::Calm && self.counts.contains_key("lost guests in calm weather") {
-            return Err("a guest was lost although nothing failed".into());
-        }
-        Ok(())
-    }
-
-    /// What is left; `None` when the cluster is at rest.
-    fn left(&self) -> Option<String> {
-        if let Some(job) = self.vm_jobs.keys().find(|j| !self.job_is_over(**j)) {
-            let at: Vec<String> = self
-                .nodes
-                .iter()
-                .filter_map(|(n, s)| Some(format!("{} on {n}", s.vms.get(job)?.vm.record.life.name())))
-                .collect();
-            let slurm = self
-                .slurm
-                .job(*job)
-                .ok()
-                .flatten()
-                .map(|i| (i.brief.state, i.brief.nodes, i.brief.reservation, i.brief.priority));
-            return Some(format!("job {job} has not ended: {slurm:?}, VM {at:?}"));
-        }
-        for (name, node) in &self.nodes {
-            if let Some((job, owner)) = node.vms.first_key_value() {
-                return Some(format!("{name} still has a VM of job {job}: {}", owner.vm.record.life.name()));
-            }
-            if let Some((job, record)) = node.ledger.iter().find(|(_, r)| !r.life.is_over_here()) {
-                return Some(format!("{name}'s ledger has job {job} {}", record.life.name()));
-            }
-        }
-        let left: [(&str, usize); 6] = [
-            ("domains", self.world.domains()),
-            ("overlays", self.overlays.len()),
-            ("saves", self.saves.len()),
-            ("moves", self.controller.moves.len()),
-            ("epilogs", self.epilogs.len()),
-            ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
-        ];
-        left.iter().find(|(_, n)| *n > 0).map(|(what, n)| format!("{n} {what} left"))
-    }
 }
 
 fn refusal(op: Op) -> HypervisorError {
@@ -1093,47 +800,6 @@ fn refusal(op: Op) -> HypervisorError {
         domain: 10,
         message: format!("{op:?} fails as ordered"),
         code: 9,
-    }
-}
-
-/// An event's name.
-fn kind(event: &Event) -> &'static str {
-    match event {
-        Event::Prepared(Ok(_)) => "prepared",
-        Event::Prepared(Err(_)) => "prepare-failed",
-        Event::DomainStarted(Ok(())) => "started",
-        Event::DomainStarted(Err(_)) => "start-failed",
-        Event::GuestUp { .. } => "guest-up",
-        Event::DomainEnded { .. } => "domain-ended",
-        Event::JobHere { .. } => "job-here",
-        Event::Release => "release",
-        Event::Tick => "tick",
-        Event::Destroyed(Ok(())) => "destroyed",
-        Event::Destroyed(Err(_)) => "destroy-failed",
-        Event::MoveOut { .. } => "move-out",
-        Event::DestinationReady(Ok(())) => "destination-ready",
-        Event::DestinationReady(Err(_)) => "destination-refused",
-        Event::Migrated(Ok(_)) => "migrated",
-        Event::Migrated(Err(_)) => "migrate-failed",
-        Event::OwnerIs(slurm_vm::core::Whereabouts::AtSource) => "owner-is-source",
-        Event::OwnerIs(slurm_vm::core::Whereabouts::AtDestination) => "owner-is-destination",
-        Event::OwnerIs(slurm_vm::core::Whereabouts::Nowhere) => "owner-is-nobody",
-        Event::OwnerIs(slurm_vm::core::Whereabouts::Unknown) => "owner-is-unknown",
-        Event::DomainIs(_) => "domain-is",
-        Event::JobIs(_) => "job-is",
-        Event::HandedOver(Ok(())) => "handed-over",
-        Event::HandedOver(Err(_)) => "hand-over-failed",
-        Event::CancelMove => "cancel",
-        Event::Arrived => "arrived",
-        Event::TookOver { .. } => "took-over",
-        Event::Abandoned => "abandoned",
-        Event::Save { .. } => "save",
-        Event::SaveWritten(Ok(_)) => "saved",
-        Event::SaveWritten(Err(_)) => "save-failed",
-        Event::Restored(Ok(_)) => "restored",
-        Event::Restored(Err(_)) => "restore-failed",
-        Event::Resumed(_) => "resumed",
-        Event::GiveUp => "give-up",
     }
 }
 

@@ -104,7 +104,7 @@ impl Cluster {
                 _ => vec![Way::Live, Way::Save, Way::Requeue],
             }
         };
-        self.say(format!("controller: job {job} is to leave {from} ({cause}): {ways:?}"));
+        self.say(&format!("controller: job {job} is to leave {from} ({cause}): {ways:?}"));
         let m = Move {
             from,
             to: None,
@@ -155,7 +155,7 @@ impl Cluster {
     fn order_out(&mut self, node: &str, job: u32, order: Order) -> u64 {
         let id = self.id();
         let delay = self.delay();
-        self.say(format!("controller: {order:?} of {job} to {node}"));
+        self.say(&format!("controller: {order:?} of {job} to {node}"));
         self.at(
             delay,
             Message::Order {
@@ -172,7 +172,7 @@ impl Cluster {
     fn go_on(&mut self, job: u32, brief: Option<JobBrief>) -> Option<()> {
         let mut m = self.controller.moves.get(&job)?.clone();
         let Some(brief) = brief else {
-            self.say(format!("controller: job {job} is over"));
+            self.say(&format!("controller: job {job} is over"));
             for node in [Some(m.from.clone()), m.to.clone()].into_iter().flatten() {
                 self.order_out(&node, job, Order::Release);
             }
@@ -219,7 +219,7 @@ impl Cluster {
                             m.since = self.now;
                         }
                         Some(Err(why)) => {
-                            self.say(format!("controller: job {job}: {why}"));
+                            self.say(&format!("controller: job {job}: {why}"));
                             m.unsettled = true;
                             m.ways.remove(0);
                         }
@@ -265,7 +265,7 @@ impl Cluster {
                         if self.random.permille(500) {
                             self.order_out(&m.from, job, Order::GiveUp);
                         }
-                        self.say(format!("controller: requeue {job}"));
+                        self.say(&format!("controller: requeue {job}"));
                         let _ = self.slurm.requeue(job);
                         return None;
                     }
@@ -273,7 +273,7 @@ impl Cluster {
             }
             Step::Moved => {
                 if brief.restarts == m.restarts && !brief.state.is_waiting() {
-                    self.say(format!("controller: requeuehold {job}"));
+                    self.say(&format!("controller: requeuehold {job}"));
                     let _ = self.slurm.requeuehold(job);
                 }
                 if brief.state.is_waiting() || (brief.restarts > m.restarts && brief.state.is_on_nodes()) {
@@ -301,7 +301,7 @@ impl Cluster {
                 m.step = Step::Released;
             }
             Step::Released => {
-                let Some(to) = m.to.clone() else { return None };
+                let to = m.to.clone()?;
                 if brief.state.is_on_nodes() {
                     if !brief.nodes.contains(&to) {
                         self.order_out(&to, job, Order::Release);
@@ -310,7 +310,7 @@ impl Cluster {
                     return None;
                 }
                 if self.now > m.since + AWAIT_JOB_MS - 5_000 {
-                    self.say(format!("controller: job {job} is kept out of {to}"));
+                    self.say(&format!("controller: job {job} is kept out of {to}"));
                     let order = if self.random.permille(700) { Order::Save } else { Order::Release };
                     self.order_out(&to, job, order);
                     self.unreserve(job);

@@ -29,6 +29,7 @@ pub fn test(wishes: &Wishes) -> Result<()> {
     check("format", "cargo fmt", &["fmt", "--all", "--check"], "as rustfmt has it")?;
     let lints = [
         "clippy",
+        "--keep-going",
         "--workspace",
         "--all-targets",
         "--features",

@@ -99,6 +99,9 @@ pub struct VmView {
     pub disk_bytes: u64,
     /// `kvm` or `qemu` (emulation).
     pub domain_type: String,
+    /// Why that: set in the configuration, or what the probe guest found.
+    #[serde(default)]
+    pub domain_type_why: String,
     /// When the guest came up, Unix seconds.
     pub started_at: Option<u64>,
     /// Seconds the guest has been given so far.

@@ -70,6 +70,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     }));
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(|e| e.to_string())?);
     let world = World {
+        files: Arc::new(slurm_vm::effects::SystemFiles),
         clock: Arc::new(SystemClock),
         store: Arc::new(DirStore::new(&config.state_dir).map_err(|e| chain(&e))?),
         disks: Arc::new(QemuImg::default()),

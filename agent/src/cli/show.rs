@@ -18,7 +18,7 @@ pub fn vm(vm: &VmView) -> String {
         format!("   UserId={}({}) Node={} Run={}", dash(&vm.user), vm.uid, dash(&vm.node), vm.run),
         format!("   State={} Reason={}", vm.state, dash(vm.why.as_deref().unwrap_or_default())),
         format!("   RunTime={} StartTime={started}", span(vm.run_seconds)),
-        format!("   Image={} Type={}", dash(&vm.image), dash(&vm.domain_type)),
+        format!("   Image={} Type={}{}", dash(&vm.image), dash(&vm.domain_type), type_why(vm)),
         format!(
             "   CPUs={} Cores={} Mem={guest} AllocMem={allocated} Disk={disk}",
             vm.vcpus,
@@ -81,6 +81,15 @@ fn date(unix: u64) -> String {
     )
 }
 
+/// Who or what chose the type, in brackets.
+fn type_why(vm: &VmView) -> String {
+    if vm.domain_type_why.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", vm.domain_type_why)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +134,7 @@ mod tests {
             cores: vec![0, 1],
             disk_bytes: 3 << 20,
             domain_type: "qemu".into(),
+            domain_type_why: String::new(),
             started_at: Some(0),
             run_seconds: 75,
             run: 3,

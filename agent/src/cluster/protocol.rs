@@ -71,6 +71,12 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
+    /// Controller: the VM has left, or is given up for a run from the start; the batch shim is to end, so that Slurm
+    /// requeues the job by itself.
+    Part {
+        /// Job id.
+        job: u32,
+    },
     /// Controller: the job is over and no epilog will come for a VM that waits for it.
     Release {
         /// Job id.

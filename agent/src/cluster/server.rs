@@ -79,6 +79,10 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         },
         PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
         PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
+        PeerRequest::Part { job } => match node.owner(job) {
+            Some(owner) if owner.send(Request::Part).is_ok() => PeerReply::Ok,
+            _ => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
+        },
         PeerRequest::Release { job } => tell(node, job, Event::Release),
         PeerRequest::Import {
             move_id,
@@ -160,6 +164,7 @@ fn allowed(role: Role, request: &PeerRequest) -> bool {
         | PeerRequest::CancelMove { .. }
         | PeerRequest::Grace { .. }
         | PeerRequest::GiveUp { .. }
+        | PeerRequest::Part { .. }
         | PeerRequest::Release { .. } => role == Role::Controller,
     }
 }

@@ -151,7 +151,7 @@ impl Controller {
                 }
             }
         }
-        views.sort_by_key(|v| (rank(v).0 == 0, v.job));
+        views.sort_by_key(|v| (is_over(v), v.job));
         (views, totals)
     }
 
@@ -206,12 +206,37 @@ impl Controller {
     }
 }
 
-/// Which of two nodes' words on a job counts: alive before over, later run before earlier.
-fn rank(v: &VmView) -> (u8, u64) {
-    let alive = match v.state.as_str() {
-        "stopped" | "gone" => 0,
-        "saved" | "arriving" => 1,
-        _ => 2,
+/// Which of two nodes' words on a job counts: alive before over, more of the job's history before less, later run before earlier.
+fn rank(v: &VmView) -> (bool, usize, u8, u64) {
+    let over = match v.state.as_str() {
+        "gone" => 0,
+        "stopped" => 1,
+        "saved" | "arriving" => 2,
+        _ => 3,
     };
-    (alive, v.started_at.unwrap_or(0) + v.run)
+    (over == 3, v.moves.len(), over, v.started_at.unwrap_or(0) + v.run)
+}
+
+/// Nothing more is to come of it.
+fn is_over(v: &VmView) -> bool {
+    matches!(v.state.as_str(), "gone" | "stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use slurm_vm_api::query::MoveView;
+
+    #[test]
+    fn a_vm_that_was_restored_and_has_ended_is_not_called_saved() {
+        let at = |state: &str, moves: usize| VmView {
+            state: state.into(),
+            moves: vec![MoveView::default(); moves],
+            ..VmView::default()
+        };
+        assert!(rank(&at("stopped", 3)) > rank(&at("saved", 2)));
+        assert!(rank(&at("saved", 1)) > rank(&at("gone", 1)));
+        assert!(rank(&at("running", 0)) > rank(&at("saved", 1)));
+        assert!(rank(&at("leaving", 0)) > rank(&at("arriving", 0)));
+    }
 }

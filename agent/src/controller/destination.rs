@@ -67,8 +67,16 @@ pub fn reserve(c: &Controller, m: &JobMove, info: &JobInfo) -> Result<String, No
             Err(e) => log::info!("job {}: {} cannot be reserved: {e}", m.job, n.name),
         }
     }
+    let sick = |to: &str| {
+        Some(health::of(&c.cluster(), to))
+            .filter(|h| !h.healthy)
+            .map(|h| h.why.unwrap_or_default())
+    };
     let text = match (&m.to, m.to_asked) {
-        (Some(to), true) => format!("{to} has no room for the VM, is not healthy, or is not in partition {partition}"),
+        (Some(to), true) if nodes.iter().any(|n| n.name == *to) && sick(to).is_some() => {
+            format!("{to} is not healthy: {}", sick(to).unwrap_or_default())
+        }
+        (Some(to), true) => format!("{to} has no room for the VM, or is not in partition {partition}"),
         _ => "no other node has room for the VM".to_owned(),
     };
     Err(NoRoom { text, wait: busy })

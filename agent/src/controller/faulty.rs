@@ -1,7 +1,8 @@
 //! Jobs that met a broken node. The shim requeues its own job into the state SPECIAL_EXIT, held (a user can do that with
-//! his own jobs, and nothing else makes that state by itself); here the node is excluded and the job released. The shim
-//! gives up by itself (outcome 125) when Slurm's restart count reaches the attempts allowed.
-use super::Controller;
+//! his own jobs, and nothing else makes that state by itself); here the node is excluded and the job released, as soon as
+//! there is a node that it can run on and that is well. The shim gives up by itself (outcome 125) when Slurm's restart
+//! count reaches the attempts allowed.
+use super::{Controller, health};
 use crate::slurm::{JobState, JobUpdate};
 
 impl Controller {
@@ -16,26 +17,124 @@ impl Controller {
                 .filter(|j| {
                     j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()))
                 })
-                .map(|j| (j.id, cluster.last_node.get(&j.id).cloned()))
+                .map(|j| {
+                    let ours = cluster.excluded.get(&j.id).cloned().unwrap_or_default();
+                    (j.id, cluster.last_node.get(&j.id).cloned(), ours)
+                })
                 .collect();
-            (faulty, cluster.slurm_nodes.len())
+            let nodes: Vec<(String, bool)> = cluster
+                .slurm_nodes
+                .keys()
+                .map(|n| (n.clone(), health::of(&cluster, n).healthy))
+                .collect();
+            (faulty, nodes)
         };
-        for (job, node) in jobs {
-            // With one node there is nowhere else: the same node is tried again.
-            let exclude = node.clone().filter(|_| nodes > 1);
+        for (job, broken, ours) in jobs {
+            let slurm = &self.world.slurm;
+            let info = match slurm.job(job) {
+                Ok(Some(info)) if info.brief.state == JobState::SpecialExit => info,
+                Ok(_) => continue,
+                Err(e) => {
+                    log::warn!("job {job}: met a broken node, and Slurm cannot be asked about it: {e}");
+                    continue;
+                }
+            };
+            let users: Vec<String> = info.exclude_nodes.iter().filter(|n| !ours.contains(n)).cloned().collect();
+            let want = usize::try_from(info.num_nodes).unwrap_or(usize::MAX);
+            let Some(list) = excluded(broken.as_deref(), &users, &info.req_nodes, want, &nodes) else {
+                log::debug!("job {job}: waits for a node that is well");
+                continue;
+            };
             log::warn!(
-                "job {job}: met a broken node{}; it is released to try elsewhere",
-                node.map_or(String::new(), |n| format!(" ({n})"))
+                "job {job}: met a broken node{}; it is released to try again{}",
+                broken.map_or(String::new(), |n| format!(" ({n})")),
+                if list.is_empty() {
+                    String::new()
+                } else {
+                    format!(", not on {}", list.join(","))
+                }
             );
+            let ours = list.iter().filter(|n| !users.contains(n)).cloned().collect();
+            self.cluster().excluded.insert(job, ours);
             let update = JobUpdate {
-                exclude_nodes: exclude.map(|n| vec![n]),
+                exclude_nodes: (list != info.exclude_nodes).then_some(list),
                 start_now: true,
                 ..JobUpdate::default()
             };
-            let slurm = &self.world.slurm;
             if let Err(e) = slurm.update_job(job, &update).and_then(|()| slurm.release(job)) {
                 log::error!("job {job}: cannot be sent elsewhere: {e}");
             }
         }
+    }
+}
+
+/// The nodes to be excluded from the next attempt: the user's own and the broken one, if enough others are well. `None`
+/// while no node that the job may use is well: it waits.
+fn excluded(broken: Option<&str>, users: &[String], asked: &[String], want: usize, nodes: &[(String, bool)]) -> Option<Vec<String>> {
+    let well: Vec<&str> = nodes
+        .iter()
+        .filter(|(n, is_well)| *is_well && !users.contains(n) && (asked.is_empty() || asked.contains(n)))
+        .map(|(n, _)| n.as_str())
+        .collect();
+    if well.is_empty() {
+        return None;
+    }
+    let mut list = users.to_vec();
+    // After a restart of the controller it is not known where the job was: on one of the sick nodes.
+    let broken: Vec<&str> = match broken {
+        Some(node) => vec![node],
+        None => nodes.iter().filter(|(_, is_well)| !is_well).map(|(n, _)| n.as_str()).collect(),
+    };
+    let others = well.iter().filter(|n| !broken.contains(n)).count();
+    if others >= want.max(1) {
+        // Slurm refuses a job that asks for a node and excludes it.
+        let more = broken.iter().filter(|n| !asked.iter().chain(users).any(|m| m == *n));
+        list.extend(more.map(|n| (*n).to_owned()));
+    }
+    Some(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::excluded;
+
+    fn names(list: &[&str]) -> Vec<String> {
+        list.iter().map(|n| (*n).to_owned()).collect()
+    }
+
+    fn nodes(well: &[&str], sick: &[&str]) -> Vec<(String, bool)> {
+        let all = well.iter().map(|n| ((*n).to_owned(), true));
+        all.chain(sick.iter().map(|n| ((*n).to_owned(), false))).collect()
+    }
+
+    #[test]
+    fn the_broken_node_is_excluded_beside_the_users_own() {
+        let all = nodes(&["n1", "n2", "n3"], &[]);
+        assert_eq!(excluded(Some("n1"), &[], &[], 1, &all), Some(names(&["n1"])));
+        assert_eq!(excluded(Some("n1"), &names(&["n2"]), &[], 1, &all), Some(names(&["n2", "n1"])));
+        assert_eq!(
+            excluded(Some("n1"), &names(&["n2", "n3"]), &[], 1, &all),
+            Some(names(&["n2", "n3"]))
+        );
+        assert_eq!(
+            excluded(Some("n1"), &[], &names(&["n1"]), 1, &all),
+            Some(vec![]),
+            "asked for by name"
+        );
+        assert_eq!(excluded(Some("n1"), &[], &[], 3, &all), Some(vec![]), "three of three");
+        assert_eq!(excluded(None, &[], &[], 1, &all), Some(vec![]), "a controller that was restarted");
+        assert_eq!(excluded(None, &[], &[], 1, &nodes(&["n1"], &["n2"])), Some(names(&["n2"])));
+    }
+
+    #[test]
+    fn a_job_waits_until_a_node_that_it_may_use_is_well() {
+        assert_eq!(excluded(Some("n1"), &[], &[], 1, &nodes(&[], &["n1", "n2"])), None);
+        assert_eq!(excluded(Some("n1"), &names(&["n2"]), &[], 1, &nodes(&["n2"], &["n1"])), None);
+        assert_eq!(excluded(Some("n1"), &[], &names(&["n1"]), 1, &nodes(&["n2"], &["n1"])), None);
+        assert_eq!(
+            excluded(Some("n1"), &[], &[], 1, &nodes(&["n1"], &["n2"])),
+            Some(vec![]),
+            "it has recovered"
+        );
     }
 }

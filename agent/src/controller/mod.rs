@@ -54,6 +54,8 @@ pub struct Cluster {
     pub jobs: Vec<JobBrief>,
     /// Node on which a job was last seen running, for jobs that met a broken node.
     pub last_node: BTreeMap<u32, String>,
+    /// Nodes that such jobs were kept away from, beside those their users excluded.
+    pub excluded: BTreeMap<u32, Vec<String>>,
     /// Moves under way.
     pub moves: BTreeMap<u32, JobMove>,
     /// How a job's last move ended, and what the agents reported of it.
@@ -142,6 +144,7 @@ impl Controller {
             }
             let known: Vec<u32> = jobs.iter().map(|j| j.id).collect();
             cluster.last_node.retain(|job, _| known.contains(job));
+            cluster.excluded.retain(|job, _| known.contains(job));
             cluster.results.retain(|job, _| known.contains(job));
             cluster.failed.retain(|job, _| known.contains(job));
             cluster.handled.retain(|job, _| known.contains(job));

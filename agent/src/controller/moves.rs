@@ -23,7 +23,7 @@ use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     effects::store::write_durably,
-    slurm::{JobInfo, JobUpdate, SlurmError},
+    slurm::{JobInfo, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -56,6 +56,9 @@ pub struct JobMove {
     pub left_min: Option<u32>,
     /// Nodes that the user had demanded, cleared for the steering.
     pub req_nodes: Vec<String>,
+    /// Its priority before.
+    #[serde(default)]
+    pub priority: Option<u64>,
     /// Slurm's restart count before.
     pub restarts: u32,
     /// What went wrong on the way.
@@ -295,6 +298,11 @@ impl Driver<'_> {
                 return Ok(Some("the job ended before its VM moved".into()));
             }
             match way {
+                // Each of its nodes would restore the same guest.
+                PreemptWay::Save if self.nodes() > 1 => self.note(format!(
+                    "not saved: the job has {} nodes, only jobs of one node can move",
+                    self.nodes()
+                )),
                 PreemptWay::Live => match self.live() {
                     Ok(done) => {
                         self.m.done = Some(done);
@@ -338,7 +346,12 @@ impl Driver<'_> {
                     if self.vm_is_over() {
                         return Ok(Some("the job finished within its grace time".into()));
                     }
-                    self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+                    let Some(info) = self.job() else {
+                        return Ok(Some("the job ended in its grace time".into()));
+                    };
+                    if !self.ends_by_itself(&info)? {
+                        self.order("requeue", || self.c.world.slurm.requeue(self.m.job))?;
+                    }
                     return Ok(Some(format!("requeued to start over{}", self.because())));
                 }
                 PreemptWay::Cancel => {
@@ -353,6 +366,11 @@ impl Driver<'_> {
             self.save();
         }
         Err(format!("its VM stays on {}{}", self.m.from, self.because()))
+    }
+
+    /// How many nodes the job has.
+    fn nodes(&self) -> usize {
+        self.job().map_or(0, |j| j.brief.nodes.len())
     }
 
     fn because(&self) -> String {
@@ -444,7 +462,7 @@ impl Driver<'_> {
             self.m.left_min = Some(limit.saturating_sub(used).max(1));
             self.save();
         }
-        if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() {
+        if info.brief.restarts == self.m.restarts && !info.brief.state.is_waiting() && !self.ends_by_itself(&info)? {
             if self.m.to.is_some() {
                 // Held, so that it cannot start anywhere before it is steered.
                 self.order("requeue and hold", || self.c.world.slurm.requeuehold(self.m.job))?;
@@ -474,11 +492,83 @@ impl Driver<'_> {
         Ok(None)
     }
 
+    /// A slurmctld that was killed may have forgotten the reservation.
+    fn keep_reservation(&mut self) {
+        let Some(to) = self.m.to.clone() else { return };
+        let name = Controller::reservation(self.m.job);
+        let slurm = &self.c.world.slurm;
+        if !matches!(slurm.reservation(&name), Ok(None)) {
+            return;
+        }
+        let nodes = ReservationNodes::Named(vec![to]);
+        let spec = ReservationSpec {
+            name,
+            nodes,
+            partition: None,
+            features: None,
+            users: vec![self.m.user.clone()],
+        };
+        match slurm.create_reservation(&spec) {
+            Ok(_) => self.note("its reservation was lost, and made again".into()),
+            Err(e) => self.note(format!("its reservation was lost: {e}")),
+        }
+    }
+
+    /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
+    fn keep_place(&self) {
+        let slurm = &self.c.world.slurm;
+        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
+            return;
+        }
+        let update = JobUpdate {
+            priority: self.m.priority,
+            ..JobUpdate::default()
+        };
+        if let Err(e) = slurm.update_job(self.m.job, &update) {
+            log::info!("job {}: its priority is not what it was: {e}", self.m.job);
+        }
+    }
+
+    /// From 24.05 on Slurm itself requeues a batch job whose script ends within its grace time, and only then forgets that
+    /// the job was in it. A job that was requeued by order instead is requeued once more at its end, long after it landed.
+    /// So there the shim just ends. Earlier releases would take that for the end of the job.
+    fn ends_by_itself(&self, info: &JobInfo) -> Result<bool, String> {
+        let slurm = &self.c.world.slurm;
+        let requeues = info.requeue
+            && info.brief.in_grace()
+            && slurm
+                .config()
+                .is_ok_and(|c| c.release() >= Some((24, 5)) && c.preempt_type == "preempt/partition_prio")
+            && slurm
+                .partitions()
+                .is_ok_and(|all| all.iter().any(|p| p.name == info.brief.partition && p.preempt_mode == "REQUEUE"));
+        if !requeues || self.ask(&self.m.from, &PeerRequest::Part { job: self.m.job }, Duration::from_secs(5)) != Ok(PeerReply::Ok) {
+            return Ok(false);
+        }
+        let until = Instant::now() + Duration::from_secs(15);
+        while Instant::now() < until {
+            match self.job() {
+                Some(i) if i.brief.state.is_waiting() => {
+                    if self.m.to.is_some() {
+                        // Slurm's delay of requeued jobs keeps it from starting elsewhere until now, the hold from now on.
+                        self.order("hold", || slurm.hold(self.m.job))?;
+                    }
+                    return Ok(true);
+                }
+                Some(_) => self.sleep(),
+                None => return Ok(true),
+            }
+        }
+        log::warn!("job {}: its shim did not end", self.m.job);
+        Ok(false)
+    }
+
     fn requeued(&mut self) -> Result<Option<String>, String> {
         let Some(info) = self.job() else {
             return Ok(Some(self.job_is_over()));
         };
         if info.brief.state.is_waiting() {
+            self.keep_reservation();
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
             if clear {
@@ -492,10 +582,16 @@ impl Driver<'_> {
                 req_nodes: clear.then(Vec::new),
                 ..JobUpdate::default()
             };
-            self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update))?;
-            if info.brief.is_held() {
-                self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            if let Err(why) = self.order("steer", || self.c.world.slurm.update_job(self.m.job, &update)) {
+                // Held for ever is worse than anywhere: it goes on from a save, or starts over.
+                self.note(why);
+                if let Some(to) = self.m.to.take() {
+                    let line = self.kept_out(&to);
+                    self.note(line);
+                }
             }
+            self.order("release", || self.c.world.slurm.release(self.m.job))?;
+            self.keep_place();
         }
         self.step(Step::Released);
         Ok(None)

@@ -43,6 +43,7 @@ impl Controller {
                 .collect();
             (jobs, draining, back)
         };
+        self.give_way();
         for (job, nodes) in back {
             let update = JobUpdate {
                 req_nodes: Some(nodes),
@@ -77,6 +78,30 @@ impl Controller {
                 if let Err(why) = self.plan(&j, from, "drain", None, None) {
                     log::debug!("job {}: {why}", j.id);
                 }
+            }
+        }
+    }
+
+    /// A move without a deadline makes way for the preemption of its job, which has one.
+    fn give_way(&self) {
+        let late: Vec<(u32, String)> = {
+            let cluster = self.cluster();
+            let moves = &cluster.moves;
+            let in_grace = cluster.jobs.iter().filter(|j| j.in_grace()).filter_map(|j| moves.get(&j.id));
+            in_grace
+                .filter(|m| m.step == Step::Planned && m.deadline_ms.is_none())
+                .map(|m| (m.job, m.from.clone()))
+                .collect()
+        };
+        for (job, from) in late {
+            log::info!("job {job}: preempted in the middle of a move: that move is given up");
+            if let Err(e) = self.peers.request(
+                &from,
+                &self.address(&from),
+                &PeerRequest::CancelMove { job },
+                Duration::from_secs(3),
+            ) {
+                log::warn!("job {job}: {from}: {e}");
             }
         }
     }
@@ -121,6 +146,7 @@ impl Controller {
             limit_min: None,
             left_min: None,
             req_nodes: vec![],
+            priority: Some(j.priority).filter(|p| *p > 0),
             restarts: j.restarts,
             notes: vec![],
             done: None,

@@ -41,17 +41,17 @@ impl Vm {
                 }
                 Err(failure) => self.stop(failure.into()),
             },
-            (Life::Booting { .. }, Event::DomainStarted(done)) if self.ended(Busy::Start) => match (done, self.then.take()) {
-                (Ok(()), None) => {
+            (Life::Booting { .. }, Event::DomainStarted(done)) if self.ended(Busy::Start) => match done {
+                Ok(()) => {
                     // The guest's time begins now; an agent that was restarted may have found an older deadline.
                     self.enter(Life::Booting {
                         deadline_ms: now_ms + self.boot_timeout_s() * 1000,
                     });
-                    vec![Do::Persist, Do::Journal("domain started".into()), Do::OpenGuest]
+                    let mut effects = vec![Do::Persist, Do::Journal("domain started".into()), Do::OpenGuest];
+                    effects.extend(self.check_lost(now_ms));
+                    effects
                 }
-                (Ok(()), Some(end)) => self.stop(end),
-                // libvirt tells of the end of a domain whose start fails, too: that is no fault of the guest.
-                (Err(failure), _) => self.stop(failure.into()),
+                Err(failure) => self.stop(failure.into()),
             },
             (Life::Booting { .. }, Event::GuestUp { boot_id }) if self.busy.is_none() => {
                 self.record.up_ms = Some(now_ms);
@@ -72,14 +72,6 @@ impl Vm {
             (Life::Booting { deadline_ms }, Event::Tick) if self.busy.is_none() && now_ms >= deadline_ms => self.stop(End::BootTimeout {
                 seconds: self.boot_timeout_s(),
             }),
-            (Life::Booting { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
-                self.then = Some(End::BootFailed { how });
-                vec![]
-            }
-            (Life::Restoring { .. }, Event::DomainEnded { how }) if self.busy.is_some() => {
-                self.then = Some(End::GuestLost { how });
-                vec![]
-            }
 
             // Running.
             (Life::Running | Life::AwaitingJob { .. }, Event::GuestUp { boot_id }) => {
@@ -90,6 +82,36 @@ impl Vm {
                 }
                 self.record.boot_id = Some(boot_id);
                 vec![Do::Sessions(SessionNews::Ready)]
+            }
+            // The word may be about an earlier domain of that name, so libvirt is asked; and it may get lost, so it is asked anyway.
+            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::DomainEnded { how }) => {
+                self.lost = Some(how);
+                if self.busy.is_some() { vec![] } else { self.check_lost(now_ms) }
+            }
+            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::DomainIs(here)) if self.asking => {
+                self.asking = false;
+                match here {
+                    Some(true) => {
+                        self.lost = None;
+                        vec![]
+                    }
+                    Some(false) => {
+                        let how = self.lost.take().unwrap_or_else(|| "its domain is gone".into());
+                        let never_up = matches!(self.record.life, Life::Booting { .. });
+                        self.stop(if never_up {
+                            End::BootFailed { how }
+                        } else {
+                            End::GuestLost { how }
+                        })
+                    }
+                    None => vec![],
+                }
+            }
+            // What is under way fails by itself, and the guest is looked for then: libvirt tells of the end of a domain
+            // whose start or restore fails, too, and that is no fault of the guest.
+            (Life::Leaving { .. } | Life::Saving { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
+                self.lost = Some(how);
+                vec![]
             }
             // A guest that was rebooted is found out where the move leaves it.
             (Life::Leaving { stage, .. }, Event::GuestUp { boot_id }) if stage != LeavingStage::Finishing => {
@@ -134,6 +156,7 @@ impl Vm {
                 Event::JobHere { run },
             ) => {
                 self.record.run = run;
+                self.job_unsure = false;
                 // A move that fails from here on leaves the VM where its job is.
                 self.record.await_until_ms = None;
                 vec![Do::Persist]
@@ -183,7 +206,7 @@ impl Vm {
                 Event::DestinationReady(ready),
             ) if self.ended(Busy::AskDestination) => {
                 match ready {
-                    Ok(()) if self.then.is_none() && !self.cancelled => {
+                    Ok(()) if self.then.is_none() && self.lost.is_none() && !self.cancelled => {
                         self.enter(Life::Leaving {
                             to,
                             move_id,
@@ -212,7 +235,11 @@ impl Vm {
                     self.record.moves.push(*done);
                     self.finish(to, move_id, line)
                 }
-                Err(why) => vec![Do::Journal(format!("the move failed: {why}")), self.ask(Do::AskOwner)],
+                Err(why) => {
+                    let line = format!("the move failed: {why}");
+                    self.move_failed = Some(why);
+                    vec![Do::Journal(line), self.ask(Do::AskOwner)]
+                }
             },
             (
                 Life::Leaving {
@@ -223,12 +250,16 @@ impl Vm {
                 Event::OwnerIs(owner),
             ) if self.asking => {
                 self.asking = false;
+                let failed = self
+                    .move_failed
+                    .clone()
+                    .map_or_else(|| "the move failed".to_owned(), |why| format!("the move failed: {why}"));
                 match owner {
                     Whereabouts::AtDestination => {
                         let line = format!("the guest runs on {to}");
                         self.finish(to, move_id, line)
                     }
-                    Whereabouts::AtSource => self.stay(to, move_id, "the move failed, the guest goes on here".into(), true),
+                    Whereabouts::AtSource => self.stay(to, move_id, format!("{failed}; the guest goes on here"), true),
                     Whereabouts::Nowhere => {
                         self.then.get_or_insert(End::GuestLost {
                             how: "it ended during its move".into(),
@@ -318,10 +349,6 @@ impl Vm {
                 },
                 Event::Release,
             ) => vec![],
-            (Life::Leaving { stage, .. }, Event::DomainEnded { how }) if stage != LeavingStage::Finishing => {
-                self.then.get_or_insert(End::GuestLost { how });
-                vec![]
-            }
 
             // Arriving.
             (Life::Arriving { .. }, Event::Arrived) => self.arrive(now_ms, await_job_ms),
@@ -415,25 +442,20 @@ impl Vm {
                 self.then = Some(End::Released);
                 vec![]
             }
-            (Life::Saving { .. }, Event::DomainEnded { how }) => {
-                self.then.get_or_insert(End::GuestLost { how });
-                vec![]
-            }
             (Life::Saving { .. }, Event::GiveUp) => {
                 self.then.get_or_insert(End::Requeued);
                 vec![Do::AbortMigration]
             }
             (Life::Saving { .. }, Event::CancelMove) => vec![Do::AbortMigration],
-            (Life::Restoring { .. }, Event::Restored(done)) if self.ended(Busy::Restore) => match (done, self.then.take()) {
-                (Ok(done), None) => {
+            (Life::Restoring { .. }, Event::Restored(done)) if self.ended(Busy::Restore) => match done {
+                Ok(done) => {
                     let line = format!("restored after {:.2} s", done.seconds);
                     self.record.moves.push(*done);
                     let mut effects = self.go_on(line);
                     effects.extend([Do::OpenGuest, Do::SetClock]);
                     effects
                 }
-                (Ok(_), Some(end)) => self.stop(end),
-                (Err(why), _) => self.stop(End::NodeFault {
+                Err(why) => self.stop(End::NodeFault {
                     how: format!("the saved VM could not be restored: {why}"),
                 }),
             },
@@ -445,10 +467,6 @@ impl Vm {
             ) => self.stop(End::Released),
             (Life::Preparing | Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::GiveUp) => {
                 self.stop(End::Requeued)
-            }
-            (Life::Booting { .. }, Event::DomainEnded { how }) => self.stop(End::BootFailed { how }),
-            (Life::Running | Life::AwaitingJob { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
-                self.stop(End::GuestLost { how })
             }
             // What was under way when the VM was ended has come to its end: now nothing can come up any more.
             (Life::Stopping { .. }, Event::Prepared(_)) if self.ended(Busy::Prepare) => vec![self.begin(Busy::Destroy)],
@@ -479,6 +497,13 @@ impl Vm {
             },
             (Life::Stopping { .. }, Event::Tick) if self.busy.is_none() && now_ms >= self.retry_at_ms => vec![self.begin(Busy::Destroy)],
             (Life::Gone { .. } | Life::Saved { .. } | Life::Stopped { .. }, Event::Release) => vec![Do::AnswerRelease(Ok(()))],
+
+            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::Tick) => self.look(now_ms).into_iter().collect(),
+            (Life::Booting { .. } | Life::Running, Event::JobIs(here)) if self.asking => {
+                self.asking = false;
+                self.job_unsure &= here.is_none();
+                if here == Some(false) { self.stop(End::Released) } else { vec![] }
+            }
 
             // What comes too late, too early or twice changes nothing.
             (

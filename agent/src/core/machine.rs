@@ -18,6 +18,12 @@ pub struct Vm {
     pub(super) asking: bool,
     /// What is to become of the VM as soon as the effect under way has ended: the job left, or the guest was lost.
     pub(super) then: Option<End>,
+    /// It is said that the guest was lost; libvirt is asked whether it is so.
+    pub(super) lost: Option<String>,
+    /// Slurm has not said since the agent's restart whether the job is still here: its epilog may have been missed.
+    pub(super) job_unsure: bool,
+    /// When libvirt is asked for the domain next.
+    pub(super) look_at_ms: u64,
     /// The move is to be given up.
     pub(super) cancelled: bool,
     /// How often an effect that is tried again has failed in this state.
@@ -30,6 +36,8 @@ pub struct Vm {
     pub(super) unknown_since_ms: Option<u64>,
     /// By when an arriving VM must have come, before the source is asked.
     pub(super) arrive_by_ms: Option<u64>,
+    /// Why the copying failed, until it is known where the guest goes on.
+    pub(super) move_failed: Option<String>,
     /// Slurm has started the job here, before its VM has come.
     pub(super) job_here: bool,
     /// Arrived by a live move, and the source has not handed over the output offsets yet: until it has (or the job is
@@ -66,6 +74,8 @@ pub enum Busy {
 pub(super) const DESTROY_ATTEMPTS: u32 = 3;
 /// How often the output offsets are offered to the destination.
 pub(super) const HAND_OVER_ATTEMPTS: u32 = 2;
+/// Milliseconds between two looks at a domain that should run: an event of its end may have been lost.
+const LOOK_MS: u64 = 30_000;
 /// Milliseconds between two tries of the same.
 pub(super) const RETRY_MS: u64 = 2_000;
 /// The longest pause between two tries of ending a domain.
@@ -80,12 +90,16 @@ impl Vm {
             busy: None,
             asking: false,
             then: None,
+            lost: None,
+            job_unsure: false,
+            look_at_ms: 0,
             cancelled: false,
             failures: 0,
             retry_at_ms: 0,
             resume_failed: false,
             unknown_since_ms: None,
             arrive_by_ms: None,
+            move_failed: None,
             job_here: false,
             offsets_pending: false,
             deadline_is_old: false,
@@ -159,10 +173,12 @@ impl Vm {
     pub(super) fn enter(&mut self, life: Life) {
         self.record.life = life;
         self.asking = false;
+        self.look_at_ms = 0;
         self.failures = 0;
         self.retry_at_ms = 0;
         self.resume_failed = false;
         self.unknown_since_ms = None;
+        self.move_failed = None;
         self.deadline_is_old = false;
     }
 
@@ -171,7 +187,7 @@ impl Vm {
             .verdict()
             .map_or_else(|| "stopping: the job has left".to_owned(), |(_, line)| format!("stopping: {line}"));
         self.enter(Life::Stopping { why: why.clone() });
-        (self.then, self.cancelled, self.unclear) = (None, false, None);
+        (self.then, self.lost, self.cancelled, self.unclear) = (None, None, false, None);
         let mut effects = vec![
             Effect::Persist,
             Effect::Journal(line),
@@ -194,7 +210,38 @@ impl Vm {
             .map_or(Life::Running, |deadline_ms| Life::AwaitingJob { deadline_ms });
         self.enter(life);
         (self.then, self.cancelled) = (None, false);
-        vec![Effect::Persist, Effect::Journal(line)]
+        let mut effects = vec![Effect::Persist, Effect::Journal(line)];
+        if self.lost.is_some() {
+            effects.push(self.ask(Effect::AskDomain));
+        }
+        effects
+    }
+
+    /// What is to be asked of libvirt or Slurm about a VM that should run, if it is time.
+    pub(super) fn look(&mut self, now_ms: u64) -> Option<Effect> {
+        let pause = if self.lost.is_some() || self.job_unsure {
+            RETRY_MS
+        } else {
+            LOOK_MS
+        };
+        if self.look_at_ms == 0 {
+            self.look_at_ms = now_ms + pause;
+        }
+        if self.asking || self.busy.is_some() || now_ms < self.look_at_ms {
+            return None;
+        }
+        self.look_at_ms = now_ms + pause;
+        let slurm = self.job_unsure && self.lost.is_none();
+        Some(self.ask(if slurm { Effect::AskJob } else { Effect::AskDomain }))
+    }
+
+    /// If the guest is said to be lost, libvirt is asked.
+    pub(super) fn check_lost(&mut self, now_ms: u64) -> Vec<Effect> {
+        if self.lost.is_none() {
+            return vec![];
+        }
+        self.look_at_ms = now_ms + RETRY_MS;
+        if self.asking { vec![] } else { vec![self.ask(Effect::AskDomain)] }
     }
 
     pub(super) fn boot_timeout_s(&self) -> u64 {

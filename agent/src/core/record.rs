@@ -9,12 +9,19 @@ use slurm_vm_api::{
     spec::VmSpec,
 };
 
-/// Version of the record's format; a reader takes its own and the one before.
+/// Version of the record's format; a reader takes its own and the one before ([`Record::parse`]).
+///
+/// Records outlive an update of the agent, travel to other nodes and lie in saves, so each change is asked twice:
+/// * *New reader, old data*: a field that is added has a serde default, and the default means "as before".
+/// * *Old reader, new data*: a field that an older agent may lose (it drops what it does not know when it writes the record
+///   again) is added within the version. A field that it must not lose, and any new state or end, raises the version: the
+///   older agent then refuses the record as a whole, says so, and leaves its domain alone.
+///
+/// `tests/record.rs` holds golden files of each version against this.
 pub const RECORD_VERSION: u32 = 1;
 
 /// All that is known of one VM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Record {
     /// [`RECORD_VERSION`].
     pub v: u32,
@@ -287,6 +294,27 @@ impl Life {
 }
 
 impl Record {
+    /// Reads a record of this version or the one before.
+    ///
+    /// # Errors
+    /// A fragment that says what is not understood.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Version {
+            v: u32,
+        }
+        // The version first: what else is in a newer record is not to be guessed at.
+        let Version { v } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        if v == 0 || v > RECORD_VERSION || v + 1 < RECORD_VERSION {
+            return Err(format!("version {v}, this agent reads {RECORD_VERSION}"));
+        }
+        let record: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        Ok(Self {
+            v: RECORD_VERSION,
+            ..record
+        })
+    }
+
     /// libvirt's name of the domain, the same on every node.
     #[must_use]
     pub fn domain(&self) -> String {

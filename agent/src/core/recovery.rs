@@ -73,6 +73,7 @@ impl Vm {
     fn clear_up(&mut self, known: Unclear) -> Vec<Effect> {
         self.unclear = Some(known);
         self.job_here = known.job_here == Some(true);
+        self.job_unsure = known.job_here.is_none() && !matches!(self.record.life, Life::AwaitingJob { .. });
         let asked = std::mem::take(&mut self.asking);
         let domain = known.domain_here;
         // A VM that left before its job had come misses no job.

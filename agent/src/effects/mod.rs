@@ -3,12 +3,14 @@
 //! (`tests/effects.rs`) fails on a direct call elsewhere.
 pub mod disks;
 pub mod faults;
+pub mod files;
 pub mod store;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 pub use disks::{Base, DiskError, Disks};
 pub use faults::Faults;
+pub use files::{Files, MemoryFiles, SystemFiles};
 pub use store::{Store, StoreError};
 
 use crate::{hypervisor::Hypervisor, slurm::Slurm};
@@ -45,6 +47,8 @@ pub struct World {
     pub clock: Arc<dyn Clock>,
     /// The ledger and logs.
     pub store: Arc<dyn Store>,
+    /// Markers and records beside the ledger.
+    pub files: Arc<dyn Files>,
     /// Images and overlays.
     pub disks: Arc<dyn Disks>,
     /// libvirt.

@@ -9,7 +9,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::core::{Record, record};
+use crate::core::Record;
 
 /// The ledger could not be read or written.
 #[derive(Debug, Error)]
@@ -125,23 +125,7 @@ impl Store for DirStore {
                     continue;
                 }
             };
-            records.push(
-                serde_json::from_slice::<Record>(&bytes)
-                    .map_err(|e| StoreError::Record {
-                        path: path.clone(),
-                        why: e.to_string(),
-                    })
-                    .and_then(|r| {
-                        if r.v == record::RECORD_VERSION {
-                            Ok(r)
-                        } else {
-                            Err(StoreError::Record {
-                                path,
-                                why: format!("version {}, this agent reads {}", r.v, record::RECORD_VERSION),
-                            })
-                        }
-                    }),
-            );
+            records.push(Record::parse(&bytes).map_err(|why| StoreError::Record { path, why }));
         }
         Ok(records)
     }

@@ -148,6 +148,10 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
                 home: name.as_ref().map_or_else(String::new, |u| u.dir.to_string_lossy().into_owned()),
                 shell: name.map_or_else(String::new, |u| u.shell.to_string_lossy().into_owned()),
             };
+            if restart == 0 {
+                // Of another job that had this number.
+                node.forget_completion(job);
+            }
             match node.ensure(job, user, spec) {
                 Ok(run) => HookReply::done(Some(run)),
                 Err(why) => HookReply::refused(why),

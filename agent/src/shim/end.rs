@@ -40,9 +40,11 @@ pub enum End {
     Quiet,
 }
 
-/// One line on standard error; a reader that is gone is no news to anyone.
-pub fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
+/// One line on standard error, also where QEMU or libvirt gave its reason in several; a reader that is gone is no news to
+/// anyone.
+pub fn say(text: &str) {
+    let line: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let _ = writeln!(io::stderr(), "{}", line.join("; "));
 }
 
 /// Whose end it is.

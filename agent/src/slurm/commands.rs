@@ -179,6 +179,9 @@ fn update_args(job: JobId, update: &JobUpdate) -> Result<Vec<String>, SlurmError
     if let Some(minutes) = update.time_limit_min {
         args.push(format!("TimeLimit={minutes}"));
     }
+    if let Some(priority) = update.priority {
+        args.push(format!("Priority={priority}"));
+    }
     if update.start_now {
         args.push("StartTime=now".to_owned());
     }

@@ -143,6 +143,7 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
         num_nodes: number(num_nodes).ok_or_else(|| bad("NumNodes"))?,
         num_cpus: number(num_cpus).ok_or_else(|| bad("NumCPUs"))?,
         req_nodes: hosts(req_nodes)?,
+        exclude_nodes: Vec::new(),
         allocs: Vec::new(),
         user_text: UserText::default(),
     })
@@ -169,6 +170,7 @@ pub(super) fn add_details(job: &mut JobInfo, text: &str) -> Result<(), SlurmErro
         records.retain(|r| r.starts_with(&ours));
         if let [record] = records[..] {
             job.user_text = user_text(record);
+            job.exclude_nodes = excluded(record)?;
         }
         return Ok(());
     }
@@ -192,6 +194,7 @@ pub(super) fn add_details(job: &mut JobInfo, text: &str) -> Result<(), SlurmErro
     }
     job.allocs = allocs;
     job.user_text = user_text(record);
+    job.exclude_nodes = excluded(record)?;
     Ok(())
 }
 
@@ -230,6 +233,16 @@ fn allocations(record: &str) -> Result<Vec<NodeAlloc>, SlurmError> {
 }
 
 /// The record ends with `WorkDir=… [Comment=…] StdErr=… StdIn=… StdOut=… [Power=]`.
+/// squeue has no column for it that all releases know.
+fn excluded(record: &str) -> Result<Vec<String>, SlurmError> {
+    let mut words = record.split_whitespace().skip_while(|w| !w.starts_with("ReqNodeList=")).skip(1);
+    let list = words
+        .next()
+        .and_then(|w| w.strip_prefix("ExcNodeList="))
+        .ok_or_else(|| SlurmError::parse("ExcNodeList", record))?;
+    hosts(list)
+}
+
 fn user_text(record: &str) -> UserText {
     let between = |from: &str, to: &[&str]| -> Option<String> {
         let at = record.rfind(from)? + from.len();

@@ -158,6 +158,7 @@ pub(super) fn config(text: &str) -> Result<SlurmConfig, SlurmError> {
         slurm_user: slurm_user.to_owned(),
         slurm_uid: uid.parse().map_err(|_| SlurmError::parse("SlurmUser", user))?,
         preempt_mode: get("PreemptMode")?.to_owned(),
+        priority_type: maybe("PriorityType").and_then(some).unwrap_or_else(|| "priority/basic".to_owned()),
         preempt_type: maybe("PreemptType").and_then(some).unwrap_or_else(|| "preempt/none".to_owned()),
         preempt_exempt_s: if some(exempt).is_none() || exempt == "INFINITE" || exempt == "UNLIMITED" {
             0

@@ -172,8 +172,13 @@ fn the_way_of_a_preempted_job_is_visible_at_each_step() {
         );
         assert_eq!((landed.allocs[0].cpus.len(), landed.brief.restarts), (4, 1));
         assert_eq!(s.job("cleared", "job_cleared").unwrap().brief.reservation, None);
-        assert_eq!(s.job("excluded", "job_excluded").unwrap().req_nodes, ["n2"]);
-        assert!(s.job("unexcluded", "job_unexcluded").unwrap().req_nodes.is_empty());
+        let excluded = s.job("excluded", "job_excluded").unwrap();
+        assert_eq!(
+            (excluded.req_nodes, excluded.exclude_nodes),
+            (vec!["n2".to_owned()], vec!["n1".to_owned()])
+        );
+        let unexcluded = s.job("unexcluded", "job_unexcluded").unwrap();
+        assert!(unexcluded.req_nodes.is_empty() && unexcluded.exclude_nodes.is_empty());
         assert_eq!(s.job("refeatured", "job_refeatured").unwrap().brief.features.as_deref(), Some("vm"));
     }
 }

@@ -167,6 +167,8 @@ pub struct JobInfo {
     pub num_cpus: u32,
     /// Nodes the user demanded by name.
     pub req_nodes: Vec<String>,
+    /// Nodes it must not run on.
+    pub exclude_nodes: Vec<String>,
     /// What each node gives, in the order of the nodes; empty while it waits.
     pub allocs: Vec<NodeAlloc>,
     /// Free texts that the user chose. Never decide anything by them and never open a path found in them: a job can make them say anything.
@@ -261,6 +263,8 @@ pub struct JobUpdate {
     pub features: Option<String>,
     /// The comment.
     pub comment: Option<String>,
+    /// Its place in the queue. Refused while it is held.
+    pub priority: Option<u64>,
 }
 
 /// Which nodes a reservation holds.
@@ -325,6 +329,8 @@ pub struct SlurmConfig {
     pub preempt_mode: String,
     /// Such as `preempt/partition_prio`.
     pub preempt_type: String,
+    /// Such as `priority/basic`.
+    pub priority_type: String,
     /// Seconds for which a started job is safe from preemption.
     pub preempt_exempt_s: u64,
     /// Jobs may be requeued unless they say otherwise.

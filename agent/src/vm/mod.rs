@@ -89,6 +89,8 @@ pub enum Request {
     Progress(Sender<Option<String>>),
     /// The job is being preempted: should its script end now, that is put on record before Slurm learns of it.
     Grace,
+    /// The job goes back into the queue: its shims end, quietly. A VM that is still here is of no more use.
+    Part,
     /// What the controller thinks a preemption would do.
     Verdict(String),
 }

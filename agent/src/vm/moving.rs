@@ -119,9 +119,9 @@ pub fn make_run_dir(config: &Config, domain: &str) -> Result<(), String> {
 pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     node.world.faults.pass("destroy.before")?;
     let domain = record.domain();
-    node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
+    let was_there = node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
     // Trust no return code: is it really gone?
-    if node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
+    if was_there && node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
         return Err(format!("{domain} is still there after it was destroyed"));
     }
     // An arriving VM that never came still stands on its source's shared overlay.
@@ -131,10 +131,13 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
             why: crate::core::End::NotArrived
         }
     );
-    if let Some(plan) = record.plan.as_ref().filter(|p| !(not_ours && p.overlay_shared))
-        && let Some(overlay) = &plan.overlay
-    {
-        node.world.disks.remove(overlay).map_err(|e| e.to_string())?;
+    let overlay = match &record.plan {
+        Some(plan) => plan.overlay.clone().filter(|_| !(not_ours && plan.overlay_shared)),
+        // Made by a preparation that nobody heard the end of.
+        None => Some(prepare::overlay_path(&node.config, &node.world.store.vm_dir(&domain), record).0),
+    };
+    if let Some(overlay) = overlay {
+        node.world.disks.remove(&overlay).map_err(|e| e.to_string())?;
     }
     if !not_ours {
         super::saving::remove_saves(node, &domain, node.job_is_over(record.job));

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
+    hypervisor::DomainState,
     node::Node,
 };
 
@@ -68,6 +69,8 @@ struct Owner {
     save_cause: String,
     /// The job is being preempted.
     in_grace: bool,
+    /// Its shims were told to end so that the job starts over: what the program does now is for nobody.
+    parted: bool,
     started_at: Instant,
 }
 
@@ -119,6 +122,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             verdict: None,
             restart: 0,
             in_grace: false,
+            parted: false,
             save_cause: String::new(),
             started_at: Instant::now(),
         };
@@ -155,12 +159,11 @@ impl Owner {
                 }
                 self.core(Event::Tick);
             }
-            if self.vm.record.life.is_over_here()
-                && self.releases.is_empty()
-                && !self.programs.attached()
-                && self.node.retire(&self.vm.record, rx)
-            {
-                return;
+            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
+                self.programs.forget_spools();
+                if self.node.retire(&self.vm.record, rx) {
+                    return;
+                }
             }
         }
     }
@@ -256,6 +259,12 @@ impl Owner {
                 let _ = reply.send(text);
             }
             Request::Grace => self.in_grace = true,
+            Request::Part => {
+                let left = matches!(self.vm.record.life, Life::Gone { .. } | Life::Saved { .. });
+                self.parted = !left;
+                self.programs
+                    .tell_all(&ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            }
             Request::Verdict(text) => self.verdict = Some(text),
         }
     }
@@ -427,7 +436,8 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
-                if self.in_grace && self.programs.is_batch(program) {
+                // A job that was requeued in its grace time is requeued once more when it ends: Slurm has not forgotten.
+                if (self.in_grace || self.restart > 0) && !self.parted && self.programs.is_batch(program) {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);
@@ -550,13 +560,14 @@ impl Owner {
             Effect::Destroy => worker(job, "destroy", move || {
                 let _ = tx.send(Request::Core(Event::Destroyed(moving::destroy(&node, &record))));
             }),
-            Effect::Clear => worker(job, "clear", move || {
+            Effect::Clear => {
+                // Not on a thread of its own: who is answered next may send the VM back here.
                 // libvirt leaves a paused copy where it could not tell how a migration ended.
                 if let Err(e) = node.world.hypervisor.destroy(&domain) {
                     log::error!("job {job}: cannot end what is left of {domain}: {e}");
                 }
                 moving::clear_here(&node, &record);
-            }),
+            }
             Effect::Sessions(news) => self.tell_sessions(news),
             Effect::AnswerRelease(outcome) => {
                 for reply in self.releases.drain(..) {
@@ -604,11 +615,13 @@ impl Owner {
                 });
             }
             Effect::AskDomain => worker(job, "domain", move || {
+                // A transient domain that has ended is seen for a moment still.
+                let ended = |s| matches!(s, DomainState::Shutoff | DomainState::Crashed);
                 let here = node
                     .world
                     .hypervisor
                     .info(&domain)
-                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+                    .map(|d| d.is_some_and(|d| d.uuid == record.uuid() && !ended(d.state)));
                 let _ = tx.send(Request::Core(Event::DomainIs(here.ok())));
             }),
             Effect::AskJob => worker(job, "job", move || {
@@ -759,6 +772,11 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Run of the job that a domain of ours belongs to.
+fn run_of(node: &Node, domain: &str) -> Option<u64> {
+    Some(node.world.hypervisor.info(domain).ok()??.metadata.run)
+}
+
 fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let fault = |e: String| Failure::Node(e);
     node.world.faults.pass("start-domain.before").map_err(fault)?;
@@ -780,15 +798,17 @@ fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
     }
     match started {
         Ok(()) => {}
-        // The agent was restarted between the call and its record: the domain with our uuid and metadata is ours.
-        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. })
-            if node
+        // The agent was restarted between the call and its record: the domain of this very run is ours.
+        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name) == Some(record.run) => {}
+        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name).is_some() => {
+            log::warn!("job {}: {} is left from an earlier run: ending it", record.job, spec.name);
+            let again = node
                 .world
                 .hypervisor
-                .info(&spec.name)
-                .ok()
-                .flatten()
-                .is_some_and(|i| i.uuid == spec.uuid) => {}
+                .destroy(&spec.name)
+                .and_then(|_| node.world.hypervisor.start(&spec, false));
+            again.map_err(|e| Failure::Node(format!("failed to start domain {}: {e}", spec.name)))?;
+        }
         Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
     }
     node.world.faults.pass("start-domain.after").map_err(fault)

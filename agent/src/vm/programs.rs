@@ -607,6 +607,13 @@ impl Programs {
         kept
     }
 
+    /// The VM is over here and nobody reads any more: what was kept is of no use, and must not be found by a VM that comes back.
+    pub fn forget_spools(&mut self) {
+        for o in self.list.iter_mut().flat_map(|p| p.outputs.iter_mut()) {
+            o.spool.clear();
+        }
+    }
+
     /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets.
     pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
         let Some(o) = self

@@ -33,6 +33,7 @@ pub fn of(node: &Node, r: &Record, verdict: Option<&str>) -> VmView {
         cores: r.allocation.as_ref().map(|a| a.cores.clone()).unwrap_or_default(),
         disk_bytes: plan.and_then(|p| p.overlay.as_ref()).map_or(0, |o| node.world.disks.used_bytes(o)),
         domain_type: plan.map(|p| p.domain_type.clone()).unwrap_or_default(),
+        domain_type_why: node.domain_type_and_reason().1,
         started_at: r.up_ms.map(|ms| ms / 1000),
         run_seconds: r.up_ms.map_or(0, |up| r.ended_ms.unwrap_or(now).saturating_sub(up) / 1000),
         run: r.run,

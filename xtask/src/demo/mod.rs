@@ -33,6 +33,11 @@ pub struct Wishes {
 /// Runs the demonstration.
 pub fn demo(wishes: &Wishes) -> Result<()> {
     let begun = Instant::now();
+    if !nix::unistd::geteuid().is_root() {
+        return Err(
+            "root is needed, for namespaces and packages: run it as root, or as `sudo -E env PATH=\"$PATH\" cargo xtask demo`".into(),
+        );
+    }
     let stop = Stop::on_signals()?;
     println!("slurm-vm on a real Slurm cluster of two nodes, in namespaces of this machine. Ctrl-C ends it and cleans up.\n");
     stop.or(setup::phase())?;

@@ -3,7 +3,7 @@
 use super::options::{CTL, Options, Places, USERS, address};
 use crate::{Result, error::At, paths, proc};
 use nix::unistd::{Gid, Uid, chown};
-use std::{fmt::Write, fs, path::Path};
+use std::{fmt::Write, fs, os::unix::fs::MetadataExt, path::Path};
 
 const WRITTEN: &str = "/etc/slurm-vm/.lab";
 /// The symbol that makes a shared object a Slurm plugin.
@@ -41,6 +41,15 @@ pub fn write(options: &Options, host: &str) -> Result<()> {
 
 /// Adds the lab's users to the accounts the root came with.
 fn accounts() -> Result<()> {
+    kvm_group()?;
+    // Without an entry here `su` refuses them, and with it Slurm's `--export=NONE`.
+    let shadow = "/etc/shadow";
+    let old = fs::read_to_string(shadow).at("read", shadow)?;
+    let missing = USERS.iter().filter(|u| !old.lines().any(|l| l.split(':').next() == Some(u.name)));
+    let new = missing.fold(old.clone(), |text, u| format!("{text}{}:*:20000:0:99999:7:::\n", u.name));
+    if new != old {
+        paths::file(shadow, 0o640, new)?;
+    }
     for (path, line) in [("/etc/passwd", true), ("/etc/group", false)] {
         let old = fs::read_to_string(path).at("read", path)?;
         let ours = |entry: &str| {
@@ -66,6 +75,22 @@ fn accounts() -> Result<()> {
         owned(&format!("/home/{}", user.name), 0o755, user.id, user.id)?;
     }
     Ok(())
+}
+
+/// /dev/kvm is the machine's, the groups are the root's. Where the two do not agree on the group `kvm`, libvirt's own check
+/// of the device fails after its probe succeeded, and it probes QEMU anew for every question: 25 s for each domain.
+fn kvm_group() -> Result<()> {
+    let Ok(device) = fs::metadata("/dev/kvm") else { return Ok(()) };
+    let path = "/etc/group";
+    let old = fs::read_to_string(path).at("read", path)?;
+    let new = old.lines().fold(String::new(), |text, entry| {
+        let fields: Vec<&str> = entry.split(':').collect();
+        match fields.as_slice() {
+            ["kvm", secret, _, members] => format!("{text}kvm:{secret}:{}:{members}\n", device.gid()),
+            _ => format!("{text}{entry}\n"),
+        }
+    });
+    if new == old { Ok(()) } else { paths::file(path, 0o644, new) }
 }
 
 fn private_directories() -> Result<()> {

@@ -18,6 +18,8 @@ use std::{
 const IN_FLIGHT: u32 = 4;
 /// Seconds between signs of life, and how many may stay without an answer: a daemon that stands still is given up after about 20 s.
 const KEEP_ALIVE: (i32, u32) = (5, 3);
+/// How long a daemon that is not there is waited for: several times what its restart takes.
+const ABSENT: Duration = Duration::from_secs(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -110,9 +112,11 @@ impl Link {
         self.shared.lock().in_flight
     }
 
-    /// Waits for the connection, and for a place on it, until `deadline`.
+    /// Waits for a place on the connection at most for `patience`, and less for a daemon that is not there: a job that
+    /// meets a node without libvirt is to run elsewhere.
     pub(super) fn acquire(&self, call: &'static str, patience: Duration) -> Result<Lease<'_>> {
         let deadline = Instant::now() + patience;
+        let mut absent_until = None;
         let mut state = self.shared.lock();
         if !state.wanted {
             state.wanted = true;
@@ -130,7 +134,13 @@ impl Link {
                 state.in_flight += 1;
                 return Ok(lease);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let until = if state.connection.is_none() {
+                *absent_until.get_or_insert_with(|| deadline.min(Instant::now() + ABSENT))
+            } else {
+                absent_until = None;
+                deadline
+            };
+            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(match (&state.connection, &state.error) {
                     (None, Some(e)) => HypervisorError::Connect {
@@ -139,7 +149,7 @@ impl Link {
                     },
                     (None, None) => HypervisorError::Connect {
                         uri: self.shared.uri.clone(),
-                        message: format!("no answer within {patience:?}"),
+                        message: format!("no answer within {:?}", patience.min(ABSENT)),
                     },
                     (Some(_), _) => HypervisorError::Timeout { call, after: patience },
                 });

@@ -624,6 +624,7 @@ impl Model {
             num_nodes: job.spec.nodes,
             num_cpus: job.spec.nodes * job.spec.cpus_per_node,
             req_nodes: job.req_nodes.clone(),
+            exclude_nodes: job.exclude.clone(),
             allocs: if job.state == JobState::Running {
                 job.allocs.clone()
             } else {
@@ -687,6 +688,7 @@ impl Model {
             slurm_uid: 64030,
             preempt_mode: "REQUEUE".into(),
             preempt_type: "preempt/partition_prio".into(),
+            priority_type: "priority/basic".into(),
             preempt_exempt_s: self.exempt_s.unsigned_abs(),
             job_requeue: true,
             prolog_flags: vec!["Alloc".into()],

@@ -1,0 +1,143 @@
+//! Daemons that die in the middle of a move: it ends with one running copy or a clean requeue.
+mod common;
+
+use std::time::Instant;
+
+use common::moves::{Count, Mover, OneCopy, lab};
+use xtask::{Lab, Options};
+
+const NUMBERS: usize = 200;
+
+fn up(name: &str) -> Lab {
+    lab(
+        name,
+        Options {
+            nodes: 2,
+            grace_s: 60,
+            ..Options::default()
+        },
+    )
+}
+
+/// Preempts a counter on n1 with a fault armed in a host's agent. `over`: it may start over, too.
+fn with_fault(m: &Mover, host: &str, point: &str, full: bool, may_start_over: bool) {
+    println!("=== {point} on {host}");
+    m.arm(host, &format!("{point}=abort"));
+    let full = full.then(|| m.fill("n2"));
+    let out = format!("{host}.{point}");
+    let job = m.count(Count::to(NUMBERS), &out, if full.is_some() { "" } else { "-w n1" });
+    m.wait_lines(&out, 5);
+    let copies = OneCopy::watch(m.lab, &m.nodes, job);
+    // Restored on n2, where the fault is: n1 stays taken.
+    let stays = full.is_some() && host == "n2";
+    let high = m.take("n1", if stays { 900 } else { 3 });
+    m.started(high, Instant::now());
+    if let Some(full) = full {
+        m.give_back(full);
+    }
+    m.wait_fault(host, &format!("fault point {point}: aborting"));
+    let end = m.t.end_of(job);
+    if end != ("COMPLETED".into(), "0:0".into()) {
+        m.tell(job);
+        panic!("{point}: {end:?}");
+    }
+    copies.check();
+    m.check(&out, NUMBERS);
+    let ways = m.ways(job);
+    println!("=== {point} on {host}: {ways:?}");
+    assert!(may_start_over || !ways.is_empty(), "{point}: it started over");
+    if stays {
+        m.give_back(high);
+    }
+    m.t.end_of(high);
+    m.wait_healthy();
+    m.t.leaves_nothing(job);
+}
+
+#[test]
+fn the_controller_dies_at_each_step_of_a_move() {
+    let lab = up("ctl");
+    let m = Mover::new(&lab, "ctl", 2);
+    for step in ["planned", "moved", "requeued", "released", "landed"] {
+        with_fault(&m, "ctl", &format!("move.{step}"), false, false);
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn the_sources_agent_dies_at_each_step_of_a_live_move() {
+    let lab = up("source");
+    let m = Mover::new(&lab, "source", 2);
+    for point in [
+        "ask-destination.before",
+        "ask-destination.after",
+        "migrate.before",
+        "migrate.after",
+        "hand-over.before",
+        "hand-over.after",
+    ] {
+        with_fault(&m, "n1", point, false, true);
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn the_destinations_agent_dies_at_each_step_of_a_live_move() {
+    let lab = up("dest");
+    let m = Mover::new(&lab, "dest", 2);
+    for point in ["import.before", "import.after"] {
+        with_fault(&m, "n2", point, false, true);
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn the_agent_dies_while_it_saves_and_while_it_restores() {
+    let lab = up("save");
+    let m = Mover::new(&lab, "save", 2);
+    for point in ["save.before", "save.after"] {
+        with_fault(&m, "n1", point, true, true);
+    }
+    for point in ["restore.before", "restore.after"] {
+        with_fault(&m, "n2", point, true, true);
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn slurmctld_dies_or_is_restarted_in_the_middle_of_a_move() {
+    let lab = up("slurmctld");
+    let m = Mover::new(&lab, "slurmctld", 2);
+    m.set("n1", "node", "move_bandwidth_mib_s = 16");
+    let count = Count {
+        numbers: 250,
+        memory_mib: 128,
+        rewrite_mib: 1,
+    };
+    for phase in ["leaving", "awaiting"] {
+        let job = m.count(count, phase, "-w n1");
+        m.wait_lines(phase, 5);
+        let copies = OneCopy::watch(&lab, &m.nodes, job);
+        let high = m.take("n1", 3);
+        m.as_soon_as(&format!("svm show {job} | grep -q State={phase}"), "true");
+        if phase == "leaving" {
+            lab.kill("ctl", "slurmctld").expect("killed");
+        } else {
+            // Killed here, it would forget that the high job has just been started, and drain its node.
+            lab.stop("ctl", "slurmctld").expect("stopped");
+            lab.start("ctl", "slurmctld").expect("started");
+        }
+        m.started(high, Instant::now());
+        m.completed(job, 1);
+        copies.check();
+        m.check(phase, count.numbers);
+        assert_eq!(m.ways(job), ["live"]);
+        m.t.end_of(high);
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}

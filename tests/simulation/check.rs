@@ -1,0 +1,122 @@
+//! What must hold at each step, and what must be left at the end: nothing.
+use slurm_vm::{
+    core::{Event, Life, Whereabouts},
+    hypervisor::DomainState,
+    slurm::Slurm,
+};
+
+use crate::cluster::{Cluster, Mood, domain};
+
+impl Cluster {
+    /// Looks at one job, or at all.
+    pub fn check(&self, about: Option<u32>) -> Result<(), String> {
+        for what in self.world.violations() {
+            if !self.excused.iter().any(|job| what.starts_with(&format!("{} ", domain(*job)))) {
+                return Err(what);
+            }
+        }
+        if about.is_none()
+            && let Some(what) = self.slurm.breach()
+        {
+            return Err(what);
+        }
+        for (name, node) in &self.nodes {
+            for (job, record) in node.ledger.iter().filter(|(job, _)| about.is_none_or(|a| a == **job)) {
+                let state = self.hypervisors[name].peek(&domain(*job));
+                let info = || state;
+                if matches!(record.life, Life::Gone { .. } | Life::Saved { .. }) && info() == Some(DomainState::Running) {
+                    return Err(format!("job {job} runs on {name}, whose record says {}", record.life.name()));
+                }
+                if matches!(record.life, Life::Stopped { .. }) && info().is_some() {
+                    return Err(format!("job {job} is stopped on {name}, and its domain is there"));
+                }
+                let disk = record.plan.as_ref().and_then(|p| p.overlay.as_ref());
+                if info() == Some(DomainState::Running) && disk.is_none_or(|d| !self.overlays.contains(d)) {
+                    return Err(format!("job {job} runs on {name} without its disk"));
+                }
+            }
+        }
+        if self.mood == Mood::Calm && self.counts.contains_key("lost guests in calm weather") {
+            return Err("a guest was lost although nothing failed".into());
+        }
+        Ok(())
+    }
+
+    /// What is left; `None` when the cluster is at rest.
+    pub fn left(&self) -> Option<String> {
+        if let Some(job) = self.vm_jobs.keys().find(|j| !self.job_is_over(**j)) {
+            let at: Vec<String> = self
+                .nodes
+                .iter()
+                .filter_map(|(n, s)| Some(format!("{} on {n}", s.vms.get(job)?.vm.record.life.name())))
+                .collect();
+            let slurm = self
+                .slurm
+                .job(*job)
+                .ok()
+                .flatten()
+                .map(|i| (i.brief.state, i.brief.nodes, i.brief.reservation, i.brief.priority));
+            return Some(format!("job {job} has not ended: {slurm:?}, VM {at:?}"));
+        }
+        for (name, node) in &self.nodes {
+            if let Some((job, owner)) = node.vms.first_key_value() {
+                return Some(format!("{name} still has a VM of job {job}: {}", owner.vm.record.life.name()));
+            }
+            if let Some((job, record)) = node.ledger.iter().find(|(_, r)| !r.life.is_over_here()) {
+                return Some(format!("{name}'s ledger has job {job} {}", record.life.name()));
+            }
+        }
+        let left: [(&str, usize); 6] = [
+            ("domains", self.world.domains()),
+            ("overlays", self.overlays.len()),
+            ("saves", self.saves.len()),
+            ("moves", self.controller.moves.len()),
+            ("epilogs", self.epilogs.len()),
+            ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
+        ];
+        left.iter()
+            .find(|(_, n)| *n > 0)
+            .map(|(what, n)| format!("{n} {what} left ({:?}, {:?})", self.overlays, self.saves))
+    }
+}
+
+/// An event's name.
+pub fn kind(event: &Event) -> &'static str {
+    match event {
+        Event::Prepared(Ok(_)) => "prepared",
+        Event::Prepared(Err(_)) => "prepare-failed",
+        Event::DomainStarted(Ok(())) => "started",
+        Event::DomainStarted(Err(_)) => "start-failed",
+        Event::GuestUp { .. } => "guest-up",
+        Event::DomainEnded { .. } => "domain-ended",
+        Event::JobHere { .. } => "job-here",
+        Event::Release => "release",
+        Event::Tick => "tick",
+        Event::Destroyed(Ok(())) => "destroyed",
+        Event::Destroyed(Err(_)) => "destroy-failed",
+        Event::MoveOut { .. } => "move-out",
+        Event::DestinationReady(Ok(())) => "destination-ready",
+        Event::DestinationReady(Err(_)) => "destination-refused",
+        Event::Migrated(Ok(_)) => "migrated",
+        Event::Migrated(Err(_)) => "migrate-failed",
+        Event::OwnerIs(Whereabouts::AtSource) => "owner-is-source",
+        Event::OwnerIs(Whereabouts::AtDestination) => "owner-is-destination",
+        Event::OwnerIs(Whereabouts::Nowhere) => "owner-is-nobody",
+        Event::OwnerIs(Whereabouts::Unknown) => "owner-is-unknown",
+        Event::DomainIs(_) => "domain-is",
+        Event::JobIs(_) => "job-is",
+        Event::HandedOver(Ok(())) => "handed-over",
+        Event::HandedOver(Err(_)) => "hand-over-failed",
+        Event::CancelMove => "cancel",
+        Event::Arrived => "arrived",
+        Event::TookOver { .. } => "took-over",
+        Event::Abandoned => "abandoned",
+        Event::Save { .. } => "save",
+        Event::SaveWritten(Ok(_)) => "saved",
+        Event::SaveWritten(Err(_)) => "save-failed",
+        Event::Restored(Ok(_)) => "restored",
+        Event::Restored(Err(_)) => "restore-failed",
+        Event::Resumed(_) => "resumed",
+        Event::GiveUp => "give-up",
+    }
+}

@@ -279,6 +279,12 @@ impl<'a> Mover<'a> {
                 .iter()
                 .flat_map(|(n, before)| added(before, &look(self.lab, n)).into_iter().map(move |l| format!("{n}: {l}")))
                 .collect();
+            // Directories that the agents make once.
+            left.retain(|l| {
+                !["saves", "overlays", "done"]
+                    .iter()
+                    .any(|d| l.ends_with(&format!(": file /shared/slurm-vm/{d}")))
+            });
             left.retain(|l| {
                 !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu")
             });

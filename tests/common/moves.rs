@@ -349,7 +349,9 @@ impl<'a> Mover<'a> {
     pub fn wait_healthy(&self) {
         let mut last = String::new();
         wait_with("all agents to be healthy", &mut last, |last| {
-            let said: Said = self.lab.node("ctl", &["svm", "health"]).into();
+            // A node that was sick gets its feature back with the controller's next poll.
+            let both = "svm health && test \"$(sinfo -h -o %b | sort -u)\" = vm";
+            let said: Said = self.lab.node("ctl", &["sh", "-c", both]).into();
             *last = said.out + &said.err;
             said.code == Some(0)
         });

@@ -115,15 +115,15 @@ fn moves(name: &str, slurm: Slurm) {
     m.check("live", 150);
     assert_eq!(m.ways(live), ["live"]);
 
-    let full = m.take("n2", 30);
+    let full = m.take("n2", 3600);
     m.t.wait_state(full, "RUNNING");
     let saved = m.count(Count::to(150), "saved", "");
     m.wait_lines("saved", 10);
     before_grace_ends(m.take("n1", 5), Instant::now());
+    m.t.sh(&format!("scancel {full}"));
     m.completed(saved, 1);
     m.check("saved", 150);
     assert_eq!(m.ways(saved), ["save", "restore"]);
-    m.t.end_of(full);
 
     let hand = m.count(Count::to(100), "hand", "-w n1");
     m.wait_lines("hand", 10);
@@ -141,11 +141,12 @@ fn moves(name: &str, slurm: Slurm) {
 
     // Nowhere to go, and the script ends by itself within the grace time: Slurm >= 24.05 requeues it all the same, and it
     // must not run again.
-    let full = m.take("n2", 20);
+    let full = m.take("n2", 3600);
     m.t.wait_state(full, "RUNNING");
     let quick = m.count(Count::to(60), "quick", "-w n1 --vm-preempt=live");
     m.wait_lines("quick", 50);
     before_grace_ends(m.take("n1", 3), Instant::now());
+    m.t.sh(&format!("scancel {full}"));
     let end = m.t.end_of(quick);
     assert_eq!(end, ("COMPLETED".to_owned(), "0:0".to_owned()));
     m.check("quick", 60);

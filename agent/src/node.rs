@@ -749,6 +749,22 @@ impl Node {
             }
         }
         log::info!("libvirt is back, {} domains", domains.len());
+        // A start that libvirt was busy with when it went away may have come through after its VM was given up.
+        let given_up: Vec<String> = self
+            .vms()
+            .values()
+            .filter_map(|e| match e {
+                Entry::Over(r) if matches!(r.life, Life::Stopped { .. }) => Some(r.domain()),
+                _ => None,
+            })
+            .filter(|name| domains.iter().any(|d| d.name == *name))
+            .collect();
+        for name in given_up {
+            log::warn!("domain {name} runs though its VM was given up: ending it");
+            if let Err(e) = self.world.hypervisor.destroy(&name) {
+                log::error!("cannot end {name}: {e}");
+            }
+        }
     }
 }
 

@@ -298,6 +298,11 @@ impl Driver<'_> {
                 return Ok(Some("the job ended before its VM moved".into()));
             }
             match way {
+                // Each of its nodes would restore the same guest.
+                PreemptWay::Save if self.nodes() > 1 => self.note(format!(
+                    "not saved: the job has {} nodes, only jobs of one node can move",
+                    self.nodes()
+                )),
                 PreemptWay::Live => match self.live() {
                     Ok(done) => {
                         self.m.done = Some(done);
@@ -361,6 +366,11 @@ impl Driver<'_> {
             self.save();
         }
         Err(format!("its VM stays on {}{}", self.m.from, self.because()))
+    }
+
+    /// How many nodes the job has.
+    fn nodes(&self) -> usize {
+        self.job().map_or(0, |j| j.brief.nodes.len())
     }
 
     fn because(&self) -> String {
@@ -504,6 +514,21 @@ impl Driver<'_> {
         }
     }
 
+    /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
+    fn keep_place(&self) {
+        let slurm = &self.c.world.slurm;
+        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
+            return;
+        }
+        let update = JobUpdate {
+            priority: self.m.priority,
+            ..JobUpdate::default()
+        };
+        if let Err(e) = slurm.update_job(self.m.job, &update) {
+            log::info!("job {}: its priority is not what it was: {e}", self.m.job);
+        }
+    }
+
     /// From 24.05 on Slurm itself requeues a batch job whose script ends within its grace time, and only then forgets that
     /// the job was in it. A job that was requeued by order instead is requeued once more at its end, long after it landed.
     /// So there the shim just ends. Earlier releases would take that for the end of the job.
@@ -536,21 +561,6 @@ impl Driver<'_> {
         }
         log::warn!("job {}: its shim did not end", self.m.job);
         Ok(false)
-    }
-
-    /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
-    fn keep_place(&self) {
-        let slurm = &self.c.world.slurm;
-        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
-            return;
-        }
-        let update = JobUpdate {
-            priority: self.m.priority,
-            ..JobUpdate::default()
-        };
-        if let Err(e) = slurm.update_job(self.m.job, &update) {
-            log::info!("job {}: its priority is not what it was: {e}", self.m.job);
-        }
     }
 
     fn requeued(&mut self) -> Result<Option<String>, String> {

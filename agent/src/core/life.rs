@@ -235,7 +235,11 @@ impl Vm {
                     self.record.moves.push(*done);
                     self.finish(to, move_id, line)
                 }
-                Err(why) => vec![Do::Journal(format!("the move failed: {why}")), self.ask(Do::AskOwner)],
+                Err(why) => {
+                    let line = format!("the move failed: {why}");
+                    self.move_failed = Some(why);
+                    vec![Do::Journal(line), self.ask(Do::AskOwner)]
+                }
             },
             (
                 Life::Leaving {
@@ -246,12 +250,16 @@ impl Vm {
                 Event::OwnerIs(owner),
             ) if self.asking => {
                 self.asking = false;
+                let failed = self
+                    .move_failed
+                    .clone()
+                    .map_or_else(|| "the move failed".to_owned(), |why| format!("the move failed: {why}"));
                 match owner {
                     Whereabouts::AtDestination => {
                         let line = format!("the guest runs on {to}");
                         self.finish(to, move_id, line)
                     }
-                    Whereabouts::AtSource => self.stay(to, move_id, "the move failed, the guest goes on here".into(), true),
+                    Whereabouts::AtSource => self.stay(to, move_id, format!("{failed}; the guest goes on here"), true),
                     Whereabouts::Nowhere => {
                         self.then.get_or_insert(End::GuestLost {
                             how: "it ended during its move".into(),

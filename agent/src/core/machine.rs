@@ -36,6 +36,8 @@ pub struct Vm {
     pub(super) unknown_since_ms: Option<u64>,
     /// By when an arriving VM must have come, before the source is asked.
     pub(super) arrive_by_ms: Option<u64>,
+    /// Why the copying failed, until it is known where the guest goes on.
+    pub(super) move_failed: Option<String>,
     /// Slurm has started the job here, before its VM has come.
     pub(super) job_here: bool,
     /// Arrived by a live move, and the source has not handed over the output offsets yet: until it has (or the job is
@@ -97,6 +99,7 @@ impl Vm {
             resume_failed: false,
             unknown_since_ms: None,
             arrive_by_ms: None,
+            move_failed: None,
             job_here: false,
             offsets_pending: false,
             deadline_is_old: false,
@@ -175,6 +178,7 @@ impl Vm {
         self.retry_at_ms = 0;
         self.resume_failed = false;
         self.unknown_since_ms = None;
+        self.move_failed = None;
         self.deadline_is_old = false;
     }
 

@@ -256,6 +256,7 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
         return Err(format!("the counter did not end well: {}", summary(&ended)).into());
     }
     let shown = alice.ask(&["svm", "show", &id])?;
+    let mut in_short = "It went on elsewhere.";
     if let Some(moved) = shown.lines().map(str::trim).find(|line| line.starts_with("Move=")) {
         let moved = fields(moved);
         let gap = ["GuestGap", "Downtime"]
@@ -263,6 +264,11 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
             .map(|key| get(&moved, key))
             .find(|v| v.ends_with("ms"));
         let stood = gap.map_or_else(String::new, |gap| format!("; the guest stood still for {gap}"));
+        in_short = match get(&moved, "Move") {
+            "live" => "It moved, while it counted.",
+            "save" => "It was saved, and went on where it was resumed.",
+            _ => in_short,
+        };
         println!(
             "            svm show {id}: moved {}, {} in {}{stood}",
             get(&moved, "Move"),
@@ -273,7 +279,7 @@ pub fn preempted(lab: &Lab, stop: &Stop) -> Result<()> {
     let boot = checked(&alice.output(&id)?).map_err(Error::Other)?;
     println!("\n  slurm-{id}.out has every number from 1 to {LAST}, once and in order, and the first line is the last one:");
     println!("    {boot}");
-    println!("  The same guest, the same process: nothing was started again, nothing was done twice. It moved, while it counted.");
+    println!("  The same guest, the same process: nothing was started again, nothing was done twice. {in_short}");
     Ok(())
 }
 

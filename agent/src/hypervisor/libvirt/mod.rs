@@ -18,6 +18,7 @@ mod events;
 #[expect(unsafe_code, reason = "calls C")]
 mod ffi;
 mod link;
+mod processes;
 pub mod xml;
 
 use super::{
@@ -247,6 +248,8 @@ impl Hypervisor for LibvirtHypervisor {
         match answer {
             // It went away by itself between the look and the kill.
             Err(HypervisorError::NoDomain { .. } | HypervisorError::WrongState { .. }) => Ok(false),
+            // A daemon that is not there starts nothing either; what it may have been asked to start is looked for when it is back.
+            Err(HypervisorError::Connect { .. }) if self.flavor == Flavor::Qemu && processes::surely_none(name) => Ok(false),
             other => other,
         }
     }

@@ -13,13 +13,16 @@ fn main() {
     };
     println!("cargo:rerun-if-changed={}", include.display());
     match package.as_str() {
-        "spank_vm" => bind(
-            &include.join("slurm-vm-spank.h"),
-            &["spank_.*", "slurm_spank_log", "slurm_error", "slurm_info"],
-            &["spank_.*", "S_.*", "ESPANK_.*", "SLURM_.*"],
-            &out.join("spank.rs"),
-            "libslurm-dev",
-        ),
+        "spank_vm" => {
+            bind(
+                &include.join("slurm-vm-spank.h"),
+                &["spank_.*", "slurm_spank_log", "slurm_error", "slurm_info"],
+                &["spank_.*", "S_.*", "ESPANK_.*", "SLURM_.*"],
+                &out.join("spank.rs"),
+                "libslurm-dev",
+            );
+            link_the_unwinder_in(&out);
+        }
         "slurm-vm" => {
             bind(
                 &include.join("slurm-vm-libvirt.h"),
@@ -38,6 +41,27 @@ fn main() {
         }
         other => panic!("build.rs serves spank_vm and slurm-vm, not {other}"),
     }
+}
+
+/// Every sbatch and srun loads the plugin, and with it libgcc_s.so, which Rust's unwinder names and no Slurm client has: most of what loading the
+/// plugin costs (docs/performance.md). A linker script of that name, found first, takes the same code from libgcc's archives instead. Where the
+/// C compiler has none, the shared library stays.
+fn link_the_unwinder_in(out: &std::path::Path) {
+    let archive = |name: &str| {
+        let said = std::process::Command::new("cc")
+            .arg(format!("-print-file-name={name}"))
+            .output()
+            .ok()?;
+        let path = PathBuf::from(String::from_utf8(said.stdout).ok()?.trim());
+        // A name that cc does not find comes back as it was.
+        path.is_absolute().then_some(path)
+    };
+    let (Some(unwinder), Some(rest)) = (archive("libgcc_eh.a"), archive("libgcc.a")) else {
+        return;
+    };
+    let script = format!("INPUT({} {})\n", unwinder.display(), rest.display());
+    std::fs::write(out.join("libgcc_s.so"), script).unwrap_or_else(|e| panic!("cannot write to {}: {e}", out.display()));
+    println!("cargo:rustc-link-search=native={}", out.display());
 }
 
 fn bind(header: &std::path::Path, functions: &[&str], others: &[&str], out: &std::path::Path, debian_package: &str) {

@@ -279,6 +279,12 @@ impl<'a> Mover<'a> {
                 .iter()
                 .flat_map(|(n, before)| added(before, &look(self.lab, n)).into_iter().map(move |l| format!("{n}: {l}")))
                 .collect();
+            // Directories that the agents make once.
+            left.retain(|l| {
+                !["saves", "overlays", "done"]
+                    .iter()
+                    .any(|d| l.ends_with(&format!(": file /shared/slurm-vm/{d}")))
+            });
             left.retain(|l| {
                 !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu")
             });
@@ -343,7 +349,9 @@ impl<'a> Mover<'a> {
     pub fn wait_healthy(&self) {
         let mut last = String::new();
         wait_with("all agents to be healthy", &mut last, |last| {
-            let said: Said = self.lab.node("ctl", &["svm", "health"]).into();
+            // A node that was sick gets its feature back with the controller's next poll.
+            let both = "svm health && test \"$(sinfo -h -o %b | sort -u)\" = vm";
+            let said: Said = self.lab.node("ctl", &["sh", "-c", both]).into();
             *last = said.out + &said.err;
             said.code == Some(0)
         });

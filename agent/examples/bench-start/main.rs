@@ -191,6 +191,7 @@ impl Bench {
         hypervisor.ping(Duration::from_secs(20)).map_err(|e| e.to_string())?;
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
         let world = World {
+            files: Arc::new(slurm_vm::effects::SystemFiles),
             clock: Arc::new(SystemClock),
             store: Arc::new(TimedStore(
                 DirStore::new(&config.state_dir).map_err(|e| e.to_string())?,

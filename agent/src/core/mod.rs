@@ -22,3 +22,6 @@ mod recovery;
 pub use event::{Effect, Event, Failure, SessionNews, Whereabouts};
 pub use machine::{Busy, Vm};
 pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record};
+
+#[cfg(test)]
+mod tests;

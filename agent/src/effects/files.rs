@@ -125,7 +125,7 @@ mod tests {
         files.touch(&marker).unwrap();
         assert_eq!(files.read(&done).unwrap(), b"new");
         assert_eq!(files.read(&marker).unwrap(), b"");
-        assert_eq!(files.list(&dir.join("done")).unwrap(), [done.clone()]);
+        assert_eq!(files.list(&dir.join("done")).unwrap(), std::slice::from_ref(&done));
         files.remove(&done).unwrap();
         assert!(files.read(&done).is_err());
     }

@@ -1,0 +1,655 @@
+//! The core's transitions: every state against every event, and the important paths one by one.
+use slurm_vm_api::{query::MoveView, session::UserEntry, spec::VmSpec};
+
+use super::{record::RECORD_VERSION, *};
+
+const NOW: u64 = 1_000_000;
+const AWAIT: u64 = 60_000;
+
+fn record(life: Life) -> Record {
+    Record {
+        v: RECORD_VERSION,
+        cluster: "c".into(),
+        node: "n1".into(),
+        job: 7,
+        k: 0,
+        user: UserEntry {
+            name: "alice".into(),
+            uid: 2001,
+            gid: 2001,
+            home: "/".into(),
+            shell: "/bin/sh".into(),
+        },
+        spec: VmSpec {
+            image: "tiny".into(),
+            cpus: None,
+            mem_mib: None,
+            boot_timeout_s: Some(60),
+            preempt: None,
+        },
+        run: 1,
+        generation: 1,
+        life,
+        allocation: None,
+        plan: None,
+        programs: vec![],
+        moves: vec![],
+        created_ms: NOW,
+        up_ms: None,
+        ended_ms: None,
+        boot_id: Some("boot".into()),
+        await_until_ms: None,
+    }
+}
+
+fn prepared() -> Event {
+    let plan = Plan {
+        vcpus: 1,
+        mem_mib: 256,
+        domain_type: "qemu".into(),
+        overlay: None,
+        overlay_shared: false,
+        layers: vec![],
+        base_sha256: None,
+    };
+    Event::Prepared(Ok((
+        Allocation {
+            cores: vec![0],
+            mem_mib: None,
+        },
+        plan,
+    )))
+}
+
+fn moved() -> Box<MoveView> {
+    Box::new(MoveView::default())
+}
+
+fn up(boot_id: &str) -> Event {
+    Event::GuestUp { boot_id: boot_id.into() }
+}
+
+fn move_out() -> Event {
+    Event::MoveOut {
+        move_id: "m".into(),
+        to: "n2".into(),
+        cause: "asked".into(),
+    }
+}
+
+fn save() -> Event {
+    Event::Save {
+        at: "/save".into(),
+        cause: "asked".into(),
+    }
+}
+
+fn lost() -> Event {
+    Event::DomainEnded { how: "QEMU died".into() }
+}
+
+/// A VM and all that it has ever asked for.
+#[derive(Clone)]
+struct Told {
+    vm: Vm,
+    all: Vec<Effect>,
+    last: Vec<Effect>,
+    now: u64,
+}
+
+impl Told {
+    fn begin((vm, effects): (Vm, Vec<Effect>)) -> Self {
+        Self {
+            vm,
+            all: effects.clone(),
+            last: effects,
+            now: NOW,
+        }
+    }
+
+    fn then(mut self, event: Event) -> Self {
+        self.tell(event);
+        self
+    }
+
+    fn tell(&mut self, event: Event) -> &[Effect] {
+        self.last = self.vm.on_event(self.now, AWAIT, event);
+        self.all.extend(self.last.clone());
+        &self.last
+    }
+
+    fn after(mut self, ms: u64) -> Self {
+        self.now += ms;
+        self.then(Event::Tick)
+    }
+
+    fn is(&self, name: &str) -> bool {
+        self.vm.record.life.name() == name
+    }
+
+    fn did(&self, effect: &Effect) -> bool {
+        self.last.contains(effect)
+    }
+}
+
+fn arriving() -> Told {
+    Told::begin(Vm::expected(record(Life::Arriving {
+        from: "n0".into(),
+        move_id: "m0".into(),
+    })))
+}
+
+fn running() -> Told {
+    Told::begin(Vm::new(record(Life::Preparing)))
+        .then(prepared())
+        .then(Event::DomainStarted(Ok(())))
+        .then(up("boot"))
+}
+
+fn copying() -> Told {
+    running().then(move_out()).then(Event::DestinationReady(Ok(())))
+}
+
+fn restoring() -> Told {
+    Told::begin(Vm::expected(record(Life::Restoring { from: "/save".into() })))
+}
+
+/// A way into every state, in every stage of it.
+fn states() -> Vec<Told> {
+    let new = || Told::begin(Vm::new(record(Life::Preparing)));
+    let stopping = |t: Told| t.then(Event::Release);
+    vec![
+        new(),
+        stopping(new()),
+        new().then(prepared()),
+        stopping(new().then(prepared())),
+        new().then(prepared()).then(lost()),
+        new().then(prepared()).then(Event::DomainStarted(Ok(()))),
+        running(),
+        running().then(lost()),
+        running().then(Event::Resumed(Err("no".into()))),
+        running().then(move_out()),
+        running().then(move_out()).then(Event::Release),
+        running().then(move_out()).then(Event::CancelMove),
+        copying(),
+        copying().then(Event::Release),
+        copying().then(Event::Migrated(Err("no".into()))),
+        copying().then(Event::Migrated(Ok(moved()))),
+        copying().then(Event::Migrated(Ok(moved()))).then(Event::HandedOver(Ok(()))),
+        arriving(),
+        arriving().then(Event::JobHere { run: 2 }),
+        arriving().then(Event::Release),
+        arriving().then(Event::Arrived),
+        arriving().then(Event::Arrived).then(move_out()),
+        running().then(save()),
+        running().then(save()).then(Event::Release),
+        running().then(save()).then(Event::SaveWritten(Ok(moved()))),
+        restoring(),
+        stopping(restoring()),
+        stopping(running()),
+        stopping(running()).then(Event::Destroyed(Err("no".into()))),
+        stopping(running()).then(Event::Destroyed(Ok(()))),
+        Told::begin(Vm::recovered(record(Life::Running), None, None)),
+        Told::begin(Vm::recovered(record(Life::Preparing), Some(false), None)),
+    ]
+}
+
+fn events() -> Vec<Event> {
+    let why = || "why".to_owned();
+    vec![
+        prepared(),
+        Event::Prepared(Err(Failure::Node(why()))),
+        Event::Prepared(Err(Failure::Request(why()))),
+        Event::DomainStarted(Ok(())),
+        Event::DomainStarted(Err(Failure::Node(why()))),
+        up("boot"),
+        up("another boot"),
+        lost(),
+        Event::JobHere { run: 9 },
+        Event::Release,
+        Event::Tick,
+        Event::Destroyed(Ok(())),
+        Event::Destroyed(Err(why())),
+        move_out(),
+        Event::DestinationReady(Ok(())),
+        Event::DestinationReady(Err(why())),
+        Event::Migrated(Ok(moved())),
+        Event::Migrated(Err(why())),
+        Event::OwnerIs(Whereabouts::AtSource),
+        Event::OwnerIs(Whereabouts::AtDestination),
+        Event::OwnerIs(Whereabouts::Nowhere),
+        Event::OwnerIs(Whereabouts::Unknown),
+        Event::DomainIs(Some(true)),
+        Event::DomainIs(Some(false)),
+        Event::DomainIs(None),
+        Event::JobIs(Some(true)),
+        Event::JobIs(Some(false)),
+        Event::JobIs(None),
+        Event::HandedOver(Ok(())),
+        Event::HandedOver(Err(why())),
+        Event::CancelMove,
+        Event::Arrived,
+        Event::TookOver {
+            programs: vec![],
+            moves: vec![],
+        },
+        Event::Abandoned,
+        save(),
+        Event::SaveWritten(Ok(moved())),
+        Event::SaveWritten(Err(why())),
+        Event::Restored(Ok(moved())),
+        Event::Restored(Err(why())),
+        Event::Resumed(Ok(())),
+        Event::Resumed(Err(why())),
+        Event::GiveUp,
+    ]
+}
+
+/// Acts whose intent must be on record first.
+fn is_act(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::StartDomain | Effect::Migrate | Effect::WriteSave | Effect::Clear | Effect::ResumeDomain | Effect::AskDestination
+    )
+}
+
+fn answers(effects: &[Effect]) -> usize {
+    effects.iter().filter(|e| matches!(e, Effect::AnswerMove(_))).count()
+}
+
+/// Checks one step from a state, and what it leads to.
+fn check(before: &Told, event: &Event, told: &Told) {
+    let (from, to) = (&before.vm.record.life, &told.vm.record.life);
+    let step = format!("{from:?} <- {event:?} -> {to:?}: {:?}", told.last);
+    let asked = matches!(event, Event::MoveOut { .. } | Event::Save { .. });
+    if from.is_over_here() {
+        assert_eq!(from, to, "{step}");
+        assert!(
+            told.last
+                .iter()
+                .all(|e| matches!(e, Effect::AnswerRelease(_) | Effect::AnswerMove(_))),
+            "{step}"
+        );
+        assert_eq!(
+            told.last.iter().any(|e| matches!(e, Effect::AnswerRelease(Ok(())))),
+            *event == Event::Release,
+            "{step}"
+        );
+    }
+    if from != to {
+        let persist = told.last.iter().position(|e| *e == Effect::Persist);
+        assert!(persist.is_some(), "a change that is not put on record: {step}");
+        let act = told.last.iter().position(is_act);
+        assert!(act.is_none_or(|a| persist < Some(a)), "an act before its intent: {step}");
+    }
+    if matches!(to, Life::Stopped { .. }) && !from.is_over_here() {
+        assert!(
+            matches!(from, Life::Stopping { .. }) && before.all.contains(&Effect::Destroy),
+            "stopped without an end of the domain: {step}"
+        );
+    }
+    assert!(answers(&told.last) <= 1, "{step}");
+    if asked {
+        let accepted = matches!(to, Life::Leaving { .. } | Life::Saving { .. }) && from != to;
+        assert_eq!(answers(&told.last), usize::from(!accepted), "{step}");
+    } else if answers(&told.last) == 1 {
+        assert!(
+            matches!(from, Life::Leaving { .. } | Life::Saving { .. }),
+            "an answer that nobody waits for: {step}"
+        );
+    }
+    let leaves = matches!(from, Life::Leaving { .. } | Life::Saving { .. }) && !matches!(to, Life::Leaving { .. } | Life::Saving { .. });
+    if leaves {
+        assert_eq!(answers(&told.last), 1, "a move that is over and not answered: {step}");
+    }
+    let long = |e: &&Effect| {
+        matches!(
+            e,
+            Effect::Prepare
+                | Effect::StartDomain
+                | Effect::AskDestination
+                | Effect::Migrate
+                | Effect::HandOver
+                | Effect::WriteSave
+                | Effect::Restore
+                | Effect::Destroy
+        )
+    };
+    let begun = told.last.iter().filter(long).count();
+    assert!(begun <= 1 && (begun == 0 || told.vm.busy().is_some()), "{step}");
+    if begun == 1 && before.vm.busy().is_some() {
+        assert_ne!(before.vm.busy(), told.vm.busy(), "begun twice: {step}");
+    }
+}
+
+#[test]
+fn every_state_takes_every_event_and_the_one_after_it() {
+    let mut pairs = std::collections::BTreeSet::new();
+    for begin in states() {
+        for first in events() {
+            let mut told = begin.clone();
+            told.now += 5_000;
+            told.tell(first.clone());
+            pairs.insert(begin.vm.record.life.name());
+            check(&begin, &first, &told);
+            let before = told;
+            for second in events() {
+                let mut told = before.clone();
+                told.now += 65_000;
+                told.tell(second.clone());
+                check(&before, &second, &told);
+            }
+        }
+    }
+    assert_eq!(pairs.len(), 12, "all states are walked from: {pairs:?}");
+}
+
+/// What an obliging world answers to what is under way.
+fn oblige(told: &mut Told) {
+    let event = match told.vm.busy() {
+        Some(Busy::Prepare) => prepared(),
+        Some(Busy::Start) => Event::DomainStarted(Ok(())),
+        Some(Busy::AskDestination) => Event::DestinationReady(Ok(())),
+        Some(Busy::Migrate) => Event::Migrated(Err("aborted".into())),
+        Some(Busy::HandOver) => Event::HandedOver(Ok(())),
+        Some(Busy::Save) => Event::SaveWritten(Err("aborted".into())),
+        Some(Busy::Restore) => Event::Restored(Ok(moved())),
+        Some(Busy::Destroy) => Event::Destroyed(Ok(())),
+        None if told.vm.asking => {
+            let question = |e: &&Effect| matches!(e, Effect::AskOwner | Effect::AskDomain | Effect::AskJob);
+            match told.all.iter().rfind(question) {
+                Some(Effect::AskOwner) => Event::OwnerIs(Whereabouts::AtSource),
+                Some(Effect::AskDomain) => Event::DomainIs(Some(true)),
+                _ => Event::JobIs(Some(false)),
+            }
+        }
+        None => Event::Tick,
+    };
+    told.now += 3_000;
+    told.tell(event);
+}
+
+#[test]
+fn a_release_is_answered_from_every_state_after_any_event() {
+    for begin in states() {
+        for event in events() {
+            let mut told = begin.clone().then(event.clone()).then(Event::Release);
+            let name = told.vm.record.life.name();
+            for _ in 0..60 {
+                if told.all.iter().any(|e| matches!(e, Effect::AnswerRelease(_))) && told.vm.record.life.is_over_here() {
+                    break;
+                }
+                oblige(&mut told);
+            }
+            assert!(
+                told.all.contains(&Effect::AnswerRelease(Ok(()))),
+                "{event:?}, released while {name}: {:?}",
+                told.vm.record.life
+            );
+            assert!(
+                told.vm.record.life.is_over_here(),
+                "{event:?}, released while {name}: {:?}",
+                told.vm.record.life
+            );
+        }
+    }
+}
+
+#[test]
+fn a_release_while_the_domain_is_being_created_ends_it_after_it_has_come_up() {
+    let told = Told::begin(Vm::new(record(Life::Preparing))).then(prepared()).then(Event::Release);
+    assert!(
+        told.is("stopping") && !told.did(&Effect::Destroy),
+        "ended before it came up, it would come up with no owner"
+    );
+    assert!(told.then(Event::DomainStarted(Ok(()))).did(&Effect::Destroy));
+}
+
+#[test]
+fn a_failed_import_leaves_the_guest_at_the_source() {
+    let told = copying().then(Event::Migrated(Err("import failed".into())));
+    assert!(
+        told.is("leaving") && told.did(&Effect::AskOwner),
+        "nobody resumes before it is clear"
+    );
+    let told = told.then(Event::OwnerIs(Whereabouts::Unknown));
+    assert!(told.is("leaving") && told.last.is_empty());
+    let told = told.after(5_000);
+    assert!(told.did(&Effect::AskOwner), "it is asked again");
+    let told = told.then(Event::OwnerIs(Whereabouts::AtSource));
+    assert!(told.is("running") && told.did(&Effect::ResumeDomain) && answers(&told.last) == 1);
+}
+
+#[test]
+fn a_guest_that_runs_at_the_destination_is_never_resumed_at_the_source() {
+    let told = copying()
+        .then(Event::Migrated(Err("connection lost".into())))
+        .then(Event::OwnerIs(Whereabouts::AtDestination));
+    let told = told
+        .then(lost())
+        .then(up("another boot"))
+        .then(Event::CancelMove)
+        .then(Event::Release)
+        .then(Event::HandedOver(Ok(())));
+    assert!(told.is("gone"));
+    assert!(
+        !told.all.contains(&Effect::ResumeDomain) && !told.all.contains(&Effect::Destroy),
+        "{:?}",
+        told.all
+    );
+}
+
+#[test]
+fn a_cancel_before_the_copying_begins_is_kept() {
+    let told = running()
+        .then(move_out())
+        .then(Event::CancelMove)
+        .then(Event::DestinationReady(Ok(())));
+    assert!(told.is("running") && !told.all.contains(&Effect::Migrate));
+    assert!(
+        told.last
+            .iter()
+            .any(|e| matches!(e, Effect::AbandonDestination { to, .. } if to == "n2"))
+    );
+}
+
+#[test]
+fn an_abort_is_repeated_until_the_copying_has_ended() {
+    let told = copying().then(Event::CancelMove);
+    assert!(told.did(&Effect::AbortMigration), "libvirt may not have begun yet");
+    assert!(told.after(3_000).did(&Effect::AbortMigration));
+}
+
+#[test]
+fn a_job_that_comes_before_its_vm_is_not_waited_for_again() {
+    let told = arriving().then(Event::JobHere { run: 5 }).then(Event::Arrived);
+    assert!(told.is("running"), "a deadline would end a VM whose job runs");
+}
+
+#[test]
+fn a_destination_that_waits_in_vain_asks_and_gives_up() {
+    let told = arriving().after(1_000).after(AWAIT + 1_000);
+    assert!(told.did(&Effect::AskOwner));
+    assert!(told.then(Event::OwnerIs(Whereabouts::AtSource)).is("stopping"));
+}
+
+#[test]
+fn a_vm_whose_job_does_not_come_is_ended_only_when_slurm_says_so() {
+    let told = arriving().then(Event::Arrived).after(AWAIT + 1_000);
+    assert!(
+        told.is("awaiting-job") && told.did(&Effect::AskJob),
+        "the prolog may have been missed"
+    );
+    let told = told.then(Event::JobIs(None));
+    assert!(told.is("awaiting-job"));
+    let told = told.after(5_000);
+    assert!(told.did(&Effect::AskJob));
+    assert!(told.then(Event::JobIs(Some(true))).is("running"));
+}
+
+#[test]
+fn a_vm_that_moves_on_before_its_job_came_waits_again_when_that_fails() {
+    let told = arriving().then(Event::Arrived).then(move_out());
+    assert!(
+        told.vm.record.await_until_ms.is_some(),
+        "on record, for an agent that is restarted in between"
+    );
+    assert!(told.then(Event::DestinationReady(Err("no room".into()))).is("awaiting-job"));
+}
+
+#[test]
+fn a_guest_that_dies_while_it_is_saved_is_missed_afterwards() {
+    let told = running()
+        .then(save())
+        .then(lost())
+        .then(Event::SaveWritten(Err("QEMU died".into())));
+    assert!(told.did(&Effect::AskDomain));
+    assert!(told.then(Event::DomainIs(Some(false))).is("stopping"));
+}
+
+#[test]
+fn a_failed_save_after_the_job_has_left_is_answered() {
+    let told = running()
+        .then(save())
+        .then(Event::Release)
+        .then(Event::SaveWritten(Err("no space".into())));
+    assert!(told.is("stopping") && answers(&told.last) == 1);
+}
+
+#[test]
+fn a_word_of_an_earlier_domains_end_is_not_believed() {
+    let told = running().then(lost());
+    assert!(told.is("running") && told.did(&Effect::AskDomain));
+    assert!(told.then(Event::DomainIs(Some(true))).is("running"));
+}
+
+#[test]
+fn a_guest_whose_end_nobody_told_is_missed() {
+    let told = running().after(1_000).after(40_000);
+    assert!(told.did(&Effect::AskDomain));
+    assert!(told.then(Event::DomainIs(Some(false))).is("stopping"));
+}
+
+#[test]
+fn an_end_that_fails_is_told_to_the_epilog_and_tried_again() {
+    let mut told = running().then(Event::Release);
+    for _ in 0..3 {
+        told = told.then(Event::Destroyed(Err("libvirt is away".into()))).after(60_000);
+    }
+    assert!(
+        told.all
+            .iter()
+            .any(|e| matches!(e, Effect::AnswerRelease(Err(why)) if why.contains("slurm-7-0")))
+    );
+    assert!(told.did(&Effect::Destroy) && told.then(Event::Destroyed(Ok(()))).is("stopped"));
+}
+
+#[test]
+fn an_agent_that_cannot_ask_libvirt_takes_no_vm_for_lost() {
+    let told = Told::begin(Vm::recovered(record(Life::Running), None, Some(true)));
+    assert!(told.is("running") && told.did(&Effect::AskDomain));
+    let told = told.then(Event::DomainIs(None)).after(3_000);
+    assert!(told.is("running") && told.did(&Effect::AskDomain));
+    let told = told.then(Event::DomainIs(Some(true)));
+    assert!(told.is("running") && told.did(&Effect::OpenGuest));
+}
+
+#[test]
+fn an_agent_that_cannot_ask_slurm_starts_nothing() {
+    for life in [
+        Life::Preparing,
+        Life::Booting { deadline_ms: 0 },
+        Life::Restoring { from: "/save".into() },
+    ] {
+        let told = Told::begin(Vm::recovered(record(life), Some(false), None));
+        assert_eq!(told.all, [Effect::AskJob]);
+        assert!(told.then(Event::JobIs(Some(false))).is("stopping"));
+    }
+}
+
+#[test]
+fn a_missed_epilog_is_made_up_for_as_soon_as_slurm_answers() {
+    let told = Told::begin(Vm::recovered(record(Life::Running), Some(true), None))
+        .after(1_000)
+        .after(5_000);
+    assert!(told.did(&Effect::AskJob));
+    assert!(told.then(Event::JobIs(Some(false))).is("stopping"));
+}
+
+#[test]
+fn each_state_is_found_again_after_a_restart() {
+    let leaving = |stage| Life::Leaving {
+        to: "n2".into(),
+        move_id: "m".into(),
+        stage,
+    };
+    let at = || "/save".into();
+    // State, libvirt has the domain, Slurm has the job, what becomes of it.
+    let table = [
+        (Life::Preparing, false, true, "preparing"),
+        (Life::Booting { deadline_ms: 0 }, true, true, "booting"),
+        (Life::Booting { deadline_ms: 0 }, false, true, "booting"),
+        (Life::Booting { deadline_ms: 0 }, true, false, "stopping"),
+        (Life::Running, true, true, "running"),
+        (Life::Running, false, true, "stopping"),
+        (Life::Running, true, false, "stopping"),
+        (leaving(LeavingStage::Preparing), true, true, "running"),
+        (leaving(LeavingStage::Preparing), false, true, "stopping"),
+        (leaving(LeavingStage::Preparing), true, false, "stopping"),
+        (leaving(LeavingStage::Copying), true, true, "leaving"),
+        (leaving(LeavingStage::Copying), false, false, "leaving"),
+        (leaving(LeavingStage::Finishing), false, false, "leaving"),
+        (Life::Gone { to: "n2".into() }, false, false, "gone"),
+        (
+            Life::Arriving {
+                from: "n0".into(),
+                move_id: "m".into(),
+            },
+            false,
+            false,
+            "arriving",
+        ),
+        (Life::AwaitingJob { deadline_ms: 0 }, true, false, "awaiting-job"),
+        (Life::AwaitingJob { deadline_ms: 0 }, true, true, "running"),
+        (Life::AwaitingJob { deadline_ms: 0 }, false, false, "stopping"),
+        (Life::Saving { at: at() }, true, true, "running"),
+        (Life::Saving { at: at() }, false, true, "stopping"),
+        (Life::Saving { at: at() }, true, false, "stopping"),
+        (Life::Saved { at: at() }, false, false, "saved"),
+        (Life::Restoring { from: at() }, true, true, "restoring"),
+        (Life::Restoring { from: at() }, false, true, "restoring"),
+        (Life::Restoring { from: at() }, false, false, "stopping"),
+        (Life::Stopping { why: End::Released }, true, true, "stopping"),
+        (Life::Stopped { why: End::Released }, false, false, "stopped"),
+    ];
+    for (life, domain, job, becomes) in table {
+        let told = Told::begin(Vm::recovered(record(life.clone()), Some(domain), Some(job)));
+        assert_eq!(
+            told.vm.record.life.name(),
+            becomes,
+            "{life:?}, domain {domain}, job {job}: {:?}",
+            told.all
+        );
+    }
+}
+
+#[test]
+fn a_save_that_the_agents_death_cut_short_is_the_nodes_fault() {
+    let told = Told::begin(Vm::recovered(record(Life::Saving { at: "/save".into() }), Some(false), Some(true)));
+    assert!(
+        matches!(
+            &told.vm.record.life,
+            Life::Stopping {
+                why: End::NodeFault { .. }
+            }
+        ),
+        "the job is requeued, not failed"
+    );
+}
+
+#[test]
+fn an_old_boot_deadline_counts_anew_after_a_restart() {
+    let told = Told::begin(Vm::recovered(record(Life::Booting { deadline_ms: 1 }), Some(true), Some(true))).after(1_000);
+    assert!(told.is("booting"));
+    assert!(told.after(61_000).is("stopping"));
+}

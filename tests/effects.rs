@@ -317,7 +317,6 @@ fn every_effect_goes_through_its_trait() {
 
 /// The core decides, and does nothing: no thread, no channel, no log, not even a look at the time.
 #[test]
-<<<<<<< HEAD
 fn the_core_is_pure() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("agent/src/core");
     let mut files = Vec::new();
@@ -340,8 +339,6 @@ fn the_core_is_pure() {
 }
 
 #[test]
-=======
->>>>>>> main
 fn comments_strings_and_tests_are_not_taken_for_code() {
     let source = read(
         "a(); // fs::read\n/* Command::new /* x */ */ let s = \"fs::write \\\" y\"; let c = '\"'; b();\nr#\"fs::q \" \"#\n#[cfg(test)]\nmod tests {\n fs::read()",

@@ -53,6 +53,7 @@ pub(crate) fn cargo_command(args: &[&str]) -> Command {
             || text.starts_with("CARGO_MANIFEST")
             || text.starts_with("CARGO_BIN")
             || text == "CARGO_PRIMARY_PACKAGE"
+            || text == "OUT_DIR"
         {
             command.env_remove(&name);
         }

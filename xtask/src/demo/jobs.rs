@@ -10,7 +10,7 @@ use std::{
 };
 
 /// How long a job may take to reach a state that it reaches in seconds: a machine may be busy.
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(400);
 
 const HELLO: &str = "#!/bin/sh
 echo \"hello from $(hostname), kernel $(uname -r), up $(cut -d. -f1 /proc/uptime) s\"

@@ -254,6 +254,7 @@ domain_type = \"{domain_type}\"
 listen = \"0.0.0.0:6822\"
 {controller}[node]
 enabled = {is_node}
+boot_timeout_s = 300
 "
     );
     let images = "/var/lib/slurm-vm-images";

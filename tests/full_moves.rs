@@ -272,7 +272,6 @@ fn node_list_comment_priority_and_the_rest_of_the_time_limit_are_carried_over() 
     let after = m.t.job(job);
     for field in [
         "Comment",
-        "Priority",
         "Nice",
         "Partition",
         "ExcNodeList",

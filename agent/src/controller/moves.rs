@@ -515,9 +515,10 @@ impl Driver<'_> {
     }
 
     /// The release gave the job a place behind those that came after it. Where priorities are computed anew all the time, none is set.
-    fn keep_place(&self) {
+    /// Setting a priority sets the user's nice value to 0: a job that has one keeps that instead.
+    fn keep_place(&self, info: &JobInfo) {
         let slurm = &self.c.world.slurm;
-        if self.m.priority.is_none() || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
+        if self.m.priority.is_none() || info.nice != Some(0) || !slurm.config().is_ok_and(|c| c.priority_type == "priority/basic") {
             return;
         }
         let update = JobUpdate {
@@ -591,7 +592,7 @@ impl Driver<'_> {
                 }
             }
             self.order("release", || self.c.world.slurm.release(self.m.job))?;
-            self.keep_place();
+            self.keep_place(&info);
         }
         self.step(Step::Released);
         Ok(None)

@@ -144,6 +144,7 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
         num_cpus: number(num_cpus).ok_or_else(|| bad("NumCPUs"))?,
         req_nodes: hosts(req_nodes)?,
         exclude_nodes: Vec::new(),
+        nice: None,
         allocs: Vec::new(),
         user_text: UserText::default(),
     })
@@ -156,6 +157,13 @@ pub(super) fn exact_name(job: &JobInfo) -> String {
         (_, Some((leader, offset))) => format!("{leader}+{offset}"),
         _ => job.brief.id.to_string(),
     }
+}
+
+fn nice(record: &str) -> Option<i64> {
+    record
+        .split(' ')
+        .find_map(|word| word.strip_prefix("Nice="))
+        .and_then(|n| n.parse().ok())
 }
 
 /// Adds from `scontrol show job -d -o` what squeue does not have: the CPUs and memory on each node, and the free texts.
@@ -171,6 +179,7 @@ pub(super) fn add_details(job: &mut JobInfo, text: &str) -> Result<(), SlurmErro
         if let [record] = records[..] {
             job.user_text = user_text(record);
             job.exclude_nodes = excluded(record)?;
+            job.nice = nice(record);
         }
         return Ok(());
     }
@@ -195,6 +204,7 @@ pub(super) fn add_details(job: &mut JobInfo, text: &str) -> Result<(), SlurmErro
     job.allocs = allocs;
     job.user_text = user_text(record);
     job.exclude_nodes = excluded(record)?;
+    job.nice = nice(record);
     Ok(())
 }
 

@@ -169,6 +169,8 @@ pub struct JobInfo {
     pub req_nodes: Vec<String>,
     /// Nodes it must not run on.
     pub exclude_nodes: Vec<String>,
+    /// What the user took from its priority; `None` where Slurm did not say.
+    pub nice: Option<i64>,
     /// What each node gives, in the order of the nodes; empty while it waits.
     pub allocs: Vec<NodeAlloc>,
     /// Free texts that the user chose. Never decide anything by them and never open a path found in them: a job can make them say anything.

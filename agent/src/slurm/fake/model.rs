@@ -625,6 +625,7 @@ impl Model {
             num_cpus: job.spec.nodes * job.spec.cpus_per_node,
             req_nodes: job.req_nodes.clone(),
             exclude_nodes: job.exclude.clone(),
+            nice: None,
             allocs: if job.state == JobState::Running {
                 job.allocs.clone()
             } else {

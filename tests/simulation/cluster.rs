@@ -221,6 +221,8 @@ pub struct Cluster {
     quiet: bool,
     /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
     pub excused: BTreeSet<u32>,
+    /// Epilogs that found no agent: Slurm gave the node away with the VM on it.
+    pub missed: BTreeSet<(String, u32)>,
     pub slurm_away: bool,
     /// Keeps what happens in `trace`.
     pub tracing: bool,
@@ -275,6 +277,7 @@ impl Cluster {
             controller: Controller::default(),
             quiet: false,
             excused: BTreeSet::new(),
+            missed: BTreeSet::new(),
             slurm_away: false,
             tracing: false,
             trace: VecDeque::new(),

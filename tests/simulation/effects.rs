@@ -323,13 +323,14 @@ impl Cluster {
     }
 
     /// Known gap: when Slurm starts a job over elsewhere although its VM has landed (the controller was away, or the
-    /// landing agent is), the landed copy stays until the controller or its own deadline ends it.
+    /// landing agent is), or although its epilog found no agent, the landed copy stays until the controller or its own deadline ends it.
     fn excuse_copies(&mut self, node: &str, job: u32) {
         let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
         for other in others {
             let record = self.nodes[&other].ledger.get(&job);
-            let left_behind =
-                record.is_some_and(|r| matches!(r.life, Life::AwaitingJob { .. } | Life::Stopping { .. })) || !self.nodes[&other].alive;
+            let left_behind = record.is_some_and(|r| matches!(r.life, Life::AwaitingJob { .. } | Life::Stopping { .. }))
+                || self.missed.contains(&(other.clone(), job))
+                || !self.nodes[&other].alive;
             let there = self.hypervisors[&other].peek(&domain(job)).is_some();
             if there && left_behind && self.excused.insert(job) {
                 self.count("jobs started over beside a copy of theirs");

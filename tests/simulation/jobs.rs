@@ -150,6 +150,9 @@ impl Cluster {
         self.epilogs.insert(id, (node.into(), job));
         let owner = self.nodes.get_mut(node).filter(|n| n.alive).and_then(|n| n.vms.get_mut(&job));
         let Some(owner) = owner else {
+            if !self.nodes[node].alive {
+                self.missed.insert((node.into(), job));
+            }
             self.epilog_returns(id);
             return;
         };

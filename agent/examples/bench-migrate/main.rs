@@ -122,7 +122,6 @@ impl Bench {
             clock: Arc::new(SystemClock),
             store: Arc::new(DirStore::new(&config.state_dir).map_err(text)?),
             disks: Arc::new(QemuImg::default()),
-            files: Arc::new(slurm_vm::effects::SystemFiles),
             hypervisor,
             slurm,
             faults: Faults::default(),

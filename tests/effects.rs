@@ -50,6 +50,7 @@ const RULES: &[Rule] = &[
         allowed: &[
             SHIM,
             CLI,
+            LIBVIRT,
             DISKS,
             PEER,
             SERVER,

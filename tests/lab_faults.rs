@@ -41,7 +41,8 @@ fn features(lab: &Lab, wanted: &str) {
     let mut last = String::new();
     wait_with(&format!("features {wanted:?}"), &mut last, |last| {
         let said: Said = Output::into(lab.exec("root", &["sinfo", "-h", "-N", "-p", "low", "-o", "%b"]));
-        *last = said.out;
+        // An empty list is printed as nothing by some releases.
+        *last = said.out.replace("(null)", "");
         last == wanted
     });
 }
@@ -106,7 +107,7 @@ fn a_node_whose_libvirt_is_down_loses_the_feature_and_its_jobs_go_elsewhere() {
         assert_eq!(t.end_of(*job), ("COMPLETED".to_owned(), "0:0".to_owned()));
         assert_eq!(t.text(&format!("out.{k}")), format!("slurm-{job}-0\n"));
     }
-    features(lab, "(null)\nvm\n");
+    features(lab, "\nvm\n");
     no_node_is_drained(lab);
     lab.start("n1", "libvirtd").expect("start");
     features(lab, "vm\nvm\n");

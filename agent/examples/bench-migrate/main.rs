@@ -102,22 +102,28 @@ impl Bench {
             std::fs::create_dir_all(made).map_err(|e| format!("cannot make {}: {e}", made.display()))?;
         }
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
-        // Jobs of different ways have different numbers: their domains share a libvirtd.
-        let job = (0..number)
-            .fold(None, |_, _| {
-                Some(slurm.submit(FakeJob {
-                    mem_mib_per_node: 1024,
-                    ..FakeJob::default()
-                }))
-            })
-            .ok_or("no job")?;
-        slurm.tick(1);
+        // Jobs of different ways have different numbers, for their domains share a libvirtd; and the same core, or they would be pinned to others.
+        let mut job = 0;
+        for turn in 1..=number {
+            job = slurm.submit(FakeJob {
+                mem_mib_per_node: 1024,
+                ..FakeJob::default()
+            });
+            slurm.tick(turn);
+            if turn < number {
+                slurm.exited(job, 0);
+                slurm.epilog_done(job, "n1");
+                slurm.tick(turn);
+            }
+        }
         let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);
         hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
         let world = World {
+            files: Arc::new(slurm_vm::effects::SystemFiles),
             clock: Arc::new(SystemClock),
             store: Arc::new(DirStore::new(&config.state_dir).map_err(text)?),
             disks: Arc::new(QemuImg::default()),
+            files: Arc::new(slurm_vm::effects::SystemFiles),
             hypervisor,
             slurm,
             faults: Faults::default(),

@@ -510,7 +510,11 @@ fn migrate_arguments(params: &MigrateParams) -> Result<Arguments<'_>> {
     if params.paused {
         flags |= sys::virDomainMigrateFlags_VIR_MIGRATE_PAUSED;
     }
-    if !params.copy_disks.is_empty() {
+    if params.copy_disks.is_empty() {
+        // Our configuration says that the storage is shared, and disks are opened without the host's cache. libvirt would guess from the kind of
+        // file system: the kinds it knows are few, and older releases have no setting that adds to them.
+        flags |= sys::virDomainMigrateFlags_VIR_MIGRATE_UNSAFE;
+    } else {
         flags |= sys::virDomainMigrateFlags_VIR_MIGRATE_NON_SHARED_INC;
         // The name comes once per disk.
         list.extend(

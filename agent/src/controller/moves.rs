@@ -23,7 +23,7 @@ use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     effects::store::write_durably,
-    slurm::{JobInfo, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
+    slurm::{JobInfo, JobState, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -448,9 +448,17 @@ impl Driver<'_> {
 
     /// The VM is elsewhere: put the job back into the queue; the source is free for the preemptor as soon as the shim is gone.
     fn moved(&mut self) -> Result<Option<String>, String> {
-        let Some(info) = self.job() else {
+        let Some(mut info) = self.job() else {
             return Ok(Some(self.job_is_over()));
         };
+        // Nobody has put it back into the queue yet: it was cancelled, and Slurm would requeue it all the same.
+        while info.brief.state == JobState::Completing && info.brief.restarts == self.m.restarts {
+            self.sleep();
+            let Some(now) = self.job() else {
+                return Ok(Some(self.job_is_over()));
+            };
+            info = now;
+        }
         if let Some(limit) = info.time_limit_min
             && self.m.limit_min.is_none()
         {

@@ -38,7 +38,10 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         }
         PeerRequest::Show { job } => PeerReply::Vm(node.view(job).map(Box::new)),
         PeerRequest::Log { job, journal, serial } => {
-            let (j, s) = log_text(node, &crate::core::record::domain_name(job, 0), journal, serial);
+            let domain = node
+                .record(job)
+                .map_or_else(|| crate::core::record::domain_name(job, 0), |r| r.domain());
+            let (j, s) = log_text(node, &domain, journal, serial);
             PeerReply::Log {
                 journal: String::from_utf8_lossy(&j).into_owned(),
                 journal_bytes: j.len() as u64,

@@ -119,6 +119,7 @@ impl Bench {
         let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);
         hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
         let world = World {
+            files: Arc::new(slurm_vm::effects::SystemFiles),
             clock: Arc::new(SystemClock),
             store: Arc::new(DirStore::new(&config.state_dir).map_err(text)?),
             disks: Arc::new(QemuImg::default()),

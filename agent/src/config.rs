@@ -95,6 +95,8 @@ pub struct HypervisorConfig {
     pub cpu_model: String,
     /// Seconds that the probe guest gets to come up.
     pub probe_timeout_s: u32,
+    /// Hold each QEMU to its job's allocation (libvirt's hard limit). `false` where libvirt has no cgroups.
+    pub memory_limit: bool,
 }
 
 /// How the domain type is chosen.
@@ -216,6 +218,7 @@ impl Default for HypervisorConfig {
             domain_type: DomainTypeChoice::Auto,
             cpu_model: String::new(),
             probe_timeout_s: 20,
+            memory_limit: true,
         }
     }
 }

@@ -112,7 +112,7 @@ impl Node {
     #[must_use]
     pub fn hard_limit_mib(&self, record: &Record) -> Option<u64> {
         let given = record.allocation.as_ref().and_then(|a| a.mem_mib);
-        given.filter(|_| !self.hard_limit_fails.load(Ordering::Relaxed))
+        given.filter(|_| self.config.hypervisor.memory_limit && !self.hard_limit_fails.load(Ordering::Relaxed))
     }
 
     /// Remembers, and says once, that hard limits do not work on this host.

@@ -250,6 +250,7 @@ state_dir = \"/var/lib/slurm-vm\"
 {shared}[hypervisor]
 uri = \"qemu:///system\"
 domain_type = \"{domain_type}\"
+memory_limit = false
 [peer]
 listen = \"0.0.0.0:6822\"
 {controller}[node]

@@ -285,6 +285,10 @@ fn node_list_comment_priority_and_the_rest_of_the_time_limit_are_carried_over() 
     }
     println!("TimeLimit before {} and after {}", before["TimeLimit"], after["TimeLimit"]);
     assert_eq!(after["TimeLimit"], "00:04:00");
+    wait("the move to be over", || {
+        let said: Said = lab.node("ctl", &["scontrol", "show", "reservation"]).into();
+        (!said.out.contains("vmmig_")).then_some(())
+    });
     // Slurm lets a node list be changed only while the job waits.
     lab.node("ctl", &["scontrol", "requeuehold", &job.to_string()]);
     let mut last = String::new();

@@ -66,11 +66,6 @@ pub enum PeerRequest {
         /// It is being preempted: should it end now, that must be remembered, Slurm requeues it all the same.
         preempted: bool,
     },
-    /// Controller: stop the VM so that the job can start over.
-    GiveUp {
-        /// Job id.
-        job: u32,
-    },
     /// Controller: the VM has left, or is given up for a run from the start; the batch shim is to end, so that Slurm
     /// requeues the job by itself.
     Part {
@@ -92,8 +87,6 @@ pub enum PeerRequest {
         token: String,
         /// Size in bytes of an overlay that is copied along; `None` when storage is shared.
         copy_overlay: Option<u64>,
-        /// Where the source's overlay and base are, in its own words.
-        overlay: Option<PathBuf>,
         /// CPU model, QEMU and libvirt of the source, for the compatibility check.
         host: HostFacts,
     },

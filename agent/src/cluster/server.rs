@@ -80,7 +80,6 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             }
             None => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
         },
-        PeerRequest::GiveUp { job } => tell(node, job, Event::GiveUp),
         PeerRequest::CancelMove { job } => tell(node, job, Event::CancelMove),
         PeerRequest::Part { job } => match node.owner(job) {
             Some(owner) if owner.send(Request::Part).is_ok() => PeerReply::Ok,
@@ -92,7 +91,6 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             record,
             token,
             copy_overlay,
-            overlay: _,
             host,
         } => match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
             Ok(reply) => reply,
@@ -166,7 +164,6 @@ fn allowed(role: Role, request: &PeerRequest) -> bool {
         | PeerRequest::Save { .. }
         | PeerRequest::CancelMove { .. }
         | PeerRequest::Grace { .. }
-        | PeerRequest::GiveUp { .. }
         | PeerRequest::Part { .. }
         | PeerRequest::Release { .. } => role == Role::Controller,
     }

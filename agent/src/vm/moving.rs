@@ -262,7 +262,6 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
         record: Box::new(record.clone()),
         token: token.clone(),
         copy_overlay,
-        overlay: plan.overlay.clone(),
         host: facts(node, &plan.domain_type),
     };
     match node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN)? {

@@ -128,7 +128,7 @@ impl Bench {
             faults: Faults::default(),
         };
         let config = Arc::new(config);
-        let peers = TlsPeers::new(&config, &[0], Role::Node)?;
+        let peers = TlsPeers::new(&config, &[0], Role::Node, &world.faults)?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
         let domains = node.world.hypervisor.events();

@@ -79,7 +79,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         faults: Faults::from_environment()?,
     };
     let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
-    let peers = TlsPeers::new(&config, &operators, Role::Node)?;
+    let peers = TlsPeers::new(&config, &operators, Role::Node, &world.faults)?;
     let as_peers: Arc<dyn Peers> = peers.clone();
     let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
     let controller = if config.controller.enabled {
@@ -87,7 +87,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         Some(Controller::new(
             config.clone(),
             world.clone(),
-            TlsPeers::new(&config, &operators, Role::Controller)?,
+            TlsPeers::new(&config, &operators, Role::Controller, &world.faults)?,
         ))
     } else {
         None

@@ -11,6 +11,7 @@ use std::{
 use super::{OpenEnd, PeerReply, PeerRequest, Peers};
 use crate::{
     config::Config,
+    effects::Faults,
     peer::{
         Access, Handler, MoveDir, MoveTicket, Munge, OpenMove, OpenMoves, Peer, PeerAddress, PeerServer, PeerSettings, RelayListener,
         RelaySpec, Role, Session, StreamKind, Who,
@@ -47,13 +48,14 @@ impl TlsPeers {
     ///
     /// # Errors
     /// A line for the administrator.
-    pub fn new(config: &Config, operators: &[u32], role: Role) -> Result<Arc<Self>, String> {
+    pub fn new(config: &Config, operators: &[u32], role: Role, faults: &Faults) -> Result<Arc<Self>, String> {
         let mut allowed = vec![0, nix::unistd::getuid().as_raw()];
         allowed.extend(operators);
         allowed.dedup();
         let settings = PeerSettings {
             allow_plain: !config.peer.encrypt_migration,
             max_message: 4 << 20,
+            faults: faults.clone(),
             ..PeerSettings::new(&config.node(), role, allowed)
         };
         let user = nix::unistd::User::from_name(&config.peer.qemu_user).ok().flatten();

@@ -19,6 +19,7 @@ use super::credentials::Credentials;
 use super::error::PeerError;
 use super::frame;
 use super::tls::{Tls, TlsStream};
+use crate::effects::Faults;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -147,6 +148,7 @@ pub(super) struct Party<'a> {
     pub role: Role,
     pub allowed_uids: &'a [u32],
     pub deadline: Duration,
+    pub faults: &'a Faults,
 }
 
 const PROTOCOL: &str = "slurm-vm-peer";
@@ -252,7 +254,11 @@ impl Party<'_> {
         stream.set_deadline(self.deadline);
         let client: Hello = frame::receive(stream, MAX_MESSAGE, WHAT, self.deadline)?;
         check_hello(&client)?;
-        let server = self.hello(client.purpose)?;
+        let mut server = self.hello(client.purpose)?;
+        // An agent of a release that is too far away, as other nodes' agents see it: its controller still speaks its language.
+        if client.role == Role::Node && self.faults.pass("handshake.version").is_err() {
+            server.versions = (VERSIONS.1 + 1, VERSIONS.1 + 2);
+        }
         frame::send(stream, &server, MAX_MESSAGE, WHAT, self.deadline)?;
         let expected = self.claims(Side::Client, &client, &server, stream, Side::Server)?;
         let proof: Proof = frame::receive(stream, MAX_MESSAGE, WHAT, self.deadline)?;

@@ -6,6 +6,7 @@ use super::error::PeerError;
 use super::frame;
 use super::relay::{RelayAnswer, RelayOpen};
 use super::tls::{Tls, TlsStream};
+use crate::effects::Faults;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How a process takes part.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct PeerSettings {
     /// This node's name, as Slurm has it.
     pub node: String,
@@ -34,6 +35,8 @@ pub struct PeerSettings {
     pub max_connections: usize,
     /// Lets the bulk streams of a move go on without encryption, if the other side wants that too. Who is who is proved all the same.
     pub allow_plain: bool,
+    /// `handshake.version`: answers the agents of nodes as a release would that has no version in common with them.
+    pub faults: Faults,
 }
 
 impl PeerSettings {
@@ -50,6 +53,7 @@ impl PeerSettings {
             max_message: 1 << 20,
             max_connections: 256,
             allow_plain: false,
+            faults: Faults::default(),
         }
     }
 }
@@ -97,6 +101,7 @@ impl Peer {
             role: self.settings.role,
             allowed_uids: &self.settings.allowed_uids,
             deadline: self.settings.handshake_deadline,
+            faults: &self.settings.faults,
         }
     }
 

@@ -14,7 +14,7 @@ use super::{
     relay::RawTerminal,
     signals::{Signals, die_of},
 };
-use crate::slurm::{Slurm, SlurmCommands, SlurmError, SlurmSettings};
+use crate::slurm::{JobState, Slurm, SlurmCommands, SlurmError, SlurmSettings};
 
 /// After a requeue of its own job the shim waits this long for Slurm to end it.
 const REQUEUE_PATIENCE: Duration = Duration::from_secs(120);
@@ -108,10 +108,14 @@ fn fault(whose: Whose, why: &str, signals: Option<&Signals>) -> ! {
         exit(outcome::NODE_FAULT.into());
     }
     let refusal = match requeue_special(job, signals) {
-        Ok(()) => {
+        Ok(Requeue::Done) => {
             journal(job, &format!("requeued, held: node fault on {node}: {why}"));
             wait_for_term(signals, REQUEUE_PATIENCE);
             exit(0)
+        }
+        Ok(Requeue::Ending) => {
+            journal(job, &format!("node fault on {node}: {why}; not requeued, Slurm is ending the job"));
+            die_of(libc::SIGTERM)
         }
         Err(e) => e,
     };
@@ -122,9 +126,16 @@ fn fault(whose: Whose, why: &str, signals: Option<&Signals>) -> ! {
     exit(outcome::NODE_FAULT.into())
 }
 
-/// As the job's owner. What broke the node may keep slurmctld from answering as well, so that is waited for; a SIGTERM
-/// meanwhile means that Slurm ends the job by itself.
-fn requeue_special(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError> {
+enum Requeue {
+    /// The job is held in the queue, or about to be.
+    Done,
+    /// The job was cancelled, is over its time limit or was requeued by somebody: a requeue now would bring it back to life.
+    Ending,
+}
+
+/// As the job's owner. What broke the node may keep slurmctld from answering as well, so that is waited for. Slurm may be
+/// ending the job already, and would requeue it all the same: so it is asked first, and a SIGTERM meanwhile says so, too.
+fn requeue_special(job: u32, signals: Option<&Signals>) -> Result<Requeue, SlurmError> {
     let settings = SlurmSettings {
         conf: std::env::var_os("SLURM_CONF").map(PathBuf::from),
         programs: std::env::var_os(PROGRAMS).map(PathBuf::from),
@@ -133,15 +144,19 @@ fn requeue_special(job: u32, signals: Option<&Signals>) -> Result<(), SlurmError
     let slurm = SlurmCommands::new(settings);
     let until = Instant::now() + REQUEUE_PATIENCE;
     loop {
-        match slurm.requeue_special(job) {
-            Ok(()) => return Ok(()),
-            Err(e) if e.is_already_pending() => return Ok(()),
+        let asked = match slurm.job_state(job) {
+            Ok(state) if state.as_ref().is_some_and(JobState::is_on_nodes) => slurm.requeue_special(job).map(|()| Requeue::Done),
+            Ok(_) => Ok(Requeue::Ending),
+            Err(e) => Err(e),
+        };
+        match asked {
+            Err(e) if e.is_already_pending() => return Ok(Requeue::Done),
             Err(e) if e.is_transient() && Instant::now() < until => {
                 if wait_for_term(signals, REQUEUE_RETRY) {
-                    exit(0);
+                    return Ok(Requeue::Ending);
                 }
             }
-            Err(e) => return Err(e),
+            other => return other,
         }
     }
 }

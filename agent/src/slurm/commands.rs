@@ -3,7 +3,7 @@
 use super::error::classify;
 use super::run::{Output, Run};
 use super::types::{
-    JobBrief, JobId, JobInfo, JobUpdate, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec, SlurmConfig,
+    JobBrief, JobId, JobInfo, JobState, JobUpdate, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec, SlurmConfig,
 };
 use super::{Slurm, SlurmError, parse, parse_admin};
 use std::path::{Path, PathBuf};
@@ -106,6 +106,23 @@ impl SlurmCommands {
 
     fn scontrol(&self, args: &[&str]) -> Result<String, SlurmError> {
         self.ask("scontrol", &args.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>())
+    }
+
+    /// Where a job stands, and no more: what a job's owner may ask, in one short command. None if Slurm no longer knows it.
+    ///
+    /// # Errors
+    /// As [`Slurm::job`].
+    pub fn job_state(&self, id: JobId) -> Result<Option<JobState>, SlurmError> {
+        // All parts of an array or of a heterogeneous job are printed.
+        let args = ["--local", "--noheader", "--all", "--states=all", "--format=%A %T", "--jobs"];
+        let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).chain([id.to_string()]).collect();
+        match self.ask("squeue", &args) {
+            Ok(text) => Ok(text
+                .lines()
+                .find_map(|l| l.strip_prefix(&format!("{id} ")).map(|state| JobState::read(state.trim())))),
+            Err(SlurmError::NoSuchJob) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     fn squeue(&self, more: &[&str]) -> Result<String, SlurmError> {

@@ -90,7 +90,7 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
 }
 
 #[test]
-fn three_preemptions_in_a_row_and_one_right_after_landing() {
+fn three_preemptions_in_a_row_move_it_three_times() {
     let lab = lab("row", options(3, 40));
     let m = Mover::new(&lab, "row", 3);
     let count = Count {
@@ -106,26 +106,75 @@ fn three_preemptions_in_a_row_and_one_right_after_landing() {
         let high = m.take(&node, 3);
         let began = Instant::now();
         m.started(high, began);
-        if restarts == 2 {
-            // Waits for the destination while it is reserved, and takes it as soon as the job has landed.
-            let to = m.show(job)["node"].as_str().unwrap_or_default().to_owned();
-            println!("its VM is on {to} now");
-            if to != node {
-                m.take(&to, 3);
-            }
-        }
         node_of(&m, job, restarts);
     }
     let end = m.t.end_of(job);
     assert_eq!(end, ("COMPLETED".into(), "0:0".into()));
     copies.check();
     m.check("out", count.numbers);
-    let restarts: usize = m.t.job(job)["Restarts"].parse().expect("a number");
-    let ways = m.ways(job);
-    assert!(
-        restarts >= 3 && ways.iter().filter(|w| *w != "restore").count() == restarts,
-        "{restarts} restarts, {ways:?}"
+    assert_eq!(m.t.job(job)["Restarts"], "3");
+    assert_eq!(m.ways(job), ["live", "live", "live"]);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn preempted_again_right_after_landing_it_moves_again() {
+    let lab = lab("again", options(3, 40));
+    let m = Mover::new(&lab, "again", 3);
+    let count = Count {
+        numbers: 250,
+        memory_mib: 64,
+        rewrite_mib: 4,
+    };
+    let job = m.count(count, "out", "-w n1");
+    m.wait_lines("out", 10);
+    let copies = OneCopy::watch(&lab, &m.nodes, job);
+    let first = m.take("n1", 60);
+    m.as_soon_as(&format!("svm show {job} | grep -q State=awaiting"), "true");
+    let to = m.show(job)["node"].as_str().expect("a node").to_owned();
+    // Waits for a node that is reserved, and takes it as soon as the job has landed there.
+    let second = m.take(&to, 60);
+    m.started(first, Instant::now());
+    m.started(second, Instant::now());
+    let last = node_of(&m, job, 2);
+    assert!(last != "n1" && last != to, "{last} after n1 and {to}");
+    m.completed(job, 2);
+    copies.check();
+    m.check("out", count.numbers);
+    assert_eq!(m.ways(job), ["live", "live"]);
+    m.give_back(first);
+    m.give_back(second);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn preempted_while_it_is_saved_for_a_drain_it_is_saved_and_comes_back() {
+    let lab = lab("saving", options(2, 60));
+    let m = Mover::new(&lab, "saving", 2);
+    let count = Count {
+        numbers: 150,
+        memory_mib: 1024,
+        rewrite_mib: 2,
+    };
+    let full = m.fill("n2");
+    let job = m.count(count, "out", "");
+    m.wait_lines("out", 5);
+    let copies = OneCopy::watch(&lab, &m.nodes, job);
+    lab.node("ctl", &["scontrol", "update", "nodename=n1", "state=drain", "reason=broom"]);
+    m.as_soon_as(
+        &format!("svm show {job} | grep -q State=saving"),
+        "scontrol update nodename=n1 state=resume",
     );
+    let high = m.take("n1", 3);
+    println!("with the preemptor in the queue the VM is {}", m.vm_state(job));
+    m.started(high, Instant::now());
+    m.completed(job, 1);
+    copies.check();
+    m.check("out", count.numbers);
+    assert_eq!(m.ways(job), ["save", "restore"]);
+    m.give_back(full);
     m.nothing_left();
     lab.down().expect("down");
 }
@@ -207,6 +256,38 @@ fn an_array_of_six_on_three_nodes_loses_nothing() {
     for k in 1..=6 {
         m.check(&format!("out.{k}"), 250);
     }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn the_tasks_of_an_array_move_live_each_by_itself() {
+    let lab = lab("tasks", options(3, 60));
+    let m = Mover::new(&lab, "tasks", 3);
+    let text =
+        m.t.sh("sbatch --parsable --vm=tiny -p low -w n1 -o out.%a --array=1-2 -c1 count.sh 250 200 0 0");
+    let id: u32 = text.out.trim().parse().expect("a job");
+    for k in 1..=2 {
+        m.wait_lines(&format!("out.{k}"), 3);
+    }
+    let tasks: Vec<u32> =
+        m.t.sh(&format!("squeue -h -r -j {id} -o %A"))
+            .out
+            .lines()
+            .map(|l| l.trim().parse().expect("a job"))
+            .collect();
+    assert_eq!(tasks.len(), 2, "{tasks:?}");
+    let high = m.take("n1", 60);
+    let after = m.started(high, Instant::now());
+    assert!(after < 60.0, "{after} s");
+    for task in &tasks {
+        m.completed(*task, 1);
+        assert_eq!(m.ways(*task), ["live"]);
+    }
+    for k in 1..=2 {
+        m.check(&format!("out.{k}"), 250);
+    }
+    m.give_back(high);
     m.nothing_left();
     lab.down().expect("down");
 }

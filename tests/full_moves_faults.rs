@@ -160,6 +160,19 @@ fn a_destination_with_another_cpu_model_is_refused_and_it_is_saved() {
 }
 
 #[test]
+fn a_destination_of_another_release_is_refused_at_the_handshake_and_it_is_saved() {
+    let lab = up("version");
+    let m = Mover::new(&lab, "version", 2);
+    m.arm("n2", "handshake.version=fail@*");
+    let job = preempted(&m, "out", Count::to(NUMBERS), |_| {});
+    let noted = noted(&m, job);
+    assert!(noted.contains("find a common version"), "{noted}");
+    assert_eq!(m.ways(job), ["save", "restore"]);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
 fn a_full_destination_without_shared_storage_is_refused() {
     let lab = lab(
         "full",

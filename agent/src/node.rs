@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -63,6 +63,8 @@ pub struct Node {
     qemu: OnceLock<String>,
     /// A start with a hard limit has failed here: there are no cgroups for libvirt.
     hard_limit_fails: AtomicBool,
+    /// Bytes per second of the last save made here; 0 before the first.
+    save_speed: AtomicU64,
 }
 
 impl Node {
@@ -80,7 +82,20 @@ impl Node {
             domain_type: OnceLock::new(),
             qemu: OnceLock::new(),
             hard_limit_fails: AtomicBool::new(false),
+            save_speed: AtomicU64::new(0),
         })
+    }
+
+    /// Bytes per second of the last save made here.
+    #[must_use]
+    pub fn save_speed(&self) -> Option<u64> {
+        Some(self.save_speed.load(Ordering::Relaxed)).filter(|s| *s > 0)
+    }
+
+    /// A save of so many bytes was made.
+    pub fn saved_at(&self, bytes: u64, took: Duration) {
+        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.save_speed.store(bytes.saturating_mul(1000) / ms, Ordering::Relaxed);
     }
 
     fn vms(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
@@ -528,7 +543,7 @@ impl Node {
     pub fn view(self: &Arc<Self>, job: u32) -> Option<VmView> {
         let tx = match self.vms().get(&job)? {
             Entry::Live(tx) => tx.clone(),
-            Entry::Over(record) => return Some(view::of(self, record, None)),
+            Entry::Over(record) => return Some(view::of(self, record)),
         };
         self.ask(&tx, Request::View)
     }

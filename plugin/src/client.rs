@@ -224,6 +224,9 @@ fn complete(spank: Handle, settings: &Settings, spec: &VmSpec) -> Result<(), Ref
         Tool::Batch
     };
     let open_mode = adjust(settings, spec, tool, &mut client)?;
+    if let Some(line) = verdict(settings, spec, tool, &client) {
+        slurm::info(&line);
+    }
     if tool == Tool::Batch
         && let Err(why) = slurm::set_job_control(spank, OPEN_MODE_CONTROL, &open_mode.to_string())
     {
@@ -266,6 +269,29 @@ pub fn adjust(settings: &Settings, spec: &VmSpec, tool: Tool, job: &mut impl Job
         _ if job.set("open-mode", "append") => OpenMode::Default,
         _ => OpenMode::Unknown,
     })
+}
+
+/// What a preemption will do to the job, if the submission alone tells that its VM cannot move: the rest is in `svm show`. For srun and
+/// salloc only if the user asked for a way; a line at each of them would say nothing new.
+pub fn verdict(settings: &Settings, spec: &VmSpec, tool: Tool, job: &impl JobOptions) -> Option<String> {
+    let ways = spec.preempt.as_deref();
+    let moves = |w: &PreemptWay| matches!(w, PreemptWay::Live | PreemptWay::Save);
+    if ways.is_some_and(|w| !w.iter().any(moves)) {
+        return None;
+    }
+    let most = job.is_set("nodes").then(|| job.get("nodes")).flatten().unwrap_or_default();
+    let most: u32 = most.rsplit('-').next().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let why = match tool {
+        Tool::SrunStep => return None,
+        Tool::Srun | Tool::Salloc if ways.is_none() => return None,
+        Tool::Srun | Tool::Salloc => "not a batch job: Slurm ends it when it is preempted".to_owned(),
+        Tool::Batch if job.get("requeue").as_deref() == Some("no-requeue") => {
+            "not requeueable (--no-requeue): Slurm ends it when it is preempted".to_owned()
+        }
+        Tool::Batch if most > 1 => format!("its {most} nodes would have to move together: it starts over when it is preempted"),
+        Tool::Batch => return None,
+    };
+    Some(format!("--{}: this job cannot move, {why}", settings.prefix))
 }
 
 fn number(job: &impl JobOptions, name: &str) -> Option<u32> {
@@ -431,6 +457,30 @@ mod tests {
             "--vm-cpus=4 does not fit into --cpus-per-task=2: leave one of them out"
         );
         assert!(refused(&spec(None, None), &[("constraint", "[a*1&b*1]")]).contains("node counts"));
+    }
+
+    #[test]
+    fn a_job_that_cannot_move_says_so_at_submit() {
+        let said = |tool, ways: Option<&str>, options: &[(&str, &str)]| {
+            let preempt = ways.map(|w| PreemptWay::parse_list(w).unwrap());
+            let spec = VmSpec {
+                preempt,
+                ..spec(None, None)
+            };
+            verdict(&Settings::default(), &spec, tool, &Job::of(options)).unwrap_or_default()
+        };
+        let no_requeue = [("requeue", "no-requeue")];
+        assert!(said(Tool::Batch, None, &no_requeue).contains("(--no-requeue)"));
+        assert!(said(Tool::Batch, None, &[("nodes", "1-2")]).contains("its 2 nodes"));
+        assert!(said(Tool::Salloc, Some("live,cancel"), &[]).contains("not a batch job"));
+        for (tool, ways, options) in [
+            (Tool::Batch, None, &[("requeue", "requeue"), ("nodes", "1")][..]),
+            (Tool::Batch, Some("requeue"), &no_requeue),
+            (Tool::Srun, None, &[("nodes", "2")]),
+            (Tool::SrunStep, Some("live"), &[]),
+        ] {
+            assert_eq!(said(tool, ways, options), "", "{tool:?} {ways:?} {options:?}");
+        }
     }
 
     #[test]

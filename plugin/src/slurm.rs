@@ -98,7 +98,7 @@ pub fn error(text: &str) {
     unsafe { sys::slurm_error(c"%s".as_ptr(), text.as_ptr()) }
 }
 
-/// A line of the log; on the client it needs `-v` to be seen.
+/// A line of the log; on the client, one on standard error unless `-Q` was given.
 pub fn info(text: &str) {
     let text = c_string(text);
     // SAFETY: as in `error`.

@@ -7,8 +7,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use slurm_vm_api::shim::{OpenMode, ShimArgs, StepKind};
-
 use crate::agent::{Bench, DEADLINE, Shim};
 
 /// A `squeue` that knows the job's state, and a `scontrol` that notes its arguments and ends with a code.
@@ -41,23 +39,6 @@ fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
     shim.signal(15);
     let (status, out, err) = shim.finish();
     assert_eq!((status.code(), out.as_str(), err.as_str()), (Some(0), "", ""));
-}
-
-#[test]
-fn a_job_that_met_three_broken_nodes_is_not_requeued_again() {
-    let bench = Bench::without_agent();
-    let args = ShimArgs {
-        restart: 3,
-        ..bench.args(StepKind::Batch, OpenMode::Default)
-    };
-    let mut command = bench.command(&args);
-    command
-        .env("SLURM_VM_SLURM_BIN", slurm(&bench, "RUNNING", 0))
-        .env("SLURM_VM_CONNECT_TIMEOUT", "1");
-    let (status, _, err) = Shim::spawn(command).finish();
-    assert_eq!(status.code(), Some(125));
-    assert!(err.ends_with("(node n1; not requeued again after 3 restarts)\n"), "{err}");
-    assert!(!bench.path("asked").exists(), "it asked for a requeue");
 }
 
 #[test]

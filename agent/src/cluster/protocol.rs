@@ -177,7 +177,12 @@ pub enum PeerReply {
         disk: Option<(PathBuf, PathBuf, String)>,
     },
     /// To `Grace`.
-    Ways(Vec<slurm_vm_api::spec::PreemptWay>),
+    Ways {
+        /// The job's ways, first first.
+        ways: Vec<slurm_vm_api::spec::PreemptWay>,
+        /// Milliseconds that the ways after `live` need before the grace time ends.
+        reserve_ms: u64,
+    },
     /// To `Progress`.
     Progress(Option<String>),
     /// To `RunsHere`.

@@ -11,7 +11,7 @@ use crate::{
     peer::{Role, Who},
     server::log_text,
     vm::{
-        Request,
+        Request, converge,
         moving::{self, MoveOrder},
     },
 };
@@ -76,7 +76,10 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
                 if let Some(owner) = node.owner(job).filter(|_| preempted) {
                     let _ = owner.send(Request::Grace);
                 }
-                PeerReply::Ways(moving::ways(&node.config, &record))
+                PeerReply::Ways {
+                    ways: moving::ways(&node.config, &record),
+                    reserve_ms: converge::reserve_ms(node, &record),
+                }
             }
             None => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
         },

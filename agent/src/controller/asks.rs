@@ -3,7 +3,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use slurm_vm_api::query::{Answer, Ask, Totals, VmView};
 
-use super::{Controller, health, moves};
+use super::{Controller, health, moves, verdict};
 use crate::{
     cluster::{PeerReply, PeerRequest},
     server::{asks::Refusal, prefixed},
@@ -38,10 +38,11 @@ impl Controller {
                 let fresh = self
                     .peers
                     .request(&view.node, &self.address(&view.node), &PeerRequest::Show { job: *job }, PEER);
-                let view = match fresh {
+                let mut view = match fresh {
                     Ok(PeerReply::Vm(Some(fresh))) => *fresh,
                     _ => view,
                 };
+                view.verdict = verdict::complete(self, &view);
                 say(Answer::Vm(Box::new(view)))?;
             }
             Ask::Log { job, follow } => self.log(*job, *follow, &may_see, say)?,

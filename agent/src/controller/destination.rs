@@ -57,7 +57,10 @@ pub fn reserve(c: &Controller, m: &JobMove, info: &JobInfo) -> Result<String, No
         text: e.to_string(),
         wait: true,
     })?;
-    let mut ours: Vec<&NodeInfo> = nodes.iter().filter(|n| fits(c, m, info, n)).collect();
+    let mut ours: Vec<&NodeInfo> = nodes
+        .iter()
+        .filter(|n| fits(c, &m.from, m.to.as_deref().filter(|_| m.to_asked), info, n))
+        .collect();
     // The fullest that fits: idle nodes stay whole.
     ours.sort_by_key(|n| n.cpus_total - n.cpus_alloc.min(n.cpus_total));
     let busy = ours.iter().any(|n| held.contains(&n.name));
@@ -86,13 +89,13 @@ fn is_healthy(c: &Controller, node: &str) -> bool {
     health::of(&c.cluster(), node).healthy
 }
 
-fn fits(c: &Controller, m: &JobMove, info: &JobInfo, n: &NodeInfo) -> bool {
-    let wanted = m.to.as_ref().filter(|_| m.to_asked);
+/// Whether a node could take a job's VM from `from` now, and is the one that is `wanted`, if one is.
+pub(super) fn fits(c: &Controller, from: &str, wanted: Option<&str>, info: &JobInfo, n: &NodeInfo) -> bool {
     let (cpus, mem) = info
         .allocs
         .first()
         .map_or((info.num_cpus, 0), |a| (u32::try_from(a.cpus.len()).unwrap_or(u32::MAX), a.mem_mib));
-    n.name != m.from
+    n.name != from
         && wanted.is_none_or(|w| *w == n.name)
         && n.is_usable()
         && n.active_features.contains(&c.config.controller.feature)

@@ -1,9 +1,13 @@
 //! Jobs that met a broken node. The shim requeues its own job into the state SPECIAL_EXIT, held (a user can do that with
 //! his own jobs, and nothing else makes that state by itself); here the node is excluded and the job released, as soon as
-//! there is a node that it can run on and that is well. The shim gives up by itself (outcome 125) when Slurm's restart
-//! count reaches the attempts allowed.
+//! there is a node that it can run on and that is well. After three such nodes in a row the job is made not requeueable
+//! for its last try: should that meet a broken node too, Slurm refuses the shim's requeue, and the job ends with outcome
+//! 125. Once its program runs it is requeueable again, and the count begins anew.
 use super::{Controller, health};
 use crate::slurm::{JobState, JobUpdate};
+
+/// So many broken nodes in a row bring a job back into the queue.
+const MOST_FAULTS: u32 = 3;
 
 impl Controller {
     /// Sends each such job elsewhere.
@@ -17,10 +21,7 @@ impl Controller {
                 .filter(|j| {
                     j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()))
                 })
-                .map(|j| {
-                    let ours = cluster.excluded.get(&j.id).cloned().unwrap_or_default();
-                    (j.id, cluster.last_node.get(&j.id).cloned(), ours)
-                })
+                .map(|j| (j.id, cluster.last_node.get(&j.id).cloned()))
                 .collect();
             let nodes: Vec<(String, bool)> = cluster
                 .slurm_nodes
@@ -29,7 +30,8 @@ impl Controller {
                 .collect();
             (faulty, nodes)
         };
-        for (job, broken, ours) in jobs {
+        for (job, broken) in jobs {
+            let notes = self.notes().of(job);
             let slurm = &self.world.slurm;
             let info = match slurm.job(job) {
                 Ok(Some(info)) if info.brief.state == JobState::SpecialExit => info,
@@ -39,15 +41,18 @@ impl Controller {
                     continue;
                 }
             };
-            let users: Vec<String> = info.exclude_nodes.iter().filter(|n| !ours.contains(n)).cloned().collect();
+            let users: Vec<String> = info.exclude_nodes.iter().filter(|n| !notes.excluded.contains(n)).cloned().collect();
             let want = usize::try_from(info.num_nodes).unwrap_or(usize::MAX);
             let Some(list) = excluded(broken.as_deref(), &users, &info.req_nodes, want, &nodes) else {
                 log::debug!("job {job}: waits for a node that is well");
                 continue;
             };
+            let faults = notes.faults + 1;
+            let last_try = faults >= MOST_FAULTS;
             log::warn!(
-                "job {job}: met a broken node{}; it is released to try again{}",
+                "job {job}: met a broken node{}, its {faults}. in a row; it is released {}{}",
                 broken.map_or(String::new(), |n| format!(" ({n})")),
+                if last_try { "for its last try" } else { "to try again" },
                 if list.is_empty() {
                     String::new()
                 } else {
@@ -55,15 +60,47 @@ impl Controller {
                 }
             );
             let ours = list.iter().filter(|n| !users.contains(n)).cloned().collect();
-            self.cluster().excluded.insert(job, ours);
+            // Before the job can start: what is not remembered would be taken for the user's own wish.
+            self.notes().change(job, |n| {
+                n.excluded = ours;
+                n.last_try = last_try;
+            });
             let update = JobUpdate {
                 exclude_nodes: (list != info.exclude_nodes).then_some(list),
                 start_now: true,
+                requeue: last_try.then_some(false),
                 ..JobUpdate::default()
             };
-            if let Err(e) = slurm.update_job(job, &update).and_then(|()| slurm.release(job)) {
-                log::error!("job {job}: cannot be sent elsewhere: {e}");
+            match slurm.update_job(job, &update).and_then(|()| slurm.release(job)) {
+                Ok(()) => self.notes().change(job, |n| n.faults = faults),
+                Err(e) => log::error!("job {job}: cannot be sent elsewhere: {e}"),
             }
+        }
+    }
+
+    /// Jobs whose program runs have met a node that is well.
+    pub(super) fn settle_faulty(&self) {
+        let all = self.notes().all();
+        for (job, notes) in all {
+            let runs = || {
+                let cluster = self.cluster();
+                let mut vms = cluster.nodes.values().flatten().flat_map(|s| &s.vms);
+                vms.any(|v| v.job == job && v.state == "running")
+            };
+            if notes.faults == 0 || !runs() {
+                continue;
+            }
+            if notes.last_try {
+                let update = JobUpdate {
+                    requeue: Some(true),
+                    ..JobUpdate::default()
+                };
+                if let Err(e) = self.world.slurm.update_job(job, &update) {
+                    log::warn!("job {job}: cannot be made requeueable again: {e}");
+                    continue;
+                }
+            }
+            self.notes().change(job, |n| (n.faults, n.last_try) = (0, false));
         }
     }
 }

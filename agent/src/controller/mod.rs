@@ -4,23 +4,26 @@
 //!
 //! One thread polls Slurm every `poll_ms`; one thread per VM node keeps asking that node's agent for its status. Both
 //! write into [`Cluster`] behind one lock that is never held over a call to the outside. Everything that must survive a
-//! restart is in Slurm (features, reservations, job fields) or in the ledger of the moves.
+//! restart is in Slurm (features, reservations, job fields), in the ledger of the moves or in the [`notes`] on jobs.
 mod asks;
 mod check;
 mod destination;
 mod faulty;
 mod health;
 mod moves;
+mod notes;
+mod verdict;
 mod watch;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
 };
 
 pub use moves::{JobMove, Step};
+use notes::Notes;
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
 use crate::{
@@ -54,18 +57,16 @@ pub struct Cluster {
     pub jobs: Vec<JobBrief>,
     /// Node on which a job was last seen running, for jobs that met a broken node.
     pub last_node: BTreeMap<u32, String>,
-    /// Nodes that such jobs were kept away from, beside those their users excluded.
-    pub excluded: BTreeMap<u32, Vec<String>>,
     /// Moves under way.
     pub moves: BTreeMap<u32, JobMove>,
     /// How a job's last move ended, and what the agents reported of it.
     pub results: BTreeMap<u32, (Result<String, String>, Option<MoveView>)>,
-    /// When a job's last move failed.
+    /// When a job could last not be moved off a node that is drained.
     pub failed: BTreeMap<u32, Instant>,
     /// Preemptions that have been acted on: job and its restart count.
     pub handled: BTreeMap<u32, u32>,
-    /// Node lists of users to be put back when their jobs wait again.
-    pub req_nodes: BTreeMap<u32, Vec<String>>,
+    /// Jobs whose nodes are being asked for their ways.
+    pub planning: BTreeSet<u32>,
 }
 
 /// The controller role.
@@ -79,6 +80,7 @@ pub struct Controller {
     pub peers: Arc<dyn Peers>,
     started: Instant,
     cluster: Mutex<Cluster>,
+    notes: Mutex<Notes>,
 }
 
 /// An agent that has not answered for so long is sick.
@@ -90,18 +92,25 @@ impl Controller {
     /// A controller that knows nothing yet.
     #[must_use]
     pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
+        let notes = Notes::load(config.state_dir.join("jobs.json"));
         Arc::new(Self {
             config,
             world,
             peers,
             started: Instant::now(),
             cluster: Mutex::new(Cluster::default()),
+            notes: Mutex::new(notes),
         })
     }
 
     /// What is known of the cluster; hold it shortly.
     pub fn cluster(&self) -> MutexGuard<'_, Cluster> {
         self.cluster.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// What is remembered of jobs; never taken before [`Controller::cluster`] is let go.
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Polls until the process ends.
@@ -144,19 +153,20 @@ impl Controller {
             }
             let known: Vec<u32> = jobs.iter().map(|j| j.id).collect();
             cluster.last_node.retain(|job, _| known.contains(job));
-            cluster.excluded.retain(|job, _| known.contains(job));
             cluster.results.retain(|job, _| known.contains(job));
             cluster.failed.retain(|job, _| known.contains(job));
             cluster.handled.retain(|job, _| known.contains(job));
-            cluster.req_nodes.retain(|job, _| known.contains(job));
             cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
             cluster.jobs = jobs;
+            drop(cluster);
+            self.notes().retain(|job| known.contains(&job));
         }
         for (name, address) in new {
             self.watch(name, address);
         }
         self.keep_features(&vm_nodes);
         self.retry_faulty();
+        self.settle_faulty();
         self.start_moves();
         Ok(())
     }

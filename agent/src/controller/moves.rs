@@ -50,6 +50,9 @@ pub struct JobMove {
     pub ways: Vec<PreemptWay>,
     /// Unix milliseconds by which the job must have left.
     pub deadline_ms: Option<u64>,
+    /// Milliseconds of that which a live move leaves for the ways after it.
+    #[serde(default)]
+    pub reserve_ms: u64,
     /// The job's time limit in minutes before the move.
     pub limit_min: Option<u32>,
     /// What is left of it.
@@ -89,8 +92,6 @@ pub enum Step {
 const REQUEUE_WITHIN: Duration = Duration::from_secs(180);
 /// How often Slurm is asked while something is awaited.
 const LOOK: Duration = Duration::from_millis(250);
-/// Of the time that is left, live moves leave this much for the ways after them.
-const SAVE_RESERVE_MS: u64 = 8_000;
 /// Longest time for one move.
 const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 
@@ -127,6 +128,7 @@ impl Controller {
             cluster.moves.insert(job, m.clone());
         }
         let controller = self.clone();
+        let cause = m.cause.clone();
         let spawned = thread::Builder::new().name(format!("move-{job}")).spawn(move || {
             let outcome = Driver {
                 c: &controller,
@@ -140,7 +142,9 @@ impl Controller {
                 Ok(line) => log::info!("job {job}: {line}"),
                 Err(line) => {
                     log::warn!("job {job}: {line}");
-                    cluster.failed.insert(job, Instant::now());
+                    if cause == "drain" {
+                        cluster.failed.insert(job, Instant::now());
+                    }
                 }
             }
             cluster.results.insert(job, (outcome, last.and_then(|l| l.done)));
@@ -394,7 +398,7 @@ impl Driver<'_> {
         let give_up = self
             .m
             .deadline_ms
-            .map(|d| d.saturating_sub(SAVE_RESERVE_MS.min(d.saturating_sub(self.now_ms()) / 2)));
+            .map(|d| d.saturating_sub(self.m.reserve_ms.min(d.saturating_sub(self.now_ms()) / 2)));
         let to = loop {
             match destination::reserve(self.c, &self.m, &info) {
                 Ok(to) => break to,
@@ -665,7 +669,8 @@ impl Driver<'_> {
         self.drop_reservation();
         if !self.m.req_nodes.is_empty() {
             // Cannot be changed while the job runs: put back when it waits again.
-            self.c.cluster().req_nodes.insert(self.m.job, self.m.req_nodes.clone());
+            let nodes = self.m.req_nodes.clone();
+            self.c.notes().change(self.m.job, |n| n.req_nodes = nodes);
         }
         let to = self.m.to.clone().unwrap_or_default();
         Ok(format!("moved from {} to {to}, and runs there", self.m.from))

@@ -1,5 +1,5 @@
 //! What sets a move off: a job in its grace time, a node put into drain, somebody who asks.
-use std::{sync::Arc, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
 use slurm_vm_api::{query::VmView, spec::PreemptWay};
 
@@ -12,14 +12,14 @@ use crate::{
     slurm::{JobBrief, JobUpdate},
 };
 
-/// After a failed move a job is left alone for so long, unless it is preempted.
+/// After a failed move off a node that is drained, a job is left alone for so long, unless it is preempted.
 const LEAVE_ALONE: Duration = Duration::from_secs(60);
 
 impl Controller {
     /// Starts the moves that the last poll calls for.
     pub(super) fn start_moves(self: &Arc<Self>) {
         let feature = &self.config.controller.feature;
-        let (jobs, draining, back) = {
+        let (jobs, draining) = {
             let cluster = self.cluster();
             let is_vm = |j: &&JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
             let draining: Vec<String> = cluster
@@ -32,28 +32,13 @@ impl Controller {
                 .jobs
                 .iter()
                 .filter(is_vm)
-                .filter(|j| !cluster.moves.contains_key(&j.id))
+                .filter(|j| !cluster.moves.contains_key(&j.id) && !cluster.planning.contains(&j.id))
                 .cloned()
                 .collect();
-            let back: Vec<(u32, Vec<String>)> = cluster
-                .req_nodes
-                .iter()
-                .filter(|(id, _)| cluster.jobs.iter().any(|j| j.id == **id && j.state.is_waiting()))
-                .map(|(id, nodes)| (*id, nodes.clone()))
-                .collect();
-            (jobs, draining, back)
+            (jobs, draining)
         };
         self.give_way();
-        for (job, nodes) in back {
-            let update = JobUpdate {
-                req_nodes: Some(nodes),
-                ..JobUpdate::default()
-            };
-            match self.world.slurm.update_job(job, &update) {
-                Ok(()) => drop(self.cluster().req_nodes.remove(&job)),
-                Err(e) => log::debug!("job {job}: its node list is not put back yet: {e}"),
-            }
-        }
+        self.put_node_lists_back();
         for j in jobs {
             let Some(from) = j
                 .batch_host
@@ -70,14 +55,49 @@ impl Controller {
                 self.cluster().handled.insert(j.id, j.restarts);
                 log::info!("job {}: preempted on {from}, grace ends at {:?}", j.id, j.end_time);
                 let deadline_ms = j.end_time.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
-                if let Err(why) = self.plan(&j, from, "preemption", None, deadline_ms) {
-                    log::warn!("job {}: its preemption is left to Slurm for now: {why}", j.id);
-                }
+                self.plan_aside(j, from, "preemption", deadline_ms);
             } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
                 log::info!("job {}: {from} is being drained", j.id);
-                if let Err(why) = self.plan(&j, from, "drain", None, None) {
-                    log::debug!("job {}: {why}", j.id);
-                }
+                self.plan_aside(j, from, "drain", None);
+            }
+        }
+    }
+
+    /// Plans on a thread of its own: a node that does not answer must not hold up the other jobs' moves.
+    fn plan_aside(self: &Arc<Self>, j: JobBrief, from: String, cause: &'static str, deadline_ms: Option<u64>) {
+        let job = j.id;
+        self.cluster().planning.insert(job);
+        let controller = self.clone();
+        let spawned = thread::Builder::new().name(format!("plan-{job}")).spawn(move || {
+            if let Err(why) = controller.plan(&j, from, cause, None, deadline_ms) {
+                log::warn!("job {job}: its {cause} is left to Slurm for now: {why}");
+            }
+            controller.cluster().planning.remove(&job);
+        });
+        if let Err(e) = spawned {
+            log::error!("job {job}: no thread for its move: {e}");
+            self.cluster().planning.remove(&job);
+        }
+    }
+
+    /// Slurm takes a node list only while the job waits.
+    fn put_node_lists_back(&self) {
+        let all = self.notes().all();
+        for (job, notes) in all {
+            let waits = || {
+                let cluster = self.cluster();
+                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| j.id == job && j.state.is_waiting())
+            };
+            if notes.req_nodes.is_empty() || !waits() {
+                continue;
+            }
+            let update = JobUpdate {
+                req_nodes: Some(notes.req_nodes),
+                ..JobUpdate::default()
+            };
+            match self.world.slurm.update_job(job, &update) {
+                Ok(()) => self.notes().change(job, |n| n.req_nodes.clear()),
+                Err(e) => log::debug!("job {job}: its node list is not put back yet: {e}"),
             }
         }
     }
@@ -112,8 +132,8 @@ impl Controller {
             job: j.id,
             preempted: deadline_ms.is_some(),
         };
-        let mut ways = match self.peers.request(&from, &self.address(&from), &asked, Duration::from_secs(3)) {
-            Ok(PeerReply::Ways(ways)) => ways,
+        let (mut ways, reserve_ms) = match self.peers.request(&from, &self.address(&from), &asked, Duration::from_secs(3)) {
+            Ok(PeerReply::Ways { ways, reserve_ms }) => (ways, reserve_ms),
             // A job on a VM node without a VM of its own: Slurm preempts it as ever.
             Ok(PeerReply::Refused(why)) => {
                 log::debug!("job {}: {why}", j.id);
@@ -143,6 +163,7 @@ impl Controller {
             to,
             ways,
             deadline_ms,
+            reserve_ms,
             limit_min: None,
             left_min: None,
             req_nodes: vec![],

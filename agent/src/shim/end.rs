@@ -20,8 +20,6 @@ use crate::slurm::{JobState, Slurm, SlurmCommands, SlurmError, SlurmSettings};
 const REQUEUE_PATIENCE: Duration = Duration::from_secs(120);
 /// Between attempts to requeue while slurmctld does not answer.
 const REQUEUE_RETRY: Duration = Duration::from_secs(5);
-/// A job that has been restarted so often is not sent to yet another node when it meets a broken one.
-const MOST_RESTARTS: u32 = 3;
 /// Where Slurm's commands are, if in none of the usual directories.
 const PROGRAMS: &str = "SLURM_VM_SLURM_BIN";
 
@@ -54,8 +52,6 @@ pub struct Whose {
     pub job: u32,
     /// Its batch script: Slurm can requeue it.
     pub batch: bool,
-    /// How often Slurm has started the job again.
-    pub restarts: u32,
 }
 
 /// Ends the process.
@@ -93,17 +89,6 @@ fn fault(whose: Whose, why: &str, signals: Option<&Signals>) -> ! {
     if !whose.batch {
         say(&format!(
             "slurm-vm: job {job}: {why} (node {node}; a job of srun or salloc cannot be requeued)"
-        ));
-        exit(outcome::NODE_FAULT.into());
-    }
-    if whose.restarts >= MOST_RESTARTS {
-        journal(
-            job,
-            &format!("node fault on {node}: {why}; not requeued again after {} restarts", whose.restarts),
-        );
-        say(&format!(
-            "slurm-vm: job {job}: {why} (node {node}; not requeued again after {} restarts)",
-            whose.restarts
         ));
         exit(outcome::NODE_FAULT.into());
     }

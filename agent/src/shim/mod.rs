@@ -49,7 +49,7 @@ pub fn main() -> ! {
             std::process::exit(outcome::REFUSED.into());
         }
     };
-    let (job, restarts) = (args.job, args.restart);
+    let job = args.job;
     if let Request::Refused(why) = &args.request {
         end::say(&format!("slurm-vm: job {job}: {why}"));
         std::process::exit(outcome::REFUSED.into());
@@ -58,11 +58,7 @@ pub fn main() -> ! {
         Ok(task) => run(task),
         // slurmd's own copy is gone: that is the node's fault, not the user's.
         Err(e @ ContractError::Script { .. }) => {
-            let whose = Whose {
-                job,
-                batch: true,
-                restarts,
-            };
+            let whose = Whose { job, batch: true };
             end::finish(whose, End::Fault(e.to_string()), Signals::block_all().ok().as_ref(), None)
         }
         Err(e) => {
@@ -76,7 +72,6 @@ fn run(task: Task) -> ! {
     let whose = Whose {
         job: task.args.job,
         batch: task.is_batch(),
-        restarts: task.args.restart,
     };
     match prepare(task) {
         Ok(relay) => {

@@ -199,6 +199,9 @@ fn update_args(job: JobId, update: &JobUpdate) -> Result<Vec<String>, SlurmError
     if let Some(priority) = update.priority {
         args.push(format!("Priority={priority}"));
     }
+    if let Some(requeue) = update.requeue {
+        args.push(format!("Requeue={}", u8::from(requeue)));
+    }
     if update.start_now {
         args.push("StartTime=now".to_owned());
     }

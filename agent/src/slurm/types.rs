@@ -267,6 +267,8 @@ pub struct JobUpdate {
     pub comment: Option<String>,
     /// Its place in the queue. Refused while it is held.
     pub priority: Option<u64>,
+    /// Whether it may be requeued.
+    pub requeue: Option<bool>,
 }
 
 /// Which nodes a reservation holds.

@@ -5,6 +5,7 @@
 //! What can fail: an effect fails (the core decides), the agent dies (the ledger and libvirt say on restart where
 //! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
 mod cause;
+pub mod converge;
 pub mod moving;
 mod owner;
 pub mod prepare;
@@ -91,6 +92,4 @@ pub enum Request {
     Grace,
     /// The job goes back into the queue: its shims end, quietly. A VM that is still here is of no more use.
     Part,
-    /// What the controller thinks a preemption would do.
-    Verdict(String),
 }

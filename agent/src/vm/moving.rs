@@ -19,16 +19,13 @@ use std::{
     fs,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
 use slurm_vm_api::query::MoveView;
 
-use super::{prepare, programs::Kept};
+use super::{converge::Watch, prepare, programs::Kept};
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
@@ -95,8 +92,6 @@ const IMPORT_WITHIN: Duration = Duration::from_secs(15);
 const CONFIRM_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes of kept output in one message (hexadecimal doubles them).
 const KEPT_PIECE: usize = 512 << 10;
-/// How often a running move is looked at.
-const WATCH: Duration = Duration::from_millis(250);
 
 /// Makes the directory of a VM's sockets, which QEMU's user must be able to enter.
 ///
@@ -212,11 +207,28 @@ pub fn verdict(node: &Node, record: &Record) -> String {
         .iter()
         .map(|way| match way {
             PreemptWay::Live => "live".to_owned(),
-            PreemptWay::Save if node.config.shared_dir.is_none() => "save (not here: no shared storage)".to_owned(),
+            PreemptWay::Save => save_word(node, record),
             other => other.word().to_owned(),
         })
         .collect();
     words.join(", else ")
+}
+
+/// Whether there is a place for a save now, by the guest's full size: a look costs one statvfs(2).
+fn save_word(node: &Node, record: &Record) -> String {
+    let Some(shared) = &node.config.shared_dir else {
+        return "save (not here: no shared storage)".into();
+    };
+    let most = record.plan.as_ref().map_or(0, |p| p.mem_mib);
+    match node.world.disks.free_bytes(shared) {
+        Ok(free) if free >> 20 < most => format!(
+            "save (if it fits: {} has {} MiB free, the guest up to {most} MiB)",
+            shared.display(),
+            free >> 20
+        ),
+        Ok(_) => "save".into(),
+        Err(e) => format!("save (not now: {e})"),
+    }
 }
 
 /// The ways of a job: its own, else the site's.
@@ -431,7 +443,7 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
         parallel_connections: None,
         paused: false,
     };
-    let watch = Watch::start(node, &domain, order.deadline_ms);
+    let watch = Watch::start(node, record, order.deadline_ms);
     let begun = Instant::now();
     let outcome = node.world.hypervisor.migrate(&domain, &params);
     let verdict = watch.end();
@@ -454,81 +466,6 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
         Err(HypervisorError::Aborted { .. }) => Err(verdict.unwrap_or_else(|| "it was cancelled".into())),
         Err(e) => Err(verdict.unwrap_or_else(|| e.to_string())),
     }
-}
-
-/// Looks after a running migration: lets the guest stand still longer when that is what is missing, and gives up in time
-/// for the next way of the chain when memory is written faster than it is carried.
-struct Watch {
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<Option<String>>>,
-}
-
-/// Time that the next way of the chain needs before the deadline, at least.
-const RESERVE_MS: u64 = 4_000;
-/// Longest downtime that the watch allows near the end, in milliseconds.
-const LAST_DOWNTIME_MS: u64 = 2_000;
-
-impl Watch {
-    fn start(node: &Arc<Node>, domain: &str, deadline_ms: Option<u64>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (mine, node, domain) = (stop.clone(), node.clone(), domain.to_owned());
-        let thread = std::thread::Builder::new()
-            .name(format!("watch-{domain}"))
-            .spawn(move || {
-                let mut downtime = node.config.node.move_downtime_ms.max(1);
-                while !mine.load(Ordering::Acquire) {
-                    node.world.clock.sleep(WATCH);
-                    let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else {
-                        continue;
-                    };
-                    let Some(deadline) = deadline_ms else { continue };
-                    let left_ms = deadline.saturating_sub(node.world.clock.now_ms());
-                    if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
-                        if left_ms <= RESERVE_MS {
-                            return give_up(&node, &domain, &format!("{} MiB are left and the time is up", p.bytes_left >> 20));
-                        }
-                        continue;
-                    }
-                    let needs_ms = p.bytes_left * 1000 / p.bandwidth_bytes_s;
-                    if left_ms <= RESERVE_MS {
-                        return give_up(
-                            &node,
-                            &domain,
-                            &format!(
-                                "it does not converge: the guest writes {} MiB/s, the line carries {} MiB/s, {} MiB are left",
-                                p.dirty_rate_bytes_s >> 20,
-                                p.bandwidth_bytes_s >> 20,
-                                p.bytes_left >> 20
-                            ),
-                        );
-                    }
-                    // The last set of dirty pages is what the guest stands still for.
-                    if p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2
-                        && needs_ms < LAST_DOWNTIME_MS
-                        && left_ms < RESERVE_MS * 2
-                        && needs_ms > downtime
-                    {
-                        downtime = needs_ms + 100;
-                        log::info!("{domain}: allowing {downtime} ms of downtime so that the move ends");
-                        let _ = node.world.hypervisor.migrate_tune(&domain, Some(downtime), None);
-                    }
-                }
-                None
-            })
-            .ok();
-        Self { stop, thread }
-    }
-
-    fn end(mut self) -> Option<String> {
-        self.stop.store(true, Ordering::Release);
-        self.thread.take().and_then(|t| t.join().ok()).flatten()
-    }
-}
-
-fn give_up(node: &Node, domain: &str, why: &str) -> Option<String> {
-    log::warn!("{domain}: giving the live move up: {why}");
-    let _ = node.world.hypervisor.abort_job(domain);
-    Some(why.to_owned())
 }
 
 /// Asks libvirt here, then the other end, until one of them knows. While it is unclear nobody resumes anything.
@@ -597,15 +534,14 @@ pub fn runs_here(node: &Node, job: u32) -> Result<bool, String> {
 }
 
 /// Source: tells the destination that the move was given up.
-pub fn abandon(node: &Node, record: &Record, order: Option<&MoveOrder>) {
-    node.moves.leaving().remove(&record.job);
-    let Some(order) = order else { return };
+pub fn abandon(node: &Node, job: u32, order: &MoveOrder) {
+    node.moves.leaving().remove(&job);
     let request = PeerRequest::Abandon {
         move_id: order.move_id.clone(),
-        job: record.job,
+        job,
     };
     if let Err(e) = node.peers.request(&order.to, &order.address, &request, CONFIRM_WITHIN) {
-        log::warn!("job {}: {} was not told that the move is off: {e}", record.job, order.to);
+        log::warn!("job {job}: {} was not told that the move is off: {e}", order.to);
     }
 }
 

@@ -62,7 +62,6 @@ struct Owner {
     move_reply: Option<Sender<Result<MoveView, String>>>,
     hand_over: Option<HandOver>,
     next_request: u64,
-    verdict: Option<String>,
     /// Slurm's restart count as the shims report it.
     restart: u32,
     /// What set the save off that is under way.
@@ -119,7 +118,6 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             move_reply: None,
             hand_over: None,
             next_request: 1,
-            verdict: None,
             restart: 0,
             in_grace: false,
             parted: false,
@@ -203,7 +201,7 @@ impl Owner {
             }
             Request::View(reply) => {
                 self.vm.record.programs = self.programs.records();
-                let _ = reply.send(view::of(&self.node, &self.vm.record, self.verdict.as_deref()));
+                let _ = reply.send(view::of(&self.node, &self.vm.record));
             }
             Request::Record(reply) => {
                 self.vm.record.programs = self.programs.records();
@@ -265,7 +263,6 @@ impl Owner {
                 self.programs
                     .tell_all(&ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
             }
-            Request::Verdict(text) => self.verdict = Some(text),
         }
     }
 
@@ -628,15 +625,15 @@ impl Owner {
                 let _ = tx.send(Request::Core(Event::JobIs(node.job_here(job))));
             }),
             Effect::AbandonDestination { to, move_id } => {
-                // After a restart there is no order any more; the address is then Slurm's to tell.
-                let order = self.order.clone().unwrap_or(MoveOrder {
+                // After a restart there is no order any more; a node's name is mostly an address as well.
+                let order = self.order.clone().unwrap_or_else(|| MoveOrder {
                     move_id,
+                    address: to.clone(),
                     to,
-                    address: String::new(),
                     cause: String::new(),
                     deadline_ms: None,
                 });
-                worker(job, "abandon", move || moving::abandon(&node, &record, Some(&order)));
+                worker(job, "abandon", move || moving::abandon(&node, record.job, &order));
             }
             Effect::HandOver => self.begin_hand_over(false),
             Effect::WriteSave => {

@@ -138,6 +138,7 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         cause: cause.into(),
         outcome: "done".into(),
     };
+    node.saved_at(bytes, begun.elapsed());
     saved.moves.push(done.clone());
     let image = node.config.images.get(&record.spec.image);
     let mut chain = Vec::new();

@@ -7,9 +7,9 @@ use crate::{
     node::Node,
 };
 
-/// The view of a record; `verdict` is the controller's, when it has given one.
+/// The view of a record.
 #[must_use]
-pub fn of(node: &Node, r: &Record, verdict: Option<&str>) -> VmView {
+pub fn of(node: &Node, r: &Record) -> VmView {
     let now = node.world.clock.now_ms();
     let plan = r.plan.as_ref();
     let why = match &r.life {
@@ -37,7 +37,7 @@ pub fn of(node: &Node, r: &Record, verdict: Option<&str>) -> VmView {
         started_at: r.up_ms.map(|ms| ms / 1000),
         run_seconds: r.up_ms.map_or(0, |up| r.ended_ms.unwrap_or(now).saturating_sub(up) / 1000),
         run: r.run,
-        verdict: (!r.life.is_over_here()).then(|| verdict.map_or_else(|| moving::verdict(node, r), str::to_owned)),
+        verdict: (!r.life.is_over_here()).then(|| moving::verdict(node, r)),
         why,
         moves: r.moves.clone(),
     }

@@ -99,7 +99,7 @@ pub enum FakeEvent {
 }
 
 /// One kind of order or question.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "one for each method of the trait")]
 pub enum FakeOp {
     Job,
@@ -238,8 +238,15 @@ impl FakeSlurm {
         self.model().breach()
     }
 
+    /// How often something was asked or ordered so far.
+    #[must_use]
+    pub fn calls(&self, op: FakeOp) -> u64 {
+        self.model().calls.get(&op).copied().unwrap_or(0)
+    }
+
     fn call<T>(&self, op: FakeOp, act: impl FnOnce(&mut Model) -> Result<T, SlurmError>) -> Result<T, SlurmError> {
         let mut model = self.model();
+        *model.calls.entry(op).or_default() += 1;
         if model.unreachable {
             return Err(SlurmError::Unreachable {
                 message: "Unable to contact slurm controller (connect failure)".into(),

@@ -1,6 +1,6 @@
 //! The model itself. See the parent module for what it does and does not imitate.
 
-use super::{FakeEvent, FakeJob, FakeNode, FakePartition, Fault};
+use super::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, Fault};
 use crate::slurm::SlurmError;
 use crate::slurm::types::{
     JobBrief, JobId, JobInfo, JobState, JobUpdate, NodeAlloc, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec,
@@ -41,6 +41,7 @@ struct Job {
     exclude: Vec<String>,
     features: Option<String>,
     comment: Option<String>,
+    requeue: bool,
     exit: Option<(i32, i32)>,
 }
 
@@ -53,6 +54,7 @@ pub(super) struct Model {
     next_id: JobId,
     pub(super) reservations: BTreeMap<String, ReservationInfo>,
     pub(super) events: Vec<FakeEvent>,
+    pub(super) calls: BTreeMap<FakeOp, u64>,
     pub(super) faults: Vec<Fault>,
     pub(super) unreachable: bool,
     pub(super) requeues_early_exit: bool,
@@ -88,6 +90,7 @@ impl Model {
             next_id: 1,
             reservations: BTreeMap::new(),
             events: Vec::new(),
+            calls: BTreeMap::new(),
             faults: Vec::new(),
             unreachable: false,
             requeues_early_exit: true,
@@ -115,6 +118,7 @@ impl Model {
             exclude: Vec::new(),
             features: spec.features.clone(),
             comment: None,
+            requeue: spec.batch,
             exit: None,
             spec,
         };
@@ -227,6 +231,9 @@ impl Model {
         if !job.spec.batch {
             return Err(refused("Only batch jobs are accepted or processed"));
         }
+        if !job.requeue {
+            return Err(refused("Requested operation is presently disabled"));
+        }
         match job.state {
             JobState::Pending => return Err(refused("Job is pending execution")),
             JobState::Completing if job.next == JobState::Pending => {}
@@ -263,6 +270,9 @@ impl Model {
             return Err(refused("Job has already finished"));
         }
         job.held = held;
+        if !held && job.state == JobState::SpecialExit {
+            job.state = JobState::Pending;
+        }
         Ok(())
     }
 
@@ -302,6 +312,9 @@ impl Model {
         }
         if let Some(comment) = &update.comment {
             job.comment = Some(comment.clone());
+        }
+        if let Some(requeue) = update.requeue {
+            job.requeue = requeue;
         }
         if update.start_now && job.state == JobState::Pending {
             job.begin = now;
@@ -618,7 +631,7 @@ impl Model {
             het: None,
             gid: job.spec.uid,
             group: job.spec.user.clone(),
-            requeue: job.spec.batch,
+            requeue: job.requeue,
             exit: job.exit,
             time_limit_min: job.limit_min,
             num_nodes: job.spec.nodes,

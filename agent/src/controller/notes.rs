@@ -1,0 +1,113 @@
+//! What the controller remembers of jobs from one process to the next, beside their moves: one small file,
+//! `STATE_DIR/jobs.json`, written whenever it changes. `cat` shows it.
+use std::{collections::BTreeMap, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::effects::store::write_durably;
+
+/// What is remembered of one job.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobNotes {
+    /// Broken nodes that it met one after the other.
+    pub faults: u32,
+    /// It was made not requeueable: its next broken node is its end.
+    pub last_try: bool,
+    /// Nodes that it is kept away from for that, beside those its user excluded.
+    pub excluded: Vec<String>,
+    /// The node list of its user, to be put back when it waits again.
+    pub req_nodes: Vec<String>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ledger {
+    v: u32,
+    jobs: BTreeMap<u32, JobNotes>,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Notes {
+    path: PathBuf,
+    ledger: Ledger,
+}
+
+impl Notes {
+    /// Those of an earlier process. What cannot be read is lost with a line in the log: nothing but comfort hangs on it.
+    pub(super) fn load(path: PathBuf) -> Self {
+        let ledger = match std::fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|e| {
+                log::error!("{}: {e}: begun anew", path.display());
+                Ledger::default()
+            }),
+            Err(_) => Ledger::default(),
+        };
+        Self { path, ledger }
+    }
+
+    pub(super) fn of(&self, job: u32) -> JobNotes {
+        self.ledger.jobs.get(&job).cloned().unwrap_or_default()
+    }
+
+    /// Jobs and their notes.
+    pub(super) fn all(&self) -> Vec<(u32, JobNotes)> {
+        self.ledger.jobs.iter().map(|(job, n)| (*job, n.clone())).collect()
+    }
+
+    /// Changes one job's and writes the file if that made a difference.
+    pub(super) fn change(&mut self, job: u32, change: impl FnOnce(&mut JobNotes)) {
+        let before = self.of(job);
+        let mut after = before.clone();
+        change(&mut after);
+        if after == before {
+            return;
+        }
+        if after == JobNotes::default() {
+            self.ledger.jobs.remove(&job);
+        } else {
+            self.ledger.jobs.insert(job, after);
+        }
+        self.write();
+    }
+
+    /// Forgets jobs that Slurm no longer has.
+    pub(super) fn retain(&mut self, known: impl Fn(u32) -> bool) {
+        let before = self.ledger.jobs.len();
+        self.ledger.jobs.retain(|job, _| known(*job));
+        if self.ledger.jobs.len() != before {
+            self.write();
+        }
+    }
+
+    fn write(&mut self) {
+        self.ledger.v = 1;
+        let written = serde_json::to_vec_pretty(&self.ledger)
+            .map_err(std::io::Error::from)
+            .and_then(|json| write_durably(&self.path, &json));
+        if let Err(e) = written {
+            log::error!("{}: {e}", self.path.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_outlive_the_process_and_go_with_the_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("jobs.json");
+        let mut notes = Notes::load(path.clone());
+        notes.change(7, |n| n.req_nodes = vec!["n1".into()]);
+        notes.change(8, |n| n.faults = 2);
+        notes.change(8, |n| n.faults = 0);
+        assert_eq!(Notes::load(path.clone()).all(), [(7, notes.of(7))]);
+        notes.retain(|job| job != 7);
+        assert_eq!(Notes::load(path.clone()).all(), []);
+        std::fs::write(&path, "{").unwrap();
+        assert_eq!(Notes::load(path).all(), []);
+    }
+}

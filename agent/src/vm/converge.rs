@@ -1,0 +1,178 @@
+//! Looks after a live move that has a deadline: lets the guest stand still longer when that is all that is missing, and
+//! gives up in time for the next way of the chain when memory is written faster than it is carried. QEMU slows the guest
+//! down meanwhile (auto-converge). A move without a deadline goes on until it converges or is cancelled.
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
+
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use slurm_vm_api::spec::PreemptWay;
+
+use super::moving::ways;
+use crate::{core::Record, hypervisor::JobProgress, node::Node};
+
+/// How often a running move is looked at.
+const WATCH: Duration = Duration::from_millis(250);
+/// What ending the move, requeueing the job and ending its step take, beside the save itself, in milliseconds.
+const END_MS: u64 = 2_000;
+/// Bytes per second of a save before any was made here: a slow disk's.
+const SAVE_SPEED: u64 = 100 << 20;
+/// Longest downtime that is allowed near the end, in milliseconds.
+const LAST_DOWNTIME_MS: u64 = 2_000;
+
+/// Milliseconds that the ways after `live` need before the deadline: for a save, the guest's memory in use at the speed of
+/// this node's last save, and half as much again.
+#[must_use]
+pub fn reserve_ms(node: &Node, record: &Record) -> u64 {
+    let saves = node.config.shared_dir.is_some() && ways(&node.config, record).contains(&PreemptWay::Save);
+    if !saves {
+        return END_MS;
+    }
+    let memory = node
+        .world
+        .hypervisor
+        .memory_in_use(&record.domain())
+        .unwrap_or_else(|_| record.plan.as_ref().map_or(0, |p| p.mem_mib << 20));
+    END_MS + save_ms(memory, node.save_speed())
+}
+
+fn save_ms(memory: u64, speed: Option<u64>) -> u64 {
+    memory.saturating_mul(1500) / speed.unwrap_or(SAVE_SPEED).max(1)
+}
+
+/// What to do about a move now.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    GoOn,
+    /// Allow the guest to stand still for so many milliseconds.
+    Allow(u64),
+    GiveUp(String),
+}
+
+/// `left_ms`: until the deadline. `reserve_ms`: of that, for the next way. `downtime_ms`: allowed so far.
+fn decide(p: &JobProgress, left_ms: u64, reserve_ms: u64, downtime_ms: u64) -> Step {
+    if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
+        return if left_ms <= reserve_ms {
+            Step::GiveUp(format!("{} MiB are left and the time is up", p.bytes_left >> 20))
+        } else {
+            Step::GoOn
+        };
+    }
+    if left_ms <= reserve_ms {
+        return Step::GiveUp(format!(
+            "it does not converge: the guest writes {} MiB/s, the line carries {} MiB/s, {} MiB are left",
+            p.dirty_rate_bytes_s >> 20,
+            p.bandwidth_bytes_s >> 20,
+            p.bytes_left >> 20
+        ));
+    }
+    // The last set of dirty pages is what the guest stands still for.
+    let needs_ms = p.bytes_left * 1000 / p.bandwidth_bytes_s;
+    let near = left_ms < reserve_ms + LAST_DOWNTIME_MS * 2;
+    if near && p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2 && needs_ms < LAST_DOWNTIME_MS && needs_ms > downtime_ms {
+        return Step::Allow(needs_ms + 100);
+    }
+    Step::GoOn
+}
+
+/// The watch over one move; it ends with [`Watch::end`], or when it is dropped.
+pub(super) struct Watch(Option<(Sender<()>, JoinHandle<Option<String>>)>);
+
+impl Watch {
+    pub(super) fn start(node: &Arc<Node>, record: &Record, deadline_ms: Option<u64>) -> Self {
+        let Some(deadline) = deadline_ms else { return Self(None) };
+        let (stop, stopped) = bounded(1);
+        let (node, domain) = (node.clone(), record.domain());
+        let left = move |node: &Node| deadline.saturating_sub(node.world.clock.now_ms());
+        // Never more than half of the time: a live move is the better way.
+        let reserve = reserve_ms(&node, record).min(left(&node) / 2);
+        let watch = move || {
+            let mut downtime = node.config.node.move_downtime_ms.max(1);
+            while matches!(stopped.recv_timeout(WATCH), Err(RecvTimeoutError::Timeout)) {
+                let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else {
+                    continue;
+                };
+                match decide(&p, left(&node), reserve, downtime) {
+                    Step::GoOn => {}
+                    Step::Allow(ms) => {
+                        downtime = ms;
+                        log::info!("{domain}: allowing {ms} ms of downtime so that the move ends");
+                        let _ = node.world.hypervisor.migrate_tune(&domain, Some(ms), None);
+                    }
+                    Step::GiveUp(why) => {
+                        log::warn!("{domain}: giving the live move up: {why}");
+                        let _ = node.world.hypervisor.abort_job(&domain);
+                        return Some(why);
+                    }
+                }
+            }
+            None
+        };
+        let thread = std::thread::Builder::new().name(format!("watch-{}", record.domain())).spawn(watch);
+        Self(thread.ok().map(|thread| (stop, thread)))
+    }
+
+    /// Ends the watch at once; why it gave the move up, if it did.
+    pub(super) fn end(self) -> Option<String> {
+        let (stop, thread) = self.0?;
+        drop(stop);
+        thread.join().ok().flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(iteration: u32, dirty_mib: u64, line_mib: u64, left_mib: u64) -> JobProgress {
+        JobProgress {
+            iteration,
+            dirty_rate_bytes_s: dirty_mib << 20,
+            bandwidth_bytes_s: line_mib << 20,
+            bytes_left: left_mib << 20,
+            ..JobProgress::default()
+        }
+    }
+
+    #[test]
+    fn the_next_way_gets_the_time_that_a_save_took_here() {
+        assert_eq!(save_ms(1 << 30, Some(512 << 20)), 3_000);
+        assert_eq!(save_ms(100 << 20, None), 1_500, "before the first save a slow disk is expected");
+        assert_eq!(save_ms(1, Some(0)), 1_500);
+    }
+
+    #[test]
+    fn a_move_goes_on_until_the_next_way_needs_the_time() {
+        let busy = progress(5, 900, 100, 64);
+        assert_eq!(decide(&busy, 30_000, 8_000, 300), Step::GoOn);
+        let Step::GiveUp(why) = decide(&busy, 8_000, 8_000, 300) else {
+            panic!("it goes on")
+        };
+        assert_eq!(
+            why,
+            "it does not converge: the guest writes 900 MiB/s, the line carries 100 MiB/s, 64 MiB are left"
+        );
+        let Step::GiveUp(why) = decide(&progress(1, 0, 4, 100), 8_000, 8_000, 300) else {
+            panic!("it goes on")
+        };
+        assert_eq!(why, "100 MiB are left and the time is up");
+    }
+
+    #[test]
+    fn near_the_end_a_longer_standstill_is_allowed_if_it_is_all_that_is_missing() {
+        assert_eq!(decide(&progress(5, 90, 100, 64), 10_000, 8_000, 300), Step::Allow(740));
+        assert_eq!(
+            decide(&progress(5, 90, 100, 64), 10_000, 8_000, 740),
+            Step::GoOn,
+            "it is allowed already"
+        );
+        assert_eq!(
+            decide(&progress(5, 90, 100, 640), 10_000, 8_000, 300),
+            Step::GoOn,
+            "six seconds are no standstill"
+        );
+        assert_eq!(
+            decide(&progress(5, 10, 100, 64), 10_000, 8_000, 300),
+            Step::GoOn,
+            "it converges by itself"
+        );
+    }
+}

@@ -143,7 +143,7 @@ pub struct NodeConfig {
     pub spool_mib: u32,
     /// Highest bandwidth of a move in MiB/s; 0 is no limit.
     pub move_bandwidth_mib_s: u64,
-    /// Milliseconds the guest may stand still at the end of a live move.
+    /// Milliseconds the guest may stand still at the end of a live move, at most; a move begins with 50. 0: QEMU's own.
     pub move_downtime_ms: u64,
     /// Days for which records and logs of ended VMs are kept.
     pub keep_days: u32,

@@ -22,6 +22,7 @@ use slurm_vm::{
     slurm::{FakeJob, FakeSlurm},
     vm::{
         Request,
+        converge::first_downtime,
         moving::{MoveOrder, make_run_dir},
         prepare,
     },
@@ -241,6 +242,11 @@ impl Bench {
 
     fn migrate(&self, to: &str, address: &str, uri: &str) -> Result<Value, String> {
         if self.virsh {
+            // The same settings: ours begins with this downtime, too.
+            if let Some(ms) = first_downtime(self.node.config.node.move_downtime_ms) {
+                let hypervisor = &self.node.world.hypervisor;
+                hypervisor.migrate_tune(&self.domain(), Some(ms), None).map_err(text)?;
+            }
             let mut command = Command::new("virsh");
             command.args(["-q", "-c", &self.node.config.hypervisor.uri, "migrate", "--live", "--p2p"]);
             command.args(["--migrateuri", &format!("tcp://{address}"), &self.domain(), uri]);

@@ -1,6 +1,10 @@
-//! Looks after a live move that has a deadline: lets the guest stand still longer when that is all that is missing, and
-//! gives up in time for the next way of the chain when memory is written faster than it is carried. QEMU slows the guest
-//! down meanwhile (auto-converge). A move without a deadline goes on until it converges or is cancelled.
+//! Looks after a live move. QEMU stops the guest as soon as it thinks that what is left fits into the allowed downtime,
+//! so a guest that writes little is stopped early with much left, if much is allowed: a move begins with a short downtime,
+//! and more is allowed by and by, up to the site's limit, when it does not converge.
+//!
+//! A move with a deadline is given up in time for the next way of the chain when memory is written faster than it is
+//! carried; before that, the guest may stand still longer if that is all that is missing. QEMU slows the guest down
+//! meanwhile (auto-converge). A move without a deadline goes on until it converges or is cancelled.
 use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
@@ -15,6 +19,8 @@ const WATCH: Duration = Duration::from_millis(250);
 const END_MS: u64 = 2_000;
 /// Bytes per second of a save before any was made here: a slow disk's.
 const SAVE_SPEED: u64 = 100 << 20;
+/// Downtime that a move begins with, in milliseconds.
+const FIRST_DOWNTIME_MS: u64 = 50;
 /// Longest downtime that is allowed near the end, in milliseconds.
 const LAST_DOWNTIME_MS: u64 = 2_000;
 
@@ -47,16 +53,30 @@ enum Step {
     GiveUp(String),
 }
 
-/// `left_ms`: until the deadline. `reserve_ms`: of that, for the next way. `downtime_ms`: allowed so far.
-fn decide(p: &JobProgress, left_ms: u64, reserve_ms: u64, downtime_ms: u64) -> Step {
+/// Downtime that a move begins with, in milliseconds; `None`: QEMU's own.
+#[must_use]
+pub fn first_downtime(limit_ms: u64) -> Option<u64> {
+    (limit_ms > 0).then_some(limit_ms.min(FIRST_DOWNTIME_MS))
+}
+
+/// How much time is left, and how much of it the next way needs, in milliseconds.
+#[derive(Debug, Clone, Copy)]
+struct Time {
+    left: u64,
+    reserve: u64,
+}
+
+/// `downtime_ms`: allowed so far, `limit_ms`: by the site; 0 leaves it to QEMU.
+fn decide(p: &JobProgress, time: Option<Time>, downtime_ms: u64, limit_ms: u64) -> Step {
+    let late = time.is_some_and(|t| t.left <= t.reserve);
     if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
-        return if left_ms <= reserve_ms {
+        return if late {
             Step::GiveUp(format!("{} MiB are left and the time is up", p.bytes_left >> 20))
         } else {
             Step::GoOn
         };
     }
-    if left_ms <= reserve_ms {
+    if late {
         return Step::GiveUp(format!(
             "it does not converge: the guest writes {} MiB/s, the line carries {} MiB/s, {} MiB are left",
             p.dirty_rate_bytes_s >> 20,
@@ -66,9 +86,12 @@ fn decide(p: &JobProgress, left_ms: u64, reserve_ms: u64, downtime_ms: u64) -> S
     }
     // The last set of dirty pages is what the guest stands still for.
     let needs_ms = p.bytes_left * 1000 / p.bandwidth_bytes_s;
-    let near = left_ms < reserve_ms + LAST_DOWNTIME_MS * 2;
+    let near = time.is_some_and(|t| t.left < t.reserve + LAST_DOWNTIME_MS * 2);
     if near && p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2 && needs_ms < LAST_DOWNTIME_MS && needs_ms > downtime_ms {
         return Step::Allow(needs_ms + 100);
+    }
+    if p.iteration > 2 && downtime_ms < limit_ms {
+        return Step::Allow((downtime_ms * 2).min(limit_ms));
     }
     Step::GoOn
 }
@@ -78,19 +101,20 @@ pub(super) struct Watch(Option<(Sender<()>, JoinHandle<Option<String>>)>);
 
 impl Watch {
     pub(super) fn start(node: &Arc<Node>, record: &Record, deadline_ms: Option<u64>) -> Self {
-        let Some(deadline) = deadline_ms else { return Self(None) };
         let (stop, stopped) = bounded(1);
         let (node, domain) = (node.clone(), record.domain());
-        let left = move |node: &Node| deadline.saturating_sub(node.world.clock.now_ms());
+        let left = move |node: &Node| deadline_ms.map(|d| d.saturating_sub(node.world.clock.now_ms()));
         // Never more than half of the time: a live move is the better way.
-        let reserve = reserve_ms(&node, record).min(left(&node) / 2);
+        let reserve = left(&node).map_or(0, |left| reserve_ms(&node, record).min(left / 2));
         let watch = move || {
-            let mut downtime = node.config.node.move_downtime_ms.max(1);
+            let limit = node.config.node.move_downtime_ms;
+            let mut downtime = first_downtime(limit).unwrap_or(0);
             while matches!(stopped.recv_timeout(WATCH), Err(RecvTimeoutError::Timeout)) {
                 let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else {
                     continue;
                 };
-                match decide(&p, left(&node), reserve, downtime) {
+                let time = left(&node).map(|left| Time { left, reserve });
+                match decide(&p, time, downtime, limit) {
                     Step::GoOn => {}
                     Step::Allow(ms) => {
                         downtime = ms;
@@ -139,18 +163,21 @@ mod tests {
         assert_eq!(save_ms(1, Some(0)), 1_500);
     }
 
+    const TIME: fn(u64) -> Option<Time> = |left| Some(Time { left, reserve: 8_000 });
+
     #[test]
     fn a_move_goes_on_until_the_next_way_needs_the_time() {
-        let busy = progress(5, 900, 100, 64);
-        assert_eq!(decide(&busy, 30_000, 8_000, 300), Step::GoOn);
-        let Step::GiveUp(why) = decide(&busy, 8_000, 8_000, 300) else {
+        let busy = progress(5, 900, 100, 640);
+        assert_eq!(decide(&busy, TIME(30_000), 300, 300), Step::GoOn);
+        assert_eq!(decide(&busy, None, 300, 300), Step::GoOn, "without a deadline it goes on");
+        let Step::GiveUp(why) = decide(&busy, TIME(8_000), 300, 300) else {
             panic!("it goes on")
         };
         assert_eq!(
             why,
-            "it does not converge: the guest writes 900 MiB/s, the line carries 100 MiB/s, 64 MiB are left"
+            "it does not converge: the guest writes 900 MiB/s, the line carries 100 MiB/s, 640 MiB are left"
         );
-        let Step::GiveUp(why) = decide(&progress(1, 0, 4, 100), 8_000, 8_000, 300) else {
+        let Step::GiveUp(why) = decide(&progress(1, 0, 4, 100), TIME(8_000), 300, 300) else {
             panic!("it goes on")
         };
         assert_eq!(why, "100 MiB are left and the time is up");
@@ -158,21 +185,31 @@ mod tests {
 
     #[test]
     fn near_the_end_a_longer_standstill_is_allowed_if_it_is_all_that_is_missing() {
-        assert_eq!(decide(&progress(5, 90, 100, 64), 10_000, 8_000, 300), Step::Allow(740));
+        assert_eq!(decide(&progress(5, 90, 100, 64), TIME(10_000), 300, 300), Step::Allow(740));
         assert_eq!(
-            decide(&progress(5, 90, 100, 64), 10_000, 8_000, 740),
+            decide(&progress(5, 90, 100, 64), TIME(10_000), 740, 300),
             Step::GoOn,
             "it is allowed already"
         );
-        assert_eq!(
-            decide(&progress(5, 90, 100, 640), 10_000, 8_000, 300),
-            Step::GoOn,
-            "six seconds are no standstill"
-        );
-        assert_eq!(
-            decide(&progress(5, 10, 100, 64), 10_000, 8_000, 300),
-            Step::GoOn,
-            "it converges by itself"
-        );
+        let far = progress(5, 90, 100, 640);
+        assert_eq!(decide(&far, TIME(10_000), 300, 300), Step::GoOn, "six seconds are no standstill");
+        let calm = progress(5, 10, 100, 64);
+        assert_eq!(decide(&calm, TIME(10_000), 300, 300), Step::GoOn, "it converges by itself");
+    }
+
+    #[test]
+    fn more_downtime_is_allowed_by_and_by_up_to_the_limit() {
+        assert_eq!(first_downtime(300), Some(50));
+        assert_eq!(first_downtime(20), Some(20));
+        assert_eq!(first_downtime(0), None, "QEMU's own");
+        for (iteration, allowed, step) in [
+            (2, 50, Step::GoOn),
+            (3, 50, Step::Allow(100)),
+            (3, 200, Step::Allow(300)),
+            (9, 300, Step::GoOn),
+        ] {
+            assert_eq!(decide(&progress(iteration, 10, 100, 9), None, allowed, 300), step);
+        }
+        assert_eq!(decide(&progress(9, 10, 100, 9), None, 0, 0), Step::GoOn);
     }
 }

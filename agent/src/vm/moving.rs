@@ -25,7 +25,11 @@ use std::{
 
 use slurm_vm_api::query::MoveView;
 
-use super::{converge::Watch, prepare, programs::Kept};
+use super::{
+    converge::{self, Watch},
+    prepare,
+    programs::Kept,
+};
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
@@ -438,7 +442,7 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
         copy_disks: if copies { vec!["vda".into()] } else { vec![] },
         dest_xml: Some(dest_xml),
         bandwidth_mib_s: limit(node.config.node.move_bandwidth_mib_s),
-        max_downtime_ms: limit(node.config.node.move_downtime_ms),
+        max_downtime_ms: converge::first_downtime(node.config.node.move_downtime_ms),
         auto_converge: order.deadline_ms.is_some(),
         parallel_connections: None,
         paused: false,

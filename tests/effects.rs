@@ -71,10 +71,6 @@ const RULES: &[Rule] = &[
                 "vm/saving.rs",
                 "saves on shared storage: not yet through Files, except that the manifest is written durably",
             ),
-            (
-                "controller/moves.rs",
-                "the controller's ledger: not yet through Files, but written durably",
-            ),
         ],
     },
     Rule {

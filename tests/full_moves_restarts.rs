@@ -141,3 +141,41 @@ fn slurmctld_dies_or_is_restarted_in_the_middle_of_a_move() {
     m.nothing_left();
     lab.down().expect("down");
 }
+
+#[test]
+fn a_job_that_starts_elsewhere_while_the_controller_is_away_ends_the_copy_that_waits_for_it() {
+    let lab = lab(
+        "away",
+        Options {
+            nodes: 3,
+            grace_s: 20,
+            ..Options::default()
+        },
+    );
+    let m = Mover::new(&lab, "away", 3);
+    for node in ["n1", "n2", "n3"] {
+        // Its own deadline must not be what ends it.
+        m.set(node, "node", "await_job_s = 600");
+    }
+    let job = m.count(Count::to(NUMBERS), "out", "");
+    m.wait_lines("out", 5);
+    let from = m.show(job)["node"].as_str().expect("a node").to_owned();
+    let copies = OneCopy::watch(&lab, &m.nodes, job);
+    let high = m.take(&from, 60);
+    m.as_soon_as(&format!("svm show {job} | grep -q State=awaiting"), "true");
+    let to = m.show(job)["node"].as_str().expect("a node").to_owned();
+    lab.stop("ctl", "slurm-vmd").expect("the controller stops");
+    m.started(high, Instant::now());
+    let slurm = m.t.wait_state(job, "RUNNING");
+    let at = slurm["NodeList"].clone();
+    assert!(at != from && at != to, "{at} after {from} and {to}");
+    m.wait_fault(&to, &format!("job {job}: it has started over on {at}: its VM here is ended"));
+    lab.start("ctl", "slurm-vmd").expect("the controller starts");
+    m.completed(job, 1);
+    copies.check();
+    m.check("out", NUMBERS);
+    m.t.end_of(high);
+    m.wait_healthy();
+    m.nothing_left();
+    lab.down().expect("down");
+}

@@ -221,6 +221,8 @@ pub struct Cluster {
     quiet: bool,
     /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
     pub excused: BTreeSet<u32>,
+    /// Starts that wait for a copy elsewhere to end, and how often they have looked.
+    pub superseding: BTreeMap<(String, u32), u32>,
     /// Epilogs that found no agent: Slurm gave the node away with the VM on it.
     pub missed: BTreeSet<(String, u32)>,
     pub slurm_away: bool,
@@ -277,6 +279,7 @@ impl Cluster {
             controller: Controller::default(),
             quiet: false,
             excused: BTreeSet::new(),
+            superseding: BTreeMap::new(),
             missed: BTreeSet::new(),
             slurm_away: false,
             tracing: false,

@@ -4,7 +4,7 @@ use slurm_vm::{
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
 };
 
-use crate::cluster::{Act, Cluster, LibvirtJob, Message, Order, SaveFile, allocation, domain, spec, view};
+use crate::cluster::{Act, Cluster, LibvirtJob, Message, Node, Order, SaveFile, allocation, domain, spec, view};
 
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
@@ -196,6 +196,11 @@ impl Cluster {
         };
         let words = |e: HypervisorError| e.to_string();
         match act {
+            Act::Prepare if self.supersede(node, job) => {
+                let node = node.to_owned();
+                let act = Act::Prepare;
+                self.at(100, Message::Act { node, epoch, job, act });
+            }
             Act::Prepare => {
                 self.excuse_copies(node, job);
                 let done = if self.job_here(node, job) != Some(true) {
@@ -322,8 +327,38 @@ impl Cluster {
         }
     }
 
-    /// Known gap: when Slurm starts a job over elsewhere although its VM has landed (the controller was away, or the
-    /// landing agent is), or although its epilog found no agent, the landed copy stays until the controller or its own deadline ends it.
+    /// Has what waits elsewhere for a job that starts over ended first; true while that is awaited, for 5 s at most.
+    fn supersede(&mut self, node: &str, job: u32) -> bool {
+        let tries = self.superseding.entry((node.to_owned(), job)).or_default();
+        *tries += 1;
+        if *tries > 50 {
+            return false;
+        }
+        let waits = |n: &Node| {
+            let life = n.vms.get(&job).map(|o| &o.vm.record.life);
+            n.alive && matches!(life, Some(Life::AwaitingJob { .. } | Life::Arriving { .. }))
+        };
+        let waiting: Vec<String> = self
+            .nodes
+            .iter()
+            .filter(|(name, n)| *name != node && waits(n))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for other in &waiting {
+            self.count("copies ended because their job started over elsewhere");
+            self.core(other, job, Event::Release);
+        }
+        let ending = |n: &Node| n.alive && n.vms.get(&job).is_some_and(|o| matches!(o.vm.record.life, Life::Stopping { .. }));
+        let ending = self.nodes.iter().any(|(name, n)| *name != node && ending(n));
+        let again = !waiting.is_empty() || ending;
+        if !again {
+            self.superseding.remove(&(node.to_owned(), job));
+        }
+        again
+    }
+
+    /// Known gap: when Slurm starts a job over elsewhere although its VM has landed where the agent is down, or although its epilog
+    /// found no agent, the landed copy stays until the controller or its own deadline ends it.
     fn excuse_copies(&mut self, node: &str, job: u32) {
         let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
         for other in others {

@@ -209,7 +209,9 @@ impl Bench {
             self.expect()?;
             let mut record = self.record();
             let world = &self.node.world;
-            let (allocation, plan) = prepare::prepare(world, &self.node.config, DomainType::Qemu, &record).map_err(|e| format!("{e:?}"))?;
+            let (allocation, plan) = prepare::allotted(world, &record.node, self.job)
+                .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given.allocation))
+                .map_err(|e| format!("{e:?}"))?;
             record.allocation = Some(allocation);
             record.plan = Some(plan);
             let spec = prepare::domain_spec(&self.node.config, world, &record).ok_or("no plan")?;

@@ -284,8 +284,9 @@ impl Bench {
         };
         let world = &self.node.world;
         world.store.put(&record).map_err(|e| e.to_string())?;
-        let (allocation, plan): (Allocation, Plan) =
-            prepare::prepare(world, &self.node.config, DomainType::Qemu, &record).map_err(|e| format!("{e:?}"))?;
+        let (allocation, plan): (Allocation, Plan) = prepare::allotted(world, &record.node, record.job)
+            .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given.allocation))
+            .map_err(|e| format!("{e:?}"))?;
         record.allocation = Some(allocation);
         record.plan = Some(plan);
         make_run_dir(&self.node.config, &record.domain())?;

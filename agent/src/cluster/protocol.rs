@@ -121,6 +121,11 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
+    /// The job has started over on the asking node: a VM that waits for it here is ended. `Refused` if none does.
+    Supersede {
+        /// Job id.
+        job: u32,
+    },
     /// Source: does the guest of this move run at the destination?
     RunsHere {
         /// Job id.

@@ -13,11 +13,14 @@ use crate::{
     vm::{
         Request, converge,
         moving::{self, MoveOrder},
+        supersede,
     },
 };
 
 /// Longest time for one move or save; the controller's own deadlines are shorter.
 const MOVE_WITHIN: Duration = Duration::from_secs(3600);
+/// Longest time for ending a VM that another node's start of the job has made needless.
+const RELEASE_WITHIN: Duration = Duration::from_secs(4);
 
 /// Answers one request of an authenticated agent; may block as long as a move takes.
 #[must_use]
@@ -147,6 +150,18 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
                 .is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
+        PeerRequest::Supersede { job } if supersede::waits_here(node, job) => {
+            log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
+            let (reply, answer) = bounded(1);
+            let asked = node.owner(job).is_some_and(|o| o.send(Request::Release(reply)).is_ok());
+            match answer.recv_timeout(RELEASE_WITHIN) {
+                Ok(Ok(())) => PeerReply::Ok,
+                Ok(Err(why)) => PeerReply::Refused(why),
+                Err(_) if asked => PeerReply::Refused(format!("the VM of job {job} is still on {}", node.name)),
+                Err(_) => PeerReply::Refused(format!("no VM waits for job {job} on {}", node.name)),
+            }
+        }
+        PeerRequest::Supersede { job } => PeerReply::Refused(format!("no VM waits for job {job} on {}", node.name)),
         PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
             Ok(here) => PeerReply::RunsHere(here),
             Err(why) => PeerReply::Refused(why),
@@ -162,7 +177,8 @@ fn allowed(role: Role, request: &PeerRequest) -> bool {
         | PeerRequest::Import { .. }
         | PeerRequest::Kept { .. }
         | PeerRequest::TakeOver { .. }
-        | PeerRequest::Abandon { .. } => role == Role::Node,
+        | PeerRequest::Abandon { .. }
+        | PeerRequest::Supersede { .. } => role == Role::Node,
         PeerRequest::MoveOut { .. }
         | PeerRequest::Save { .. }
         | PeerRequest::CancelMove { .. }

@@ -92,7 +92,7 @@ impl Controller {
     /// A controller that knows nothing yet.
     #[must_use]
     pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
-        let notes = Notes::load(config.state_dir.join("jobs.json"));
+        let notes = Notes::load(world.files.clone(), config.state_dir.join("jobs.json"));
         Arc::new(Self {
             config,
             world,

@@ -22,7 +22,6 @@ use slurm_vm_api::{query::MoveView, spec::PreemptWay};
 use super::{Controller, destination};
 use crate::{
     cluster::{PeerReply, PeerRequest},
-    effects::store::write_durably,
     slurm::{JobInfo, JobState, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
 };
 
@@ -103,16 +102,18 @@ impl Controller {
     /// Goes on with the moves of an earlier controller process.
     pub(super) fn recover_moves(self: &Arc<Self>) {
         let dir = self.config.state_dir.join("moves");
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            match std::fs::read(entry.path())
-                .map_err(|e| e.to_string())
-                .and_then(|b| serde_json::from_slice::<JobMove>(&b).map_err(|e| e.to_string()))
-            {
+        let files = &self.world.files;
+        let found = files.list(&dir).unwrap_or_else(|e| {
+            log::error!("{}: {e}: moves of an earlier process are not gone on with", dir.display());
+            Vec::new()
+        });
+        for path in found {
+            match files.read(&path).and_then(|bytes| Ok(serde_json::from_slice::<JobMove>(&bytes)?)) {
                 Ok(m) => {
                     log::info!("job {}: going on with its move ({:?})", m.job, m.step);
                     self.start(m, true);
                 }
-                Err(e) => log::error!("{}: {e}", entry.path().display()),
+                Err(e) => log::error!("{}: {e}", path.display()),
             }
         }
     }
@@ -149,9 +150,7 @@ impl Controller {
             }
             cluster.results.insert(job, (outcome, last.and_then(|l| l.done)));
             drop(cluster);
-            if let Err(e) = std::fs::remove_file(controller.ledger(job))
-                && e.kind() != std::io::ErrorKind::NotFound
-            {
+            if let Err(e) = controller.world.files.remove(&controller.ledger(job)) {
                 log::warn!("job {job}: {e}");
             }
         });
@@ -207,10 +206,7 @@ impl Driver<'_> {
 
     fn save(&self) {
         let path = self.c.ledger(self.m.job);
-        let write = || {
-            std::fs::create_dir_all(path.parent().unwrap_or(std::path::Path::new("/")))?;
-            write_durably(&path, &serde_json::to_vec_pretty(&self.m)?)
-        };
+        let write = || self.c.world.files.write_durably(&path, &serde_json::to_vec_pretty(&self.m)?);
         if let Err(e) = write() {
             log::error!("job {}: {}: {e}", self.m.job, path.display());
         }

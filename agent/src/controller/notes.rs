@@ -1,10 +1,10 @@
 //! What the controller remembers of jobs from one process to the next, beside their moves: one small file,
 //! `STATE_DIR/jobs.json`, written whenever it changes. `cat` shows it.
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, io::ErrorKind, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::store::write_durably;
+use crate::effects::Files;
 
 /// What is remembered of one job.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,21 +30,22 @@ struct Ledger {
 /// All of them.
 #[derive(Debug)]
 pub(super) struct Notes {
+    files: Arc<dyn Files>,
     path: PathBuf,
     ledger: Ledger,
 }
 
 impl Notes {
     /// Those of an earlier process. What cannot be read is lost with a line in the log: nothing but comfort hangs on it.
-    pub(super) fn load(path: PathBuf) -> Self {
-        let ledger = match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|e| {
+    pub(super) fn load(files: Arc<dyn Files>, path: PathBuf) -> Self {
+        let read = files.read(&path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
+        let ledger = read.unwrap_or_else(|e| {
+            if e.kind() != ErrorKind::NotFound {
                 log::error!("{}: {e}: begun anew", path.display());
-                Ledger::default()
-            }),
-            Err(_) => Ledger::default(),
-        };
-        Self { path, ledger }
+            }
+            Ledger::default()
+        });
+        Self { files, path, ledger }
     }
 
     pub(super) fn of(&self, job: u32) -> JobNotes {
@@ -85,7 +86,7 @@ impl Notes {
         self.ledger.v = 1;
         let written = serde_json::to_vec_pretty(&self.ledger)
             .map_err(std::io::Error::from)
-            .and_then(|json| write_durably(&self.path, &json));
+            .and_then(|json| self.files.write_durably(&self.path, &json));
         if let Err(e) = written {
             log::error!("{}: {e}", self.path.display());
         }
@@ -95,19 +96,21 @@ impl Notes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::effects::MemoryFiles;
 
     #[test]
     fn notes_outlive_the_process_and_go_with_the_job() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("jobs.json");
-        let mut notes = Notes::load(path.clone());
+        let files: Arc<dyn Files> = Arc::new(MemoryFiles::default());
+        let path = PathBuf::from("/state/jobs.json");
+        let load = || Notes::load(files.clone(), path.clone());
+        let mut notes = load();
         notes.change(7, |n| n.req_nodes = vec!["n1".into()]);
         notes.change(8, |n| n.faults = 2);
         notes.change(8, |n| n.faults = 0);
-        assert_eq!(Notes::load(path.clone()).all(), [(7, notes.of(7))]);
+        assert_eq!(load().all(), [(7, notes.of(7))]);
         notes.retain(|job| job != 7);
-        assert_eq!(Notes::load(path.clone()).all(), []);
-        std::fs::write(&path, "{").unwrap();
-        assert_eq!(Notes::load(path).all(), []);
+        assert_eq!(load().all(), []);
+        files.write_durably(&path, b"{").unwrap();
+        assert_eq!(load().all(), []);
     }
 }

@@ -12,6 +12,7 @@ pub mod prepare;
 pub mod programs;
 pub mod saving;
 mod spool;
+pub mod supersede;
 pub mod view;
 
 use crossbeam_channel::Sender;

@@ -17,7 +17,7 @@ use super::{
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
-    saving, view,
+    saving, supersede, view,
 };
 use crate::{
     core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
@@ -537,7 +537,12 @@ impl Owner {
                 self.journal(&line);
             }
             Effect::Prepare => worker(job, "prepare", move || {
-                let done = prepare::prepare(&node.world, &node.config, node.domain_type(), &record);
+                let done = prepare::allotted(&node.world, &record.node, job).and_then(|given| {
+                    if given.restarts > 0 {
+                        supersede::end_elsewhere(&node, job);
+                    }
+                    prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given.allocation)
+                });
                 let _ = tx.send(Request::Core(Event::Prepared(done)));
             }),
             Effect::StartDomain => worker(job, "start", move || {

@@ -59,10 +59,15 @@ pub fn run_dir(config: &Config, domain: &str) -> PathBuf {
 ///
 /// # Errors
 /// [`Failure::Request`] where trying elsewhere would not help, [`Failure::Node`] where it might.
-pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: &Record) -> Result<(Allocation, Plan), Failure> {
+pub fn prepare(
+    world: &World,
+    config: &Config,
+    domain_type: DomainType,
+    record: &Record,
+    allocation: Allocation,
+) -> Result<(Allocation, Plan), Failure> {
     world.faults.pass("prepare.before").map_err(Failure::Node)?;
     let image = image(config, &record.spec.image)?;
-    let allocation = allocation(world, &record.node, record.job)?;
     let allocated_cpus = u32::try_from(allocation.cores.len()).unwrap_or(u32::MAX).max(1);
     let vcpus = record.spec.cpus.unwrap_or(allocated_cpus);
     if vcpus > allocated_cpus {
@@ -112,11 +117,20 @@ pub fn prepare(world: &World, config: &Config, domain_type: DomainType, record: 
     Ok((allocation, plan))
 }
 
-/// What Slurm gave a job on this node.
+/// What Slurm says of a job at its start on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Allotted {
+    /// What it gives.
+    pub allocation: Allocation,
+    /// How often the job was started before.
+    pub restarts: u32,
+}
+
+/// Asks Slurm for a job's part of this node.
 ///
 /// # Errors
 /// [`Failure::Node`] when Slurm does not answer or the job is not on this node.
-pub fn allocation(world: &World, node: &str, job: u32) -> Result<Allocation, Failure> {
+pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allotted, Failure> {
     let info = world
         .slurm
         .job(job)
@@ -127,9 +141,12 @@ pub fn allocation(world: &World, node: &str, job: u32) -> Result<Allocation, Fai
         .iter()
         .find(|a| a.node == node)
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
-    Ok(Allocation {
-        cores: here.cpus.clone(),
-        mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
+    Ok(Allotted {
+        allocation: Allocation {
+            cores: here.cpus.clone(),
+            mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
+        },
+        restarts: info.brief.restarts,
     })
 }
 

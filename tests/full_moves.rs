@@ -131,8 +131,17 @@ fn preempted_again_right_after_landing_it_moves_again() {
     m.wait_lines("out", 10);
     let copies = OneCopy::watch(&lab, &m.nodes, job);
     let first = m.take("n1", 60);
-    m.as_soon_as(&format!("svm show {job} | grep -q State=awaiting"), "true");
-    let to = m.show(job)["node"].as_str().expect("a node").to_owned();
+    let reserved = format!("scontrol show res vmmig_{job} -o 2>/dev/null");
+    let mut to = String::new();
+    wait_with("a reservation", &mut to, |to| {
+        let said: Said = lab.node("ctl", &["sh", "-c", &reserved]).into();
+        let node = said
+            .out
+            .split_whitespace()
+            .find_map(|w| w.strip_prefix("Nodes=").map(str::to_owned));
+        to.clone_from(&node.unwrap_or_default());
+        !to.is_empty()
+    });
     // Waits for a node that is reserved, and takes it as soon as the job has landed there.
     let second = m.take(&to, 60);
     m.started(first, Instant::now());
@@ -430,7 +439,7 @@ fn scancel_in_any_phase_ends_everything() {
         let job = m.count(
             Count {
                 numbers: 500,
-                memory_mib: 256,
+                memory_mib: 512,
                 rewrite_mib: 1,
             },
             phase,
@@ -440,10 +449,12 @@ fn scancel_in_any_phase_ends_everything() {
         let high = m.take("n1", 900);
         if phase == "restoring" {
             m.wait_vm(job, "saved");
-            m.give_back(full);
+            let condition = format!("scancel {full}; svm show {job} | grep -q State={phase}");
+            m.as_soon_as_on("n2", &condition, &format!("scancel {job}"));
+        } else {
+            let condition = format!("svm show {job} | grep -q State={phase}");
+            m.as_soon_as_on("n1", &condition, &format!("scancel {job}"));
         }
-        let condition = format!("svm show {job} | grep -q State={phase}");
-        m.as_soon_as(&condition, &format!("scancel {job}"));
         let (state, _) = m.t.end_of(job);
         assert_eq!(state, "CANCELLED", "{phase}");
         println!("--- {phase}: {state}");
@@ -452,6 +463,11 @@ fn scancel_in_any_phase_ends_everything() {
         m.t.end_of(full);
         m.t.leaves_nothing(job);
     }
+    let mut listed = String::new();
+    wait_with("no VM of a cancelled job to be called saved", &mut listed, |listed| {
+        *listed = m.t.sh("svm list").out;
+        !listed.contains("saved")
+    });
     m.nothing_left();
     lab.down().expect("down");
 }

@@ -702,6 +702,31 @@ impl Node {
         });
     }
 
+    /// VMs that were saved here and are not known to have been restored.
+    #[must_use]
+    pub fn saved(&self) -> Vec<Record> {
+        let over = |e: &Entry| match e {
+            Entry::Over(record) if matches!(record.life, Life::Saved { .. }) => Some((**record).clone()),
+            _ => None,
+        };
+        self.vms().values().filter_map(over).collect()
+    }
+
+    /// The job of a saved VM has ended: nobody will restore it.
+    pub fn saved_for_nobody(&self, mut record: Record) {
+        record.life = Life::Stopped { why: End::Released };
+        record.ended_ms = Some(self.world.clock.now_ms());
+        if let Err(e) = self.world.store.put(&record) {
+            log::warn!("job {}: {}", record.job, crate::text::chain(&e));
+        }
+        let mut vms = self.vms();
+        if let Some(Entry::Over(there)) = vms.get_mut(&record.job)
+            && matches!(there.life, Life::Saved { .. })
+        {
+            **there = record;
+        }
+    }
+
     /// Slurm's notice reached a shim. What moves the VM is the controller's own poll.
     pub fn notice(&self, job: u32) {
         log::info!("job {job}: preemption notice");

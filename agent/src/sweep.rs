@@ -16,6 +16,11 @@ pub fn run(node: &Arc<Node>) {
                 saving::remove_saves(node, &crate::core::record::domain_name(job, 0), true);
             }
         }
+        for record in node.saved() {
+            if is_over(node, record.job, Some(record.user.uid)) {
+                node.saved_for_nobody(record);
+            }
+        }
         for (job, path) in completions(node) {
             if is_over(node, job, None) {
                 let _ = node.world.files.remove(&path);

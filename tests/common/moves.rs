@@ -281,9 +281,14 @@ impl<'a> Mover<'a> {
                 .collect();
             // Directories that the agents make once.
             left.retain(|l| {
-                !["saves", "overlays", "done"]
-                    .iter()
-                    .any(|d| l.ends_with(&format!(": file /shared/slurm-vm/{d}")))
+                ![
+                    "shared/slurm-vm/saves",
+                    "shared/slurm-vm/overlays",
+                    "shared/slurm-vm/done",
+                    "var/lib/slurm-vm/done",
+                ]
+                .iter()
+                .any(|d| l.ends_with(&format!(": file /{d}")))
             });
             left.retain(|l| {
                 !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu")
@@ -315,8 +320,13 @@ impl<'a> Mover<'a> {
 
     /// Runs a line of sh on the login host again and again, without a pause, until it succeeds.
     pub fn as_soon_as(&self, condition: &str, act: &str) {
+        self.as_soon_as_on("ctl", condition, act);
+    }
+
+    /// The same on any host: what a node's own agent says is newer than what the controller has heard.
+    pub fn as_soon_as_on(&self, host: &str, condition: &str, act: &str) {
         let line = format!("for i in $(seq 2000); do if {condition}; then {act}; exit; fi; done; exit 77");
-        let said: Said = self.lab.node("ctl", &["sh", "-c", &line]).into();
+        let said: Said = self.lab.node(host, &["sh", "-c", &line]).into();
         assert_ne!(said.code, Some(77), "never came: {condition}");
     }
 

@@ -16,7 +16,10 @@ fn slurm(bench: &Bench, state: &str, code: i32) -> PathBuf {
         "echo \"$@\" > {}; echo 'Requested operation is presently disabled' >&2; exit {code}",
         asked.display()
     );
-    for (name, line) in [("scontrol", scontrol), ("squeue", format!("echo 11 PENDING; echo 12 {state}"))] {
+    for (name, line) in [
+        ("scontrol", scontrol),
+        ("squeue", format!("echo 11 11 N/A PENDING; echo 12 12 N/A {state}")),
+    ] {
         fs::write(bench.path(name), format!("#!/bin/sh\n{line}\n")).unwrap();
         fs::set_permissions(bench.path(name), fs::Permissions::from_mode(0o755)).unwrap();
     }

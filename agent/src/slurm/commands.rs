@@ -113,16 +113,23 @@ impl SlurmCommands {
     /// # Errors
     /// As [`Slurm::job`].
     pub fn job_state(&self, id: JobId) -> Result<Option<JobState>, SlurmError> {
-        // All parts of an array or of a heterogeneous job are printed.
-        let args = ["--local", "--noheader", "--all", "--states=all", "--format=%A %T", "--jobs"];
+        Ok(self.short(id)?.map(|(_, state)| state))
+    }
+
+    /// How an order must name a job so that it means this one alone, and its state. The last task of an array has the number of the
+    /// whole array, and an order that names it so is an order for all tasks.
+    fn short(&self, id: JobId) -> Result<Option<(String, JobState)>, SlurmError> {
+        let args = ["--local", "--noheader", "--all", "--states=all", "--format=%A %F %K %T", "--jobs"];
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).chain([id.to_string()]).collect();
         match self.ask("squeue", &args) {
-            Ok(text) => Ok(text
-                .lines()
-                .find_map(|l| l.strip_prefix(&format!("{id} ")).map(|state| JobState::read(state.trim())))),
+            Ok(text) => parse::short(&text, id),
             Err(SlurmError::NoSuchJob) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    fn ordered(&self, id: JobId) -> Result<String, SlurmError> {
+        Ok(self.short(id)?.ok_or(SlurmError::NoSuchJob)?.0)
     }
 
     fn squeue(&self, more: &[&str]) -> Result<String, SlurmError> {
@@ -173,7 +180,7 @@ fn one_line<'a>(what: &str, text: &'a str) -> Result<&'a str, SlurmError> {
     }
 }
 
-fn update_args(job: JobId, update: &JobUpdate) -> Result<Vec<String>, SlurmError> {
+fn update_args(job: &str, update: &JobUpdate) -> Result<Vec<String>, SlurmError> {
     let mut args = vec!["update".to_owned(), format!("JobId={job}")];
     if let Some(reservation) = &update.reservation {
         args.push(format!(
@@ -273,30 +280,31 @@ impl Slurm for SlurmCommands {
     }
 
     fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeue", &job.to_string()]).map(|_| ())
+        self.scontrol(&["requeue", &self.ordered(job)?]).map(|_| ())
     }
 
     fn requeuehold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeuehold", &job.to_string()]).map(|_| ())
+        self.scontrol(&["requeuehold", &self.ordered(job)?]).map(|_| ())
     }
 
     fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeuehold", "State=SpecialExit", &job.to_string()]).map(|_| ())
+        self.scontrol(&["requeuehold", "State=SpecialExit", &self.ordered(job)?])
+            .map(|_| ())
     }
 
     fn hold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["hold", &job.to_string()]).map(|_| ())
+        self.scontrol(&["hold", &self.ordered(job)?]).map(|_| ())
     }
 
     fn release(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["release", &job.to_string()]).map(|_| ())
+        self.scontrol(&["release", &self.ordered(job)?]).map(|_| ())
     }
 
     fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {
         if *update == JobUpdate::default() {
             return Ok(());
         }
-        self.ask("scontrol", &update_args(job, update)?).map(|_| ())
+        self.ask("scontrol", &update_args(&self.ordered(job)?, update)?).map(|_| ())
     }
 
     fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError> {
@@ -340,7 +348,11 @@ impl Slurm for SlurmCommands {
             args.push(format!("--signal={n}"));
             args.push("--full".to_owned());
         }
-        args.push(job.to_string());
+        let ordered = match self.ordered(job) {
+            Err(SlurmError::NoSuchJob) => return Ok(()),
+            other => other?,
+        };
+        args.push(ordered);
         match self.ask("scancel", &args) {
             Err(e) if e == SlurmError::NoSuchJob || e.is_already_finished() => Ok(()),
             other => other.map(|_| ()),

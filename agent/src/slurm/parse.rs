@@ -340,6 +340,22 @@ pub(super) fn briefs(text: &str) -> Result<Vec<JobBrief>, SlurmError> {
     Ok(squeue(text)?.into_iter().map(|j| j.brief).collect())
 }
 
+/// Picks a job out of `squeue --format "%A %F %K %T"`, none of which a user can choose: its exact name and its state.
+pub(super) fn short(text: &str, id: JobId) -> Result<Option<(String, JobState)>, SlurmError> {
+    for line in text.lines().filter(|l| !l.trim().is_empty()) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [number, array, task, state] = words[..] else {
+            return Err(SlurmError::parse("%A %F %K %T", line));
+        };
+        if number.parse() == Ok(id) {
+            let is_task = task.bytes().all(|b| b.is_ascii_digit());
+            let name = if is_task { format!("{array}_{task}") } else { number.to_owned() };
+            return Ok(Some((name, JobState::read(state))));
+        }
+    }
+    Ok(None)
+}
+
 /// Picks the job out of what `squeue -j` printed: it prints all parts of an array or of a heterogeneous job.
 pub(super) fn pick(text: &str, id: JobId) -> Result<Option<JobInfo>, SlurmError> {
     let mut jobs: Vec<JobInfo> = squeue(text)?.into_iter().filter(|j| j.brief.id == id).collect();

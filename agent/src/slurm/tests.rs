@@ -432,6 +432,17 @@ fn answers_that_are_not_understood_are_errors() {
     assert!(parse_admin::config("ClusterName = x\n").is_err());
 }
 
+#[test]
+fn the_last_task_of_an_array_is_named_by_its_index_and_not_as_the_whole_array() {
+    let text = "12 12 3 RUNNING\n13 12 1 COMPLETING\n14 14 N/A PENDING\n";
+    let short = |id| parse::short(text, id).unwrap();
+    assert_eq!(short(12), Some(("12_3".into(), JobState::Running)));
+    assert_eq!(short(13), Some(("12_1".into(), JobState::Completing)));
+    assert_eq!(short(14), Some(("14".into(), JobState::Pending)));
+    assert_eq!(short(15), None);
+    assert!(parse::short("12 RUNNING", 12).is_err());
+}
+
 /// Run it on the controller of a test cluster with a job of alice's that is in its grace time and an idle node with the feature `vm`.
 #[test]
 fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {

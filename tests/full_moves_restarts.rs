@@ -157,7 +157,7 @@ fn a_job_that_starts_over_elsewhere_has_the_copy_that_waits_for_it_ended_first()
         // Its own deadline must not be what ends it.
         m.set(node, "node", "await_job_s = 600");
     }
-    m.set("n1", "node", "move_bandwidth_mib_s = 16");
+    m.set("n1", "node", "move_bandwidth_mib_s = 40");
     let count = Count {
         numbers: NUMBERS,
         memory_mib: 128,

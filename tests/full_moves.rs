@@ -65,7 +65,7 @@ fn without_shared_storage_the_overlay_goes_along() {
 fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
     let lab = lab("dirty", options(2, 45));
     let m = Mover::new(&lab, "dirty", 2);
-    m.set("n1", "node", "move_bandwidth_mib_s = 8");
+    m.set("n1", "node", "move_bandwidth_mib_s = 16");
     let count = Count {
         numbers: 400,
         memory_mib: 128,

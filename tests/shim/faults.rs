@@ -35,7 +35,7 @@ fn an_absent_agent_sends_a_batch_job_back_to_the_queue() {
         .env("SLURM_VM_CONNECT_TIMEOUT", "1");
     let shim = Shim::spawn(command);
     let until = Instant::now() + DEADLINE;
-    while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold State=SpecialExit 12\n") {
+    while !fs::read_to_string(bench.path("asked")).is_ok_and(|t| t == "requeuehold Incomplete State=SpecialExit 12\n") {
         assert!(Instant::now() < until, "no requeue");
         thread::sleep(Duration::from_millis(5));
     }

@@ -280,15 +280,15 @@ impl Slurm for SlurmCommands {
     }
 
     fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeue", &self.ordered(job)?]).map(|_| ())
+        self.scontrol(&["requeue", "Incomplete", &self.ordered(job)?]).map(|_| ())
     }
 
     fn requeuehold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeuehold", &self.ordered(job)?]).map(|_| ())
+        self.scontrol(&["requeuehold", "Incomplete", &self.ordered(job)?]).map(|_| ())
     }
 
     fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeuehold", "State=SpecialExit", &self.ordered(job)?])
+        self.scontrol(&["requeuehold", "Incomplete", "State=SpecialExit", &self.ordered(job)?])
             .map(|_| ())
     }
 

@@ -30,7 +30,7 @@ pub use types::*;
 
 /// What is asked of Slurm and what is ordered.
 ///
-/// Orders are safe to repeat: the second time they do nothing, or answer with an error that says so ([`SlurmError::is_already_pending`] and its like).
+/// Orders are safe to repeat: the second time they do nothing, or answer with an error that says so ([`SlurmError::is_already_finished`] and its like).
 pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// Everything about one job; `None` if Slurm does not know it (any more).
     ///
@@ -47,7 +47,8 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// Sets what features a node offers now. Must be a part of its available features. Running jobs are left alone; the list is lost at a reconfigure.
     fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError>;
 
-    /// Ends this run and puts the job back into the queue.
+    /// Ends this run and puts the job back into the queue. A job that does not run (any more) is left as it is, without an
+    /// error: Slurm would otherwise bring back to life what has just been cancelled (scontrol(1), `Incomplete`).
     fn requeue(&self, job: JobId) -> Result<(), SlurmError>;
 
     /// The same, and held there until [`release`](Slurm::release).

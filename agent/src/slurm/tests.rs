@@ -495,7 +495,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
     let now = || slurm.job(victim.id).unwrap().unwrap();
     until("back in the queue", &|| now().brief.state == JobState::Pending);
     assert!(now().brief.is_held());
-    assert!(slurm.requeuehold(victim.id).unwrap_err().is_already_pending());
+    slurm.requeuehold(victim.id).expect("a second time it changes nothing");
     let steer = JobUpdate {
         reservation: Some(Some(spec.name.clone())),
         start_now: true,

@@ -234,18 +234,11 @@ impl Model {
         if !job.requeue {
             return Err(refused("Requested operation is presently disabled"));
         }
-        match job.state {
-            JobState::Pending => return Err(refused("Job is pending execution")),
-            JobState::Completing if job.next == JobState::Pending => {}
-            JobState::Running => self.end_run(id, JobState::Pending),
-            _ => {
-                job.restarts += 1;
-                job.state = JobState::Pending;
-                job.begin = self.now + REQUEUE_DELAY_S;
-                job.allocs.clear();
-                job.end = None;
-            }
+        // `Incomplete`: everything else is left alone, without an error.
+        if job.state != JobState::Running {
+            return Ok(());
         }
+        self.end_run(id, JobState::Pending);
         if hold && let Some(job) = self.jobs.get_mut(&id) {
             job.held = true;
         }
@@ -254,8 +247,9 @@ impl Model {
 
     /// As [`Model::requeue`] with hold, but the job waits in the state `SPECIAL_EXIT`.
     pub(super) fn requeue_special(&mut self, id: JobId) -> Result<(), SlurmError> {
+        let runs = self.jobs.get(&id).is_some_and(|job| job.state == JobState::Running);
         self.requeue(id, true)?;
-        if let Some(job) = self.jobs.get_mut(&id) {
+        if let Some(job) = self.jobs.get_mut(&id).filter(|_| runs) {
             match job.state {
                 JobState::Completing => job.next = JobState::SpecialExit,
                 _ => job.state = JobState::SpecialExit,

@@ -164,7 +164,7 @@ fn preempted_while_it_is_saved_for_a_drain_it_is_saved_and_comes_back() {
     let m = Mover::new(&lab, "saving", 2);
     let count = Count {
         numbers: 150,
-        memory_mib: 1024,
+        memory_mib: 1536,
         rewrite_mib: 2,
     };
     let full = m.fill("n2");
@@ -177,7 +177,8 @@ fn preempted_while_it_is_saved_for_a_drain_it_is_saved_and_comes_back() {
         "scontrol update nodename=n1 state=resume",
     );
     let high = m.take("n1", 3);
-    println!("with the preemptor in the queue the VM is {}", m.vm_state(job));
+    let state = m.vm_state(job);
+    assert_eq!(state, "saving", "with the preemptor in the queue");
     m.started(high, Instant::now());
     m.completed(job, 1);
     copies.check();

@@ -92,8 +92,11 @@ impl Node {
         Some(self.save_speed.load(Ordering::Relaxed)).filter(|s| *s > 0)
     }
 
-    /// A save of so many bytes was made.
+    /// A save of so many bytes of memory was made. Of a small one the fixed costs are most.
     pub fn saved_at(&self, bytes: u64, took: Duration) {
+        if bytes < 64 << 20 {
+            return;
+        }
         let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX).max(1);
         self.save_speed.store(bytes.saturating_mul(1000) / ms, Ordering::Relaxed);
     }
@@ -702,28 +705,16 @@ impl Node {
         });
     }
 
-    /// VMs that were saved here and are not known to have been restored.
-    #[must_use]
-    pub fn saved(&self) -> Vec<Record> {
-        let over = |e: &Entry| match e {
-            Entry::Over(record) if matches!(record.life, Life::Saved { .. }) => Some((**record).clone()),
-            _ => None,
-        };
-        self.vms().values().filter_map(over).collect()
-    }
-
-    /// The job of a saved VM has ended: nobody will restore it.
-    pub fn saved_for_nobody(&self, mut record: Record) {
-        record.life = Life::Stopped { why: End::Released };
-        record.ended_ms = Some(self.world.clock.now_ms());
-        if let Err(e) = self.world.store.put(&record) {
-            log::warn!("job {}: {}", record.job, crate::text::chain(&e));
-        }
+    /// The job of a VM that was saved here has ended, and its save was removed: nobody will restore it.
+    pub fn saved_for_nobody(&self, job: u32) {
         let mut vms = self.vms();
-        if let Some(Entry::Over(there)) = vms.get_mut(&record.job)
-            && matches!(there.life, Life::Saved { .. })
-        {
-            **there = record;
+        let Some(Entry::Over(record)) = vms.get_mut(&job) else { return };
+        if !matches!(record.life, Life::Saved { .. }) {
+            return;
+        }
+        record.life = Life::Stopped { why: End::Released };
+        if let Err(e) = self.world.store.put(record) {
+            log::warn!("job {job}: {}", crate::text::chain(&e));
         }
     }
 

@@ -14,11 +14,7 @@ pub fn run(node: &Arc<Node>) {
             if is_over(node, job, uid) {
                 log::info!("job {job}: ended while it was saved: removing its save");
                 saving::remove_saves(node, &crate::core::record::domain_name(job, 0), true);
-            }
-        }
-        for record in node.saved() {
-            if is_over(node, record.job, Some(record.user.uid)) {
-                node.saved_for_nobody(record);
+                node.saved_for_nobody(job);
             }
         }
         for (job, path) in completions(node) {

@@ -288,7 +288,11 @@ pub fn verdict(settings: &Settings, spec: &VmSpec, tool: Tool, job: &impl JobOpt
         Tool::Batch if job.get("requeue").as_deref() == Some("no-requeue") => {
             "not requeueable (--no-requeue): Slurm ends it when it is preempted".to_owned()
         }
-        Tool::Batch if most > 1 => format!("its {most} nodes would have to move together: it starts over when it is preempted"),
+        Tool::Batch if most > 1 => {
+            let cancelled = ways.is_some_and(|w| !w.contains(&PreemptWay::Requeue) && w.contains(&PreemptWay::Cancel));
+            let then = if cancelled { "it is cancelled" } else { "it starts over" };
+            format!("if it gets more than one node (of {most}), which would have to move together: {then} when it is preempted")
+        }
         Tool::Batch => return None,
     };
     Some(format!("--{}: this job cannot move, {why}", settings.prefix))
@@ -471,7 +475,7 @@ mod tests {
         };
         let no_requeue = [("requeue", "no-requeue")];
         assert!(said(Tool::Batch, None, &no_requeue).contains("(--no-requeue)"));
-        assert!(said(Tool::Batch, None, &[("nodes", "1-2")]).contains("its 2 nodes"));
+        assert!(said(Tool::Batch, None, &[("nodes", "1-2")]).contains("more than one node (of 2)"));
         assert!(said(Tool::Salloc, Some("live,cancel"), &[]).contains("not a batch job"));
         for (tool, ways, options) in [
             (Tool::Batch, None, &[("requeue", "requeue"), ("nodes", "1")][..]),

@@ -325,7 +325,7 @@ impl<'a> Mover<'a> {
 
     /// The same on any host: what a node's own agent says is newer than what the controller has heard.
     pub fn as_soon_as_on(&self, host: &str, condition: &str, act: &str) {
-        let line = format!("for i in $(seq 2000); do if {condition}; then {act}; exit; fi; done; exit 77");
+        let line = format!("for i in $(seq 20000); do if {condition}; then {act}; exit; fi; done; exit 77");
         let said: Said = self.lab.node(host, &["sh", "-c", &line]).into();
         assert_ne!(said.code, Some(77), "never came: {condition}");
     }

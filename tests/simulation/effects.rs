@@ -332,6 +332,7 @@ impl Cluster {
         let tries = self.superseding.entry((node.to_owned(), job)).or_default();
         *tries += 1;
         if *tries > 50 {
+            self.superseding.remove(&(node.to_owned(), job));
             return false;
         }
         let waits = |n: &Node| {
@@ -363,7 +364,7 @@ impl Cluster {
         let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
         for other in others {
             let record = self.nodes[&other].ledger.get(&job);
-            let left_behind = record.is_some_and(|r| matches!(r.life, Life::AwaitingJob { .. } | Life::Stopping { .. }))
+            let left_behind = record.is_some_and(|r| matches!(r.life, Life::Stopping { .. }))
                 || self.missed.contains(&(other.clone(), job))
                 || !self.nodes[&other].alive;
             let there = self.hypervisors[&other].peek(&domain(job)).is_some();

@@ -121,7 +121,8 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
-    /// The job has started over on the asking node: a VM that waits for it here is ended. `Refused` if none does.
+    /// The job has started over on the asking node: a VM that waits for it here is ended. `Ok` when none is here (any
+    /// more), `Refused` while it could not be ended.
     Supersede {
         /// Job id.
         job: u32,

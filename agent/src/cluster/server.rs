@@ -153,15 +153,16 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Supersede { job } if supersede::waits_here(node, job) => {
             log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
             let (reply, answer) = bounded(1);
-            let asked = node.owner(job).is_some_and(|o| o.send(Request::Release(reply)).is_ok());
+            if node.owner(job).is_none_or(|o| o.send(Request::Release(reply)).is_err()) {
+                return PeerReply::Ok;
+            }
             match answer.recv_timeout(RELEASE_WITHIN) {
                 Ok(Ok(())) => PeerReply::Ok,
                 Ok(Err(why)) => PeerReply::Refused(why),
-                Err(_) if asked => PeerReply::Refused(format!("the VM of job {job} is still on {}", node.name)),
-                Err(_) => PeerReply::Refused(format!("no VM waits for job {job} on {}", node.name)),
+                Err(_) => PeerReply::Refused(format!("the VM of job {job} is still on {}", node.name)),
             }
         }
-        PeerRequest::Supersede { job } => PeerReply::Refused(format!("no VM waits for job {job} on {}", node.name)),
+        PeerRequest::Supersede { .. } => PeerReply::Ok,
         PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
             Ok(here) => PeerReply::RunsHere(here),
             Err(why) => PeerReply::Refused(why),

@@ -3,8 +3,8 @@
 //! there is a node that it can run on and that is well. After three such nodes in a row the job is made not requeueable
 //! for its last try: should that meet a broken node too, Slurm refuses the shim's requeue, and the job ends with outcome
 //! 125. Once its program runs it is requeueable again, and the count begins anew.
-use super::{Controller, health};
-use crate::slurm::{JobState, JobUpdate};
+use super::{Controller, STALE, health};
+use crate::slurm::{JobBrief, JobState, JobUpdate};
 
 /// So many broken nodes in a row bring a job back into the queue.
 const MOST_FAULTS: u32 = 3;
@@ -82,15 +82,20 @@ impl Controller {
     pub(super) fn settle_faulty(&self) {
         let all = self.notes().all();
         for (job, notes) in all {
-            let runs = || {
+            // By the word of the node on which Slurm has the job now, and not by an old one.
+            let (runs, in_grace) = {
                 let cluster = self.cluster();
-                let mut vms = cluster.nodes.values().flatten().flat_map(|s| &s.vms);
-                vms.any(|v| v.job == job && v.state == "running")
+                let brief = cluster.jobs.iter().find(|j| j.id == job && j.state.is_on_nodes());
+                let host = brief.and_then(|j| j.batch_host.clone());
+                let status = host.and_then(|h| cluster.nodes.get(&h).cloned().flatten());
+                let runs = status
+                    .filter(|s| s.heard.elapsed() <= STALE)
+                    .is_some_and(|s| s.vms.iter().any(|v| v.job == job && v.state == "running"));
+                (runs, brief.is_some_and(JobBrief::in_grace))
             };
-            if notes.faults == 0 || !runs() {
-                continue;
-            }
-            if notes.last_try {
+            // A preemption is no fault of the node: Slurm must be able to requeue the job.
+            let gives_back = notes.last_try && (runs || in_grace);
+            if gives_back {
                 let update = JobUpdate {
                     requeue: Some(true),
                     ..JobUpdate::default()
@@ -99,8 +104,11 @@ impl Controller {
                     log::warn!("job {job}: cannot be made requeueable again: {e}");
                     continue;
                 }
+                self.notes().change(job, |n| n.last_try = false);
             }
-            self.notes().change(job, |n| (n.faults, n.last_try) = (0, false));
+            if runs {
+                self.notes().change(job, |n| n.faults = 0);
+            }
         }
     }
 }

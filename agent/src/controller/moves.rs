@@ -293,9 +293,14 @@ impl Driver<'_> {
             return Ok(None);
         }
         while let Some(way) = self.m.ways.first().copied() {
-            if self.job().is_none_or(|j| !j.brief.state.is_on_nodes()) {
+            let Some(info) = self.job().filter(|j| j.brief.state.is_on_nodes()) else {
                 self.drop_reservation();
                 return Ok(Some("the job ended before its VM moved".into()));
+            };
+            if info.brief.restarts != self.m.restarts {
+                // While the controller was away. The agent that makes the new run's VM has ended what waited for it elsewhere.
+                self.drop_reservation();
+                return Ok(Some("Slurm started the job over before its VM moved".into()));
             }
             match way {
                 // Each of its nodes would restore the same guest.
@@ -583,6 +588,8 @@ impl Driver<'_> {
             if clear {
                 self.m.req_nodes.clone_from(&info.req_nodes);
                 self.save();
+                let nodes = info.req_nodes.clone();
+                self.c.notes().change(self.m.job, |n| n.req_nodes = nodes);
             }
             let update = JobUpdate {
                 reservation: live.then(|| Some(Controller::reservation(self.m.job))),
@@ -663,11 +670,6 @@ impl Driver<'_> {
 
     fn landed(&mut self) -> Result<String, String> {
         self.drop_reservation();
-        if !self.m.req_nodes.is_empty() {
-            // Cannot be changed while the job runs: put back when it waits again.
-            let nodes = self.m.req_nodes.clone();
-            self.c.notes().change(self.m.job, |n| n.req_nodes = nodes);
-        }
         let to = self.m.to.clone().unwrap_or_default();
         Ok(format!("moved from {} to {to}, and runs there", self.m.from))
     }

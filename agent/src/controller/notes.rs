@@ -36,12 +36,16 @@ pub(super) struct Notes {
 }
 
 impl Notes {
-    /// Those of an earlier process. What cannot be read is lost with a line in the log: nothing but comfort hangs on it.
+    /// Those of an earlier process. A file that cannot be read is kept aside: by it a job can be made requeueable again.
     pub(super) fn load(files: Arc<dyn Files>, path: PathBuf) -> Self {
         let read = files.read(&path).and_then(|bytes| Ok(serde_json::from_slice(&bytes)?));
         let ledger = read.unwrap_or_else(|e| {
             if e.kind() != ErrorKind::NotFound {
-                log::error!("{}: {e}: begun anew", path.display());
+                let aside = path.with_extension("json.unreadable");
+                log::error!("{}: {e}: begun anew, the old one is {}", path.display(), aside.display());
+                if let Err(e) = files.read(&path).and_then(|bytes| files.write_durably(&aside, &bytes)) {
+                    log::error!("{}: {e}", aside.display());
+                }
             }
             Ledger::default()
         });

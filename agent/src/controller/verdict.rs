@@ -14,6 +14,8 @@ pub(super) fn complete(c: &Controller, view: &VmView) -> Option<String> {
     let Ok(Some(info)) = slurm.job(view.job) else {
         return Some(by_node.to_owned());
     };
+    // Under preempt/qos the grace time is the QOS's.
+    let by_partition = slurm.config().is_ok_and(|c| c.preempt_type == "preempt/partition_prio");
     let mode = slurm
         .partitions()
         .unwrap_or_default()
@@ -25,9 +27,9 @@ pub(super) fn complete(c: &Controller, view: &VmView) -> Option<String> {
     let on_nodes = info.brief.state.is_on_nodes();
     let facts = Facts {
         batch: info.brief.batch,
-        requeue: info.requeue,
+        requeue: info.requeue || c.notes().of(view.job).last_try,
         nodes: if on_nodes { info.brief.nodes.len() } else { 1 },
-        grace_s: mode.filter(|p| p.preempt_mode != "OFF").map(|p| p.grace_s),
+        grace_s: mode.filter(|p| by_partition && p.preempt_mode != "OFF").map(|p| p.grace_s),
         partition: &info.brief.partition,
         room: room || !on_nodes,
     };
@@ -39,7 +41,7 @@ struct Facts<'a> {
     batch: bool,
     requeue: bool,
     nodes: usize,
-    /// `None` where nothing preempts.
+    /// `None` where nothing preempts, or not by partition.
     grace_s: Option<u64>,
     partition: &'a str,
     /// Another node could take the VM now.

@@ -1,5 +1,9 @@
 //! What sets a move off: a job in its grace time, a node put into drain, somebody who asks.
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use slurm_vm_api::{query::VmView, spec::PreemptWay};
 
@@ -69,10 +73,15 @@ impl Controller {
         self.cluster().planning.insert(job);
         let controller = self.clone();
         let spawned = thread::Builder::new().name(format!("plan-{job}")).spawn(move || {
-            if let Err(why) = controller.plan(&j, from, cause, None, deadline_ms) {
+            let planned = controller.plan(&j, from, cause, None, deadline_ms);
+            let mut cluster = controller.cluster();
+            cluster.planning.remove(&job);
+            if let Err(why) = planned {
                 log::warn!("job {job}: its {cause} is left to Slurm for now: {why}");
+                if cause == "drain" {
+                    cluster.failed.insert(job, Instant::now());
+                }
             }
-            controller.cluster().planning.remove(&job);
         });
         if let Err(e) = spawned {
             log::error!("job {job}: no thread for its move: {e}");

@@ -128,17 +128,23 @@ fn requeue_special(job: u32, signals: Option<&Signals>) -> Result<Requeue, Slurm
     };
     let slurm = SlurmCommands::new(settings);
     let until = Instant::now() + REQUEUE_PATIENCE;
+    // The answer to an order may be lost, and the order carried out.
+    let mut ordered = false;
+    let ending = |ordered| if ordered { Requeue::Done } else { Requeue::Ending };
     loop {
         let asked = match slurm.job_state(job) {
-            Ok(state) if state.as_ref().is_some_and(JobState::is_on_nodes) => slurm.requeue_special(job).map(|()| Requeue::Done),
-            Ok(_) => Ok(Requeue::Ending),
+            Ok(state) if state.as_ref().is_some_and(JobState::is_on_nodes) => {
+                ordered = true;
+                slurm.requeue_special(job).map(|()| Requeue::Done)
+            }
+            Ok(_) => Ok(ending(ordered)),
             Err(e) => Err(e),
         };
         match asked {
             Err(e) if e.is_already_pending() => return Ok(Requeue::Done),
             Err(e) if e.is_transient() && Instant::now() < until => {
                 if wait_for_term(signals, REQUEUE_RETRY) {
-                    return Ok(Requeue::Ending);
+                    return Ok(ending(ordered));
                 }
             }
             other => return other,

@@ -21,6 +21,8 @@ const END_MS: u64 = 2_000;
 const SAVE_SPEED: u64 = 100 << 20;
 /// Downtime that a move begins with, in milliseconds.
 const FIRST_DOWNTIME_MS: u64 = 50;
+/// QEMU's own limit (`downtime-limit`), in milliseconds.
+const QEMU_DOWNTIME_MS: u64 = 300;
 /// Longest downtime that is allowed near the end, in milliseconds.
 const LAST_DOWNTIME_MS: u64 = 2_000;
 
@@ -69,14 +71,22 @@ struct Time {
 /// `downtime_ms`: allowed so far, `limit_ms`: by the site; 0 leaves it to QEMU.
 fn decide(p: &JobProgress, time: Option<Time>, downtime_ms: u64, limit_ms: u64) -> Step {
     let late = time.is_some_and(|t| t.left <= t.reserve);
-    if p.iteration < 2 || p.bandwidth_bytes_s == 0 {
-        return if late {
+    // What is left in this pass, at the speed so far. In the first pass nothing is known of what the guest writes.
+    let needs_ms = (p.bandwidth_bytes_s > 0).then(|| p.bytes_left * 1000 / p.bandwidth_bytes_s);
+    // A move that is nearly there is not given up for a way that takes longer.
+    let nearly = p.bytes_done > 0 && time.is_some_and(|t| needs_ms.is_some_and(|ms| ms < t.reserve / 8 && t.left > t.reserve / 2));
+    if late && p.bytes_done == 0 {
+        return Step::GiveUp("the time is up before the copying has begun".into());
+    }
+    let Some(needs_ms) = needs_ms.filter(|_| p.iteration >= 2) else {
+        return if late && !nearly {
             Step::GiveUp(format!("{} MiB are left and the time is up", p.bytes_left >> 20))
         } else {
             Step::GoOn
         };
-    }
-    if late {
+    };
+    let converges = p.dirty_rate_bytes_s < p.bandwidth_bytes_s / 2;
+    if late && !(nearly && converges) {
         return Step::GiveUp(format!(
             "it does not converge: the guest writes {} MiB/s, the line carries {} MiB/s, {} MiB are left",
             p.dirty_rate_bytes_s >> 20,
@@ -85,7 +95,6 @@ fn decide(p: &JobProgress, time: Option<Time>, downtime_ms: u64, limit_ms: u64) 
         ));
     }
     // The last set of dirty pages is what the guest stands still for.
-    let needs_ms = p.bytes_left * 1000 / p.bandwidth_bytes_s;
     let near = time.is_some_and(|t| t.left < t.reserve + LAST_DOWNTIME_MS * 2);
     if near && p.dirty_rate_bytes_s > p.bandwidth_bytes_s / 2 && needs_ms < LAST_DOWNTIME_MS && needs_ms > downtime_ms {
         return Step::Allow(needs_ms + 100);
@@ -108,7 +117,7 @@ impl Watch {
         let reserve = left(&node).map_or(0, |left| reserve_ms(&node, record).min(left / 2));
         let watch = move || {
             let limit = node.config.node.move_downtime_ms;
-            let mut downtime = first_downtime(limit).unwrap_or(0);
+            let mut downtime = first_downtime(limit).unwrap_or(QEMU_DOWNTIME_MS);
             while matches!(stopped.recv_timeout(WATCH), Err(RecvTimeoutError::Timeout)) {
                 let Ok(Some(p)) = node.world.hypervisor.job_progress(&domain) else {
                     continue;
@@ -152,6 +161,7 @@ mod tests {
             dirty_rate_bytes_s: dirty_mib << 20,
             bandwidth_bytes_s: line_mib << 20,
             bytes_left: left_mib << 20,
+            bytes_done: 1 << 20,
             ..JobProgress::default()
         }
     }
@@ -181,6 +191,24 @@ mod tests {
             panic!("it goes on")
         };
         assert_eq!(why, "100 MiB are left and the time is up");
+        let nothing = JobProgress {
+            bytes_done: 0,
+            ..progress(0, 0, 0, 0)
+        };
+        assert!(matches!(decide(&nothing, TIME(8_000), 300, 300), Step::GiveUp(why) if why.contains("has begun")));
+    }
+
+    #[test]
+    fn a_move_that_is_nearly_there_is_not_given_up_for_a_way_that_takes_longer() {
+        assert_eq!(decide(&progress(1, 0, 100, 20), TIME(7_000), 300, 300), Step::GoOn);
+        assert_eq!(decide(&progress(3, 10, 100, 20), TIME(7_000), 300, 300), Step::GoOn);
+        for (p, left) in [
+            (progress(3, 90, 100, 20), 7_000),
+            (progress(3, 10, 100, 200), 7_000),
+            (progress(3, 10, 100, 20), 3_000),
+        ] {
+            assert!(matches!(decide(&p, TIME(left), 300, 300), Step::GiveUp(_)), "{p:?}");
+        }
     }
 
     #[test]

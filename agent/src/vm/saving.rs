@@ -111,6 +111,7 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
 fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
     let memory = dir.join("memory");
     let mut bytes = node.world.disks.used_bytes(&memory);
+    let memory_bytes = bytes;
     let mut files = vec![memory];
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
         let saved = dir.join("overlay.qcow2");
@@ -138,7 +139,8 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         cause: cause.into(),
         outcome: "done".into(),
     };
-    node.saved_at(bytes, begun.elapsed());
+    // An overlay is only renamed.
+    node.saved_at(memory_bytes, begun.elapsed());
     saved.moves.push(done.clone());
     let image = node.config.images.get(&record.spec.image);
     let mut chain = Vec::new();

@@ -3,43 +3,63 @@
 //! That can only be when a live move has landed and Slurm started the job elsewhere, because nobody was there to steer
 //! it: the grace time ended while the controller was down. The landed VM waits for its job ([`Life::AwaitingJob`])
 //! until its own deadline. So before a VM is made for a job that has been restarted, the other nodes' agents are asked to
-//! end what waits there; a node that does not answer within [`WITHIN`] is left to that deadline.
+//! end what waits there; a node that does not answer is left to that deadline.
 use std::{sync::Arc, time::Duration};
 
 use crate::{
     cluster::{PeerReply, PeerRequest},
     core::Life,
     node::Node,
+    slurm::NodeInfo,
 };
 
-/// How long one agent may take. All are asked at the same time.
+/// For one question, beside the time that a connection takes.
 const WITHIN: Duration = Duration::from_secs(5);
+/// A VM that cannot be ended is asked about for so long; then the new one is made all the same.
+const PATIENCE_MS: u64 = 20_000;
+/// So many agents are asked at the same time.
+const AT_ONCE: usize = 32;
 
-/// Asks the agents of all other VM nodes; returns when all have answered or had their time.
+/// Asks the agents of all other VM nodes that are up; returns when all have answered or had their time.
 pub fn end_elsewhere(node: &Arc<Node>, job: u32) {
     let feature = &node.config.controller.feature;
-    let others = match node.world.slurm.nodes() {
+    let is_away = |n: &NodeInfo| {
+        ["DOWN", "NOT_RESPONDING", "POWERED_DOWN"]
+            .iter()
+            .any(|s| n.state.iter().any(|t| t == s))
+    };
+    let others: Vec<NodeInfo> = match node.world.slurm.nodes() {
         Ok(all) => all
             .into_iter()
-            .filter(|n| n.name != node.name && n.available_features.contains(feature)),
+            .filter(|n| n.name != node.name && n.available_features.contains(feature) && !is_away(n))
+            .collect(),
         Err(e) => {
             log::warn!("job {job}: Slurm does not name the nodes on which an earlier run may be left: {e}");
             return;
         }
     };
-    let asking: Vec<_> = others
-        .filter_map(|n| {
-            let peers = node.peers.clone();
-            let ask = move || match peers.request(&n.name, &n.address, &PeerRequest::Supersede { job }, WITHIN) {
-                Ok(PeerReply::Ok) => log::info!("job {job}: its VM waited on {}, and was ended there: it starts over here", n.name),
-                Ok(_) => {}
-                Err(e) => log::info!("job {job}: {} does not say whether it has a VM of an earlier run: {e}", n.name),
-            };
-            std::thread::Builder::new().name(format!("supersede-{job}")).spawn(ask).ok()
-        })
-        .collect();
-    for thread in asking {
-        let _ = thread.join();
+    for some in others.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            for other in some {
+                scope.spawn(move || ask(node, other, job));
+            }
+        });
+    }
+}
+
+fn ask(node: &Node, other: &NodeInfo, job: u32) {
+    let name = &other.name;
+    let until = node.world.clock.now_ms() + PATIENCE_MS;
+    loop {
+        match node.peers.request(name, &other.address, &PeerRequest::Supersede { job }, WITHIN) {
+            Ok(PeerReply::Refused(why)) if node.world.clock.now_ms() < until => {
+                log::info!("job {job}: {why}; waiting for its end");
+                node.world.clock.sleep(Duration::from_millis(200));
+            }
+            Ok(PeerReply::Refused(why)) => return log::error!("job {job}: starts over beside its last run: {why}"),
+            Ok(_) => return,
+            Err(e) => return log::info!("job {job}: {name} does not say whether it has a VM of an earlier run: {e}"),
+        }
     }
 }
 

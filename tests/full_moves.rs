@@ -164,7 +164,7 @@ fn preempted_while_it_is_saved_for_a_drain_it_is_saved_and_comes_back() {
     let m = Mover::new(&lab, "saving", 2);
     let count = Count {
         numbers: 150,
-        memory_mib: 1536,
+        memory_mib: 1024,
         rewrite_mib: 2,
     };
     let full = m.fill("n2");

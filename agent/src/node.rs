@@ -220,6 +220,7 @@ impl Node {
                 log::error!("cannot end {}: {e}", d.name);
             }
         }
+        vm::moving::clear_left_sockets(&self.config, &known);
     }
 
     /// An agent that died right after it had recorded a VM's end may have left something of it here.

@@ -175,6 +175,19 @@ fn remove_run_dir(config: &Config, domain: &str) {
     }
 }
 
+/// At the agent's start: removes the directories of sockets that no VM of the ledger has. A move does not outlive the agent
+/// that carries it, so nothing under `move` is of use any more.
+pub fn clear_left_sockets(config: &Config, known: &[String]) {
+    for (parent, keep) in [("move", &[][..]), ("vm", known)] {
+        for entry in fs::read_dir(config.run_dir.join(parent)).into_iter().flatten().flatten() {
+            let is_known = keep.iter().any(|k| entry.file_name().to_str() == Some(k));
+            if !is_known && let Err(e) = fs::remove_dir_all(entry.path()) {
+                log::warn!("{}: {e}", entry.path().display());
+            }
+        }
+    }
+}
+
 /// One line on how the move or save that is under way goes.
 #[must_use]
 pub fn progress_line(world: &World, domain: &str, life: &Life) -> String {

@@ -441,6 +441,9 @@ impl Owner {
                 self.send_guest(requests);
                 self.sync_programs();
             }
+            LinkEvent::Lost {
+                program, stream, start, ..
+            } => self.programs.lost_before(program, stream, start),
             LinkEvent::ProgramLost { program } => {
                 self.programs.lost(program);
                 self.sync_programs();

@@ -119,6 +119,21 @@ struct Output {
     pumped: u64,
 }
 
+impl Output {
+    /// The guest's ring begins there: what came before was acknowledged, so it was written (or kept) by an agent that died before it
+    /// could put that on record or hand it over. True if that is news.
+    fn skip_to(&mut self, start: u64) -> bool {
+        if start <= self.received {
+            return false;
+        }
+        self.received = start;
+        self.wrote = start;
+        self.pumped = start;
+        self.spool.clear();
+        true
+    }
+}
+
 #[derive(Debug)]
 struct Program {
     record: ProgramRecord,
@@ -392,6 +407,7 @@ impl Programs {
                 p.followed = true;
                 for s in &report.streams {
                     if let Some(i) = index(s.stream) {
+                        p.outputs[i].skip_to(s.start);
                         requests.push(ToGuest::Resume {
                             program: p.record.id,
                             stream: s.stream,
@@ -502,6 +518,16 @@ impl Programs {
         }
         self.progress(&mut requests);
         requests
+    }
+
+    /// The guest no longer has what was asked for: its ring begins at `start`.
+    pub fn lost_before(&mut self, program: u32, stream: guest::Stream, start: u64) {
+        let found = self.list.iter_mut().find(|p| p.record.id == program);
+        if let (Some(p), Some(i)) = (found, index(stream))
+            && p.outputs[i].skip_to(start)
+        {
+            log::warn!("program {program}: goes on at byte {start} of its output, all before it was acknowledged");
+        }
     }
 
     /// A program has ended.

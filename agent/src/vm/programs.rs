@@ -123,7 +123,7 @@ impl Output {
     /// The guest's ring begins there: what came before was acknowledged, so it was written (or kept) by an agent that died before it
     /// could put that on record or hand it over. True if that is news.
     fn skip_to(&mut self, start: u64) -> bool {
-        if start <= self.received {
+        if start <= self.received.max(self.spool.end()) {
             return false;
         }
         self.received = start;
@@ -815,5 +815,61 @@ fn start_spec(a: &Attach) -> guest::StartSpec {
             home: a.open.user.home.clone(),
             shell: a.open.user.shell.clone(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resumed_from(wrote: u64, kept: &[u8], ring_start: u64) -> (Vec<ToGuest>, u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let record = ProgramRecord {
+            id: 1,
+            key: "batch.0".into(),
+            merged: false,
+            terminal: false,
+            stdout: None,
+            stderr: None,
+            wrote: [wrote, 0],
+            ended: None,
+        };
+        let mut programs = Programs::new(&[record.clone()], dir.path().into(), 1 << 20, true);
+        programs.take_spool(1, 0, wrote, kept);
+        programs.adopt(&record);
+        let report = guest::ProgramReport {
+            program: 1,
+            state: guest::ProgramState::Running,
+            report: guest::StartReport::default(),
+            stdin_consumed: 0,
+            streams: vec![guest::StreamReport {
+                stream: guest::Stream::Stdout,
+                start: ring_start,
+                end: 1000,
+                eof: false,
+                ring_bytes: 4096,
+            }],
+        };
+        (programs.guest_up(&[report]), programs.records()[0].wrote[0])
+    }
+
+    fn resume(from: u64) -> ToGuest {
+        ToGuest::Resume {
+            program: 1,
+            stream: guest::Stream::Stdout,
+            from,
+        }
+    }
+
+    #[test]
+    fn output_goes_on_at_the_last_written_byte_or_where_the_guests_ring_begins() {
+        let (requests, wrote) = resumed_from(436, b"", 400);
+        assert!(requests.contains(&resume(436)) && wrote == 436, "{requests:?} {wrote}");
+        // An agent that died had acknowledged more than it put on record: all of that was written.
+        let (requests, wrote) = resumed_from(436, b"", 560);
+        assert!(requests.contains(&resume(560)) && wrote == 560, "{requests:?} {wrote}");
+        // What the last agent had kept for a shim is not skipped.
+        let (requests, wrote) = resumed_from(436, &[b'x'; 124], 560);
+        assert!(requests.contains(&resume(560)) && wrote == 436, "{requests:?} {wrote}");
     }
 }

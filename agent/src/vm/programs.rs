@@ -834,7 +834,7 @@ mod tests {
             wrote: [wrote, 0],
             ended: None,
         };
-        let mut programs = Programs::new(&[record.clone()], dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(std::slice::from_ref(&record), dir.path().into(), 1 << 20, true);
         programs.take_spool(1, 0, wrote, kept);
         programs.adopt(&record);
         let report = guest::ProgramReport {

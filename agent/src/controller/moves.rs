@@ -56,8 +56,6 @@ pub struct JobMove {
     pub limit_min: Option<u32>,
     /// What is left of it.
     pub left_min: Option<u32>,
-    /// Nodes that the user had demanded, cleared for the steering.
-    pub req_nodes: Vec<String>,
     /// Its priority before.
     #[serde(default)]
     pub priority: Option<u64>,
@@ -304,11 +302,11 @@ impl Driver<'_> {
             }
             match way {
                 // Each of its nodes would restore the same guest.
-                PreemptWay::Save if self.nodes() > 1 => self.note(format!(
+                PreemptWay::Save if info.brief.nodes.len() > 1 => self.note(format!(
                     "not saved: the job has {} nodes, only jobs of one node can move",
-                    self.nodes()
+                    info.brief.nodes.len()
                 )),
-                PreemptWay::Live => match self.live() {
+                PreemptWay::Live => match self.live(&info) {
                     Ok(done) => {
                         self.m.done = Some(done);
                         self.step(Step::Moved);
@@ -373,11 +371,6 @@ impl Driver<'_> {
         Err(format!("its VM stays on {}{}", self.m.from, self.because()))
     }
 
-    /// How many nodes the job has.
-    fn nodes(&self) -> usize {
-        self.job().map_or(0, |j| j.brief.nodes.len())
-    }
-
     fn because(&self) -> String {
         if self.m.notes.is_empty() {
             String::new()
@@ -394,14 +387,13 @@ impl Driver<'_> {
     }
 
     /// Reserve, then move; both as long as there is time.
-    fn live(&mut self) -> Result<MoveView, String> {
-        let info = self.job().ok_or("the job has ended")?;
+    fn live(&mut self, info: &JobInfo) -> Result<MoveView, String> {
         let give_up = self
             .m
             .deadline_ms
             .map(|d| d.saturating_sub(self.m.reserve_ms.min(d.saturating_sub(self.now_ms()) / 2)));
         let to = loop {
-            match destination::reserve(self.c, &self.m, &info) {
+            match destination::reserve(self.c, &self.m, info) {
                 Ok(to) => break to,
                 Err(why) if why.wait && give_up.is_some_and(|t| self.now_ms() < t) && self.c.cluster().moves.len() > 1 => self.sleep(),
                 Err(why) => return Err(why.text),
@@ -586,8 +578,6 @@ impl Driver<'_> {
             let live = self.m.to.is_some();
             let clear = live && !info.req_nodes.is_empty();
             if clear {
-                self.m.req_nodes.clone_from(&info.req_nodes);
-                self.save();
                 let nodes = info.req_nodes.clone();
                 self.c.notes().change(self.m.job, |n| n.req_nodes = nodes);
             }

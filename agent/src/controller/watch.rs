@@ -175,7 +175,6 @@ impl Controller {
             reserve_ms,
             limit_min: None,
             left_min: None,
-            req_nodes: vec![],
             priority: Some(j.priority).filter(|p| *p > 0),
             restarts: j.restarts,
             notes: vec![],

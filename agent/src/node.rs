@@ -20,7 +20,7 @@ use slurm_vm_api::{
 use crate::{
     cluster::Peers,
     config::{Config, DomainTypeChoice},
-    core::{End, Life, Record, record::RECORD_VERSION, record::domain_name},
+    core::{End, Life, Record, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
     vm::{self, Attach, Birth, Request, view},
@@ -352,28 +352,18 @@ impl Node {
             return Birth::Expected(record);
         }
         Birth::New(Record {
-            v: RECORD_VERSION,
-            cluster: self.config.cluster.clone(),
-            node: self.name.clone(),
-            job,
-            k: 0,
-            user,
-            spec: VmSpec {
-                boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)),
-                ..spec
-            },
             run,
-            generation: 1,
-            life: Life::Preparing,
-            allocation: None,
-            plan: None,
-            programs: vec![],
-            moves: vec![],
             created_ms: now,
-            up_ms: None,
-            ended_ms: None,
-            boot_id: None,
-            await_until_ms: None,
+            ..Record::new(
+                self.config.cluster.clone(),
+                self.name.clone(),
+                job,
+                user,
+                VmSpec {
+                    boot_timeout_s: spec.boot_timeout_s.or(Some(self.config.node.boot_timeout_s)),
+                    ..spec
+                },
+            )
         })
     }
 

@@ -6,7 +6,7 @@ use slurm_vm_api::{guest::PORT_NAME, spec::VmSpec};
 
 use crate::{
     config::Config,
-    core::{Life, Plan, Record, record::RECORD_VERSION},
+    core::{Plan, Record},
     effects::{World, store::write_durably},
     guest::{GuestLink, LinkConfig, LinkEvent, UnixTransport},
     hypervisor::{Boot, Channel, CpuModel, DomainSpec, DomainType},
@@ -51,18 +51,11 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
         .iter()
         .find(|(_, i)| i.kernel.is_some())
         .ok_or("no image of the catalogue has a kernel to probe KVM with")?;
+    let user = slurm_vm_api::session::UserEntry::default();
+    let spec = VmSpec::for_image(name).map_err(|e| e.to_string())?;
     let record = Record {
-        v: RECORD_VERSION,
-        cluster: config.cluster.clone(),
-        node: config.node(),
-        job: 0,
-        k: 0,
-        user: slurm_vm_api::session::UserEntry::default(),
-        spec: VmSpec::for_image(name).map_err(|e| e.to_string())?,
         run: 0,
         generation: 0,
-        life: Life::Preparing,
-        allocation: None,
         plan: Some(Plan {
             vcpus: 1,
             mem_mib: PROBE_MIB.max(image.min_mem_mib),
@@ -72,13 +65,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             layers: vec![],
             base_sha256: None,
         }),
-        programs: vec![],
-        moves: vec![],
-        created_ms: 0,
-        up_ms: None,
-        ended_ms: None,
-        boot_id: None,
-        await_until_ms: None,
+        ..Record::new(config.cluster.clone(), config.node(), 0, user, spec)
     };
     let domain = record.domain();
     moving::make_run_dir(config, &domain)?;

@@ -1,6 +1,6 @@
 //! Slurm's side of a job on the nodes: prolog, shim and epilog, and what the agent's registry does with them.
 use slurm_vm::{
-    core::{End, Event, Life, Record, Vm, record::RECORD_VERSION},
+    core::{End, Event, Life, Record, Vm},
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
 };
@@ -110,38 +110,24 @@ impl Cluster {
     }
 
     pub fn record(&self, node: &str, job: u32, run: u64) -> Record {
+        let user = UserEntry {
+            name: "alice".into(),
+            uid: 2001,
+            gid: 2001,
+            home: "/home/alice".into(),
+            shell: "/bin/sh".into(),
+        };
+        let spec = VmSpec {
+            image: "tiny".into(),
+            cpus: None,
+            mem_mib: None,
+            boot_timeout_s: Some(60),
+            preempt: None,
+        };
         Record {
-            v: RECORD_VERSION,
-            cluster: "fake".into(),
-            node: node.into(),
-            job,
-            k: 0,
-            user: UserEntry {
-                name: "alice".into(),
-                uid: 2001,
-                gid: 2001,
-                home: "/home/alice".into(),
-                shell: "/bin/sh".into(),
-            },
-            spec: VmSpec {
-                image: "tiny".into(),
-                cpus: None,
-                mem_mib: None,
-                boot_timeout_s: Some(60),
-                preempt: None,
-            },
             run,
-            generation: 1,
-            life: Life::Preparing,
-            allocation: None,
-            plan: None,
-            programs: vec![],
-            moves: vec![],
             created_ms: self.now,
-            up_ms: None,
-            ended_ms: None,
-            boot_id: None,
-            await_until_ms: None,
+            ..Record::new("fake".into(), node.into(), job, user, spec)
         }
     }
 

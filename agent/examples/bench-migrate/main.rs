@@ -172,27 +172,7 @@ impl Bench {
     }
 
     fn record(&self) -> Record {
-        Record {
-            v: slurm_vm::core::record::RECORD_VERSION,
-            cluster: self.node.config.cluster.clone(),
-            node: "n1".into(),
-            job: self.job,
-            k: 0,
-            user: Self::user(),
-            spec: Self::spec(),
-            run: 1,
-            generation: 1,
-            life: Life::Preparing,
-            allocation: None,
-            plan: None,
-            programs: vec![],
-            moves: vec![],
-            created_ms: 0,
-            up_ms: None,
-            ended_ms: None,
-            boot_id: None,
-            await_until_ms: None,
-        }
+        Record::new(self.node.config.cluster.clone(), "n1".into(), self.job, Self::user(), Self::spec())
     }
 
     /// What the agent does by itself where it takes a VM in.

@@ -16,7 +16,7 @@ use serde_json::json;
 use slurm_vm::{
     cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
     config::Config,
-    core::{Allocation, Life, Plan, Record},
+    core::{Allocation, Plan, Record},
     effects::{Base, DiskError, Disks, Faults, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
     hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
     node::Node,
@@ -261,27 +261,13 @@ impl Bench {
 
     /// The record of a job as it is when its domain is about to be started; overlay and directories are made.
     fn prepared(&self, job: u32) -> Result<Record, String> {
-        let mut record = Record {
-            v: slurm_vm::core::record::RECORD_VERSION,
-            cluster: self.node.config.cluster.clone(),
-            node: self.node.name.clone(),
+        let mut record = Record::new(
+            self.node.config.cluster.clone(),
+            self.node.name.clone(),
             job,
-            k: 0,
-            user: Self::user(),
-            spec: self.spec(),
-            run: 1,
-            generation: 1,
-            life: Life::Preparing,
-            allocation: None,
-            plan: None,
-            programs: vec![],
-            moves: vec![],
-            created_ms: 0,
-            up_ms: None,
-            ended_ms: None,
-            boot_id: None,
-            await_until_ms: None,
-        };
+            Self::user(),
+            self.spec(),
+        );
         let world = &self.node.world;
         world.store.put(&record).map_err(|e| e.to_string())?;
         let (allocation, plan): (Allocation, Plan) = prepare::allotted(world, &record.node, record.job)

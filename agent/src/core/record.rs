@@ -294,6 +294,32 @@ impl Life {
 }
 
 impl Record {
+    /// A VM's record at its beginning: the first run, nothing prepared yet, made at time 0.
+    #[must_use]
+    pub fn new(cluster: String, node: String, job: u32, user: UserEntry, spec: VmSpec) -> Self {
+        Self {
+            v: RECORD_VERSION,
+            cluster,
+            node,
+            job,
+            k: 0,
+            user,
+            spec,
+            run: 1,
+            generation: 1,
+            life: Life::Preparing,
+            allocation: None,
+            plan: None,
+            programs: vec![],
+            moves: vec![],
+            created_ms: 0,
+            up_ms: None,
+            ended_ms: None,
+            boot_id: None,
+            await_until_ms: None,
+        }
+    }
+
     /// Reads a record of this version or the one before.
     ///
     /// # Errors

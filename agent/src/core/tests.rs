@@ -1,44 +1,31 @@
 //! The core's transitions: every state against every event, and the important paths one by one.
 use slurm_vm_api::{query::MoveView, session::UserEntry, spec::VmSpec};
 
-use super::{record::RECORD_VERSION, *};
+use super::*;
 
 const NOW: u64 = 1_000_000;
 const AWAIT: u64 = 60_000;
 
 fn record(life: Life) -> Record {
+    let user = UserEntry {
+        name: "alice".into(),
+        uid: 2001,
+        gid: 2001,
+        home: "/".into(),
+        shell: "/bin/sh".into(),
+    };
+    let spec = VmSpec {
+        image: "tiny".into(),
+        cpus: None,
+        mem_mib: None,
+        boot_timeout_s: Some(60),
+        preempt: None,
+    };
     Record {
-        v: RECORD_VERSION,
-        cluster: "c".into(),
-        node: "n1".into(),
-        job: 7,
-        k: 0,
-        user: UserEntry {
-            name: "alice".into(),
-            uid: 2001,
-            gid: 2001,
-            home: "/".into(),
-            shell: "/bin/sh".into(),
-        },
-        spec: VmSpec {
-            image: "tiny".into(),
-            cpus: None,
-            mem_mib: None,
-            boot_timeout_s: Some(60),
-            preempt: None,
-        },
-        run: 1,
-        generation: 1,
         life,
-        allocation: None,
-        plan: None,
-        programs: vec![],
-        moves: vec![],
         created_ms: NOW,
-        up_ms: None,
-        ended_ms: None,
         boot_id: Some("boot".into()),
-        await_until_ms: None,
+        ..Record::new("c".into(), "n1".into(), 7, user, spec)
     }
 }
 

@@ -4,7 +4,7 @@ mod common;
 use std::time::Instant;
 
 use common::moves::{Count, Mover, OneCopy, lab};
-use xtask::Options;
+use xtask::{Options, proc::text_of};
 
 const GRACE: u32 = 30;
 
@@ -96,6 +96,20 @@ fn a_move_by_hand_tells_how_it_goes_and_leaves_the_job_as_it_was() {
     let count = Count::to(120);
     let job = m.count(count, "out", "-w n1 --comment='my words' --time=30");
     m.wait_lines("out", 10);
+    // Its first core is another's on n2: the VM must not stay on the one that it had on n1.
+    let other = m.t.submit("-w n2 -n1 --mem=100 -o /dev/null --wrap 'sleep 600'");
+    m.t.wait_state(other, "RUNNING");
+    let pinned_to = |node: &str, cpu: &str| {
+        let domain = format!("slurm-{job}-0");
+        let mut seen = String::new();
+        common::wait_with("the VM's CPU", &mut seen, |seen| {
+            let text = text_of(&lab.node(node, &["virsh", "-q", "vcpupin", &domain]));
+            *seen = text.split_whitespace().last().unwrap_or_default().to_owned();
+            seen == cpu
+        });
+        seen
+    };
+    assert_eq!(pinned_to("n1", "0"), "0");
     let before = m.t.job(job);
     let said = m.t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
@@ -114,9 +128,11 @@ fn a_move_by_hand_tells_how_it_goes_and_leaves_the_job_as_it_was() {
     for field in ["Comment", "Priority", "TimeLimit", "Partition", "ExcNodeList"] {
         assert_eq!(before.get(field), after.get(field), "{field}");
     }
+    assert_eq!(pinned_to("n2", "1"), "1");
     m.completed(job, 1);
     m.check("out", count.numbers);
     assert_eq!(m.ways(job), ["live"]);
+    m.give_back(other);
     m.nothing_left();
     lab.down().expect("down");
 }

@@ -341,6 +341,7 @@ impl Node {
             let mut record = saved;
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
+            record.allocation = None;
             record.generation += 1;
             let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {

@@ -117,6 +117,8 @@ pub fn kind(event: &Event) -> &'static str {
         Event::Restored(Ok(_)) => "restored",
         Event::Restored(Err(_)) => "restore-failed",
         Event::Resumed(_) => "resumed",
+        Event::Pinned(Ok(_)) => "pinned",
+        Event::Pinned(Err(_)) => "pin-failed",
         Event::GiveUp => "give-up",
     }
 }

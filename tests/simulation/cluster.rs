@@ -147,6 +147,7 @@ pub enum Act {
     Save { at: PathBuf, record: Box<Record> },
     Restore { from: PathBuf },
     Resume,
+    Pin,
     AskOwner,
     AskDomain,
     AskJob,
@@ -813,6 +814,7 @@ pub fn allocation(record: &Record) -> (Allocation, Plan) {
     (
         Allocation {
             cores: vec![0],
+            pinned: vec![0],
             mem_mib: Some(512),
         },
         Plan {

@@ -37,6 +37,7 @@ impl Cluster {
             Effect::StartDomain => self.soon(later(Act::Start)),
             Effect::Destroy => self.soon(later(Act::Destroy)),
             Effect::ResumeDomain => self.soon(later(Act::Resume)),
+            Effect::Pin => self.soon(later(Act::Pin)),
             Effect::AskOwner => self.soon(later(Act::AskOwner)),
             Effect::AskDomain => self.soon(later(Act::AskDomain)),
             Effect::AskJob => self.soon(later(Act::AskJob)),
@@ -256,6 +257,11 @@ impl Cluster {
                     done => Event::Resumed(done.map_err(words)),
                 };
                 self.tell(node, epoch, job, event);
+            }
+            Act::Pin => {
+                let given = allocation(&record).0;
+                let done = hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words);
+                self.tell(node, epoch, job, Event::Pinned(done));
             }
             Act::AskDomain => {
                 let here = hypervisor.info(&name).ok().map(|d| d.is_some());

@@ -16,7 +16,7 @@ use slurm_vm::{
     config::Config,
     core::{Life, Record, record::domain_name},
     effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
-    hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
+    hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor, repoint},
     node::Node,
     peer::Role,
     slurm::{FakeJob, FakeSlurm},
@@ -229,9 +229,16 @@ impl Bench {
                 let hypervisor = &self.node.world.hypervisor;
                 hypervisor.migrate_tune(&self.domain(), Some(ms), None).map_err(text)?;
             }
+            // And the same XML at the destination, which is not pinned to the source's CPUs.
+            let there = self.node.config.run_dir.join("there.xml");
+            let xml = self.node.world.hypervisor.live_xml(&self.domain()).map_err(text)?;
+            let xml = repoint(&xml, &[], None).map_err(text)?;
+            std::fs::write(&there, xml).map_err(|e| format!("cannot write {}: {e}", there.display()))?;
             let mut command = Command::new("virsh");
-            command.args(["-q", "-c", &self.node.config.hypervisor.uri, "migrate", "--live", "--p2p"]);
-            command.args(["--migrateuri", &format!("tcp://{address}"), &self.domain(), uri]);
+            command.args(["-q", "-c", &self.node.config.hypervisor.uri, "migrate", "--live", "--p2p", "--xml"]);
+            command
+                .arg(&there)
+                .args(["--migrateuri", &format!("tcp://{address}"), &self.domain(), uri]);
             command.stdin(Stdio::null());
             let begin = Instant::now();
             let output = command.output().map_err(text)?;

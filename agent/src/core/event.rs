@@ -129,6 +129,8 @@ pub enum Event {
     Restored(Result<Box<MoveView>, String>),
     /// [`Effect::ResumeDomain`] ended. A domain that is no longer there is [`Event::DomainEnded`] instead.
     Resumed(Result<(), String>),
+    /// [`Effect::Pin`] ended, with what Slurm has allocated.
+    Pinned(Result<Allocation, String>),
     /// Stop the VM so that the job can start over elsewhere.
     GiveUp,
 }
@@ -191,6 +193,8 @@ pub enum Effect {
     Restore,
     /// Set the guest's clock.
     SetClock,
+    /// Read the allocation and pin the domain to it: [`Event::Pinned`].
+    Pin,
 }
 
 /// What sessions (shims) are told.

@@ -4,7 +4,7 @@
 //! changes nothing: an effect's event counts only while that effect is under way ([`Vm::busy`]).
 use super::{
     event::{Effect, Event, SessionNews, Whereabouts},
-    machine::{Busy, DESTROY_ATTEMPTS, HAND_OVER_ATTEMPTS, RETRY_MOST_MS, RETRY_MS, UNKNOWN_MS, Vm},
+    machine::{Busy, DESTROY_ATTEMPTS, HAND_OVER_ATTEMPTS, Pinning, RETRY_MOST_MS, RETRY_MS, UNKNOWN_MS, Vm},
     record::{End, LeavingStage, Life},
 };
 
@@ -32,6 +32,7 @@ impl Vm {
                     });
                     self.record.allocation = Some(allocation);
                     self.record.plan = Some(plan);
+                    self.pinning = Pinning::Done;
                     vec![
                         Do::Persist,
                         Do::Journal(line.clone()),
@@ -136,6 +137,7 @@ impl Vm {
             }
             (Life::AwaitingJob { .. }, Event::JobHere { run }) => {
                 self.record.run = run;
+                self.pinning = Pinning::NOW;
                 self.record.await_until_ms = None;
                 let mut effects = self.go_on(format!("run {run}: the job is back with its VM"));
                 effects.extend(self.open_guest());
@@ -155,11 +157,19 @@ impl Vm {
                 | Life::Saving { .. },
                 Event::JobHere { run },
             ) => {
+                if self.record.run != run {
+                    self.pinning = Pinning::NOW;
+                }
                 self.record.run = run;
                 self.job_unsure = false;
                 // A move that fails from here on leaves the VM where its job is.
                 self.record.await_until_ms = None;
                 vec![Do::Persist]
+            }
+            (Life::Running | Life::Leaving { .. } | Life::Saving { .. }, Event::Pinned(done)) => self.pinned(now_ms, done),
+            (_, Event::Pinned(_)) => {
+                self.pinning = Pinning::NOW;
+                vec![]
             }
             // The prolog may have been missed: Slurm has the last word.
             (Life::AwaitingJob { deadline_ms }, Event::Tick) if now_ms >= deadline_ms.max(self.retry_at_ms) && !self.asking => {
@@ -498,7 +508,9 @@ impl Vm {
             (Life::Stopping { .. }, Event::Tick) if self.busy.is_none() && now_ms >= self.retry_at_ms => vec![self.begin(Busy::Destroy)],
             (Life::Gone { .. } | Life::Saved { .. } | Life::Stopped { .. }, Event::Release) => vec![Do::AnswerRelease(Ok(()))],
 
-            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::Tick) => self.look(now_ms).into_iter().collect(),
+            (Life::Booting { .. } | Life::Running | Life::AwaitingJob { .. }, Event::Tick) => {
+                self.look(now_ms).into_iter().chain(self.pin(now_ms)).collect()
+            }
             (Life::Booting { .. } | Life::Running, Event::JobIs(here)) if self.asking => {
                 self.asking = false;
                 self.job_unsure &= here.is_none();

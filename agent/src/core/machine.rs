@@ -3,7 +3,7 @@ use slurm_vm_api::query::MoveView;
 
 use super::{
     event::{Effect, SessionNews},
-    record::{End, LeavingStage, Life, ProgramRecord, Record},
+    record::{Allocation, End, LeavingStage, Life, ProgramRecord, Record},
     recovery::Unclear,
 };
 
@@ -45,8 +45,29 @@ pub struct Vm {
     pub(super) offsets_pending: bool,
     /// A deadline from before a restart of the agent counts anew.
     pub(super) deadline_is_old: bool,
+    /// Whether the domain is pinned to what Slurm gave its job here.
+    pub(super) pinning: Pinning,
     /// What has to be known before a recovered VM may go on.
     pub(super) unclear: Option<Unclear>,
+}
+
+/// Whether a domain is pinned to the CPUs that Slurm gave its job on this node. One that begins here is from its start. Another node's CPUs mean nothing here,
+/// and which ones the job has here is known only once it runs here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pinning {
+    Done,
+    /// `told`: the log has why it failed.
+    Due {
+        at_ms: u64,
+        told: bool,
+    },
+    UnderWay {
+        told: bool,
+    },
+}
+
+impl Pinning {
+    pub(super) const NOW: Self = Self::Due { at_ms: 0, told: false };
 }
 
 /// The effects that take long and end in an event.
@@ -103,6 +124,7 @@ impl Vm {
             job_here: false,
             offsets_pending: false,
             deadline_is_old: false,
+            pinning: Pinning::NOW,
             unclear: None,
         }
     }
@@ -215,6 +237,49 @@ impl Vm {
             effects.push(self.ask(Effect::AskDomain));
         }
         effects
+    }
+
+    /// Pinning, if it is time.
+    pub(super) fn pin(&mut self, now_ms: u64) -> Option<Effect> {
+        match self.pinning {
+            Pinning::Due { at_ms, told } if self.record.life == Life::Running && now_ms >= at_ms => {
+                self.pinning = Pinning::UnderWay { told };
+                Some(Effect::Pin)
+            }
+            _ => None,
+        }
+    }
+
+    /// What pinning came to. The guest goes on when it failed: a guest on the wrong CPUs is slower, and none is worse.
+    pub(super) fn pinned(&mut self, now_ms: u64, done: Result<Allocation, String>) -> Vec<Effect> {
+        let Pinning::UnderWay { told } = self.pinning else { return vec![] };
+        match done {
+            Ok(allocation) => {
+                self.pinning = Pinning::Done;
+                if self.record.allocation.as_ref() == Some(&allocation) {
+                    return vec![];
+                }
+                let line = if allocation.pinned.is_empty() {
+                    "not pinned: this host has other CPUs than Slurm allocates".to_owned()
+                } else {
+                    let cpus: Vec<String> = allocation.pinned.iter().map(u32::to_string).collect();
+                    format!("pinned to CPU {}", cpus.join(","))
+                };
+                self.record.allocation = Some(allocation);
+                vec![Effect::Persist, Effect::Journal(line)]
+            }
+            Err(why) => {
+                self.pinning = Pinning::Due {
+                    at_ms: now_ms + LOOK_MS,
+                    told: true,
+                };
+                if told {
+                    vec![]
+                } else {
+                    vec![Effect::Journal(format!("cannot pin the guest to its CPUs, trying again: {why}"))]
+                }
+            }
+        }
     }
 
     /// What is to be asked of libvirt or Slurm about a VM that should run, if it is time.

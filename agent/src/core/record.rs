@@ -67,8 +67,12 @@ pub struct Record {
 /// What Slurm gave the job on one node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allocation {
-    /// Host cores by Slurm's (abstract) numbering.
+    /// CPUs by Slurm's (abstract) numbering.
     pub cores: Vec<u32>,
+    /// The same by the kernel's, which the domain is pinned to; empty where nothing is pinned, because Slurm was told of
+    /// CPUs that the host does not have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pinned: Vec<u32>,
     /// Memory in MiB; `None` where Slurm does not track memory.
     pub mem_mib: Option<u64>,
 }

@@ -39,13 +39,15 @@ fn prepared() -> Event {
         layers: vec![],
         base_sha256: None,
     };
-    Event::Prepared(Ok((
-        Allocation {
-            cores: vec![0],
-            mem_mib: None,
-        },
-        plan,
-    )))
+    Event::Prepared(Ok((given(0), plan)))
+}
+
+fn given(cpu: u32) -> Allocation {
+    Allocation {
+        cores: vec![cpu],
+        pinned: vec![cpu],
+        mem_mib: None,
+    }
 }
 
 fn moved() -> Box<MoveView> {
@@ -228,6 +230,8 @@ fn events() -> Vec<Event> {
         Event::Restored(Err(why())),
         Event::Resumed(Ok(())),
         Event::Resumed(Err(why())),
+        Event::Pinned(Ok(given(1))),
+        Event::Pinned(Err(why())),
         Event::GiveUp,
     ]
 }
@@ -639,4 +643,31 @@ fn an_old_boot_deadline_counts_anew_after_a_restart() {
     let told = Told::begin(Vm::recovered(record(Life::Booting { deadline_ms: 1 }), Some(true), Some(true))).after(1_000);
     assert!(told.is("booting"));
     assert!(told.after(61_000).is("stopping"));
+}
+
+#[test]
+fn a_vm_that_came_is_pinned_to_what_its_job_has_here_once_the_job_is_here() {
+    let awaiting = arriving().then(Event::Arrived).after(10_000);
+    assert!(
+        awaiting.is("awaiting-job") && !awaiting.all.contains(&Effect::Pin),
+        "{:?}",
+        awaiting.all
+    );
+    let running = awaiting.then(Event::JobHere { run: 2 }).after(500);
+    assert!(running.is("running") && running.did(&Effect::Pin), "{:?}", running.last);
+    assert!(!running.clone().after(60_000).did(&Effect::Pin), "asked twice at a time");
+    let pinned = running.clone().then(Event::Pinned(Ok(given(1))));
+    assert_eq!(pinned.vm.record.allocation, Some(given(1)));
+    assert!(pinned.did(&Effect::Persist) && pinned.did(&Effect::Journal("pinned to CPU 1".into())));
+    assert!(!pinned.after(60_000).did(&Effect::Pin));
+    let failed = running.then(Event::Pinned(Err("no answer".into())));
+    assert_eq!(failed.last.len(), 1, "told once: {:?}", failed.last);
+    let again = failed.after(60_000);
+    assert!(again.did(&Effect::Pin));
+    assert!(again.then(Event::Pinned(Err("no answer".into()))).last.is_empty());
+}
+
+#[test]
+fn a_vm_that_begins_here_is_pinned_by_its_start_and_not_asked_for_again() {
+    assert!(!running().after(500).after(60_000).all.contains(&Effect::Pin));
 }

@@ -40,6 +40,7 @@ pub enum Op {
     Destroy,
     List,
     Info,
+    Pin,
     SetMetadata,
     Migrate,
     /// The destination's part of a migration: ordered at the destination, seen by the source.
@@ -611,6 +612,13 @@ impl Hypervisor for FakeHypervisor {
     fn info(&self, name: &str) -> Result<Option<DomainInfo>> {
         self.call(Op::Info, Some(name), |inner, node| {
             Ok(guest(inner, node, name).ok().map(|g| info(g)))
+        })
+    }
+
+    fn pin(&self, name: &str, cpuset: &[u32]) -> Result<()> {
+        self.change(Op::Pin, name, |g| {
+            g.spec.cpuset = cpuset.to_vec();
+            None
         })
     }
 

@@ -142,6 +142,9 @@ pub trait Hypervisor: Send + Sync + std::fmt::Debug {
     /// One domain; `None` when there is none with our metadata.
     fn info(&self, name: &str) -> Result<Option<DomainInfo>>;
 
+    /// Pins a running domain as [`DomainSpec::cpuset`] says. Where there is nothing to pin to, nothing is done.
+    fn pin(&self, name: &str, cpuset: &[u32]) -> Result<()>;
+
     /// Replaces our metadata of a domain.
     fn set_metadata(&self, name: &str, metadata: &DomainMetadata) -> Result<()>;
 

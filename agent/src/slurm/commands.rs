@@ -273,6 +273,14 @@ impl Slurm for SlurmCommands {
         parse_admin::nodes(&self.scontrol(&["--all", "--oneliner", "show", "node"])?)
     }
 
+    fn node(&self, node: &str) -> Result<NodeInfo, SlurmError> {
+        let text = self.scontrol(&["--oneliner", "show", "node", name("node", node)?])?;
+        parse_admin::nodes(&text)?
+            .into_iter()
+            .find(|n| n.name == node)
+            .ok_or_else(|| SlurmError::parse("NodeName", &text))
+    }
+
     fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError> {
         let (node, features) = (name("node", node)?, names("feature", features)?);
         self.scontrol(&["update", &format!("NodeName={node}"), &format!("ActiveFeatures={features}")])

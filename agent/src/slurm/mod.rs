@@ -11,6 +11,7 @@
 //! Callers: the controller role's main loop and the agent's prolog handler, on their own threads; every call blocks for at most the deadline.
 
 mod commands;
+mod cpus;
 mod error;
 mod fake;
 mod hostlist;
@@ -23,6 +24,7 @@ mod types;
 mod tests;
 
 pub use commands::{SlurmCommands, SlurmSettings};
+pub use cpus::{HostCpus, SYSFS};
 pub use error::SlurmError;
 pub use fake::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, FakeSlurm, Fault};
 pub use hostlist::{expand_hosts, expand_numbers};
@@ -43,6 +45,9 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
 
     /// All nodes.
     fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError>;
+
+    /// One node. That Slurm does not know it is an error.
+    fn node(&self, name: &str) -> Result<NodeInfo, SlurmError>;
 
     /// Sets what features a node offers now. Must be a part of its available features. Running jobs are left alone; the list is lost at a reconfigure.
     fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError>;

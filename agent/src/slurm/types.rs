@@ -204,6 +204,8 @@ pub struct NodeInfo {
     pub cpus_alloc: u32,
     /// CPUs that jobs can have.
     pub cpus_total: u32,
+    /// ThreadsPerCore.
+    pub threads_per_core: u32,
     /// Memory promised to jobs.
     pub mem_alloc_mib: u64,
     /// Memory of the node.

@@ -351,6 +351,8 @@ pub fn import(
         return Err(format!("the VM is {} at the source", from_record.name()));
     }
     record.node.clone_from(&node.name);
+    // What it has here is known when its job runs here.
+    record.allocation = None;
     let domain = record.domain();
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
     let mut disk = None;

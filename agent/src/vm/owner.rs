@@ -676,6 +676,17 @@ impl Owner {
                 });
                 let _ = tx.send(Request::Core(Event::Restored(done)));
             }),
+            Effect::Pin => worker(job, "pin", move || {
+                let pin = |given: prepare::Allotted| {
+                    let done = node.world.hypervisor.pin(&domain, &given.allocation.pinned);
+                    done.map(|()| given.allocation).map_err(|e| e.to_string())
+                };
+                let done = match prepare::allotted(&node.world, &record.node, job) {
+                    Ok(given) => pin(given),
+                    Err(Failure::Request(why) | Failure::Node(why)) => Err(why),
+                };
+                let _ = tx.send(Request::Core(Event::Pinned(done)));
+            }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
                 if let Some((link, _)) = &self.link {

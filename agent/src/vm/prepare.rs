@@ -8,7 +8,7 @@ use crate::{
     core::{Allocation, Failure, Plan, Record},
     effects::{DiskError, World},
     hypervisor::{Boot, Channel, CpuModel, Disk, DiskCache, DiskFormat, DomainMetadata, DomainSpec, DomainType},
-    slurm::SlurmError,
+    slurm::{HostCpus, SYSFS, SlurmError},
 };
 
 /// Name of the guest helper's virtio-serial port.
@@ -141,9 +141,12 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allotted, Failure
         .iter()
         .find(|a| a.node == node)
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
+    let pinned = kernel_cpus(world, node, &here.cpus)
+        .map_err(|e| Failure::Node(format!("cannot ask Slurm how many threads a core of {node} has: {e}")))?;
     Ok(Allotted {
         allocation: Allocation {
             cores: here.cpus.clone(),
+            pinned,
             mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
         },
         restarts: info.brief.restarts,
@@ -210,7 +213,7 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         },
         machine: None,
         vcpus: plan.vcpus,
-        cpuset: host_cores(record.allocation.as_ref().map_or(&[], |a| a.cores.as_slice())),
+        cpuset: record.allocation.as_ref().map(|a| a.pinned.clone()).unwrap_or_default(),
         mem_mib: plan.mem_mib,
         hard_limit_mib: None,
         cpu: if config.hypervisor.cpu_model.is_empty() {
@@ -229,15 +232,17 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
     })
 }
 
-/// Allocated cores that the host really has: a node may declare more CPUs than it has (the lab, cloud nodes), then
-/// nothing is pinned.
-fn host_cores(allocated: &[u32]) -> Vec<u32> {
-    let host = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if allocated.iter().all(|c| (*c as usize) < host) {
-        allocated.to_vec()
+/// The kernel's numbers of allocated CPUs; none if the node declares CPUs that the host does not have (the lab, cloud nodes).
+fn kernel_cpus(world: &World, node: &str, allocated: &[u32]) -> Result<Vec<u32>, SlurmError> {
+    let Some(host) = HostCpus::read(&*world.files, Path::new(SYSFS)) else {
+        return Ok(vec![]);
+    };
+    let threads = if host.has_threads() {
+        world.slurm.node(node)?.threads_per_core
     } else {
-        vec![]
-    }
+        1
+    };
+    Ok(host.of_slurm(allocated, threads).unwrap_or_default())
 }
 
 /// Our notes in a domain.

@@ -126,6 +126,16 @@ fn c_string(call: &'static str, text: &str) -> R<CString> {
     })
 }
 
+/// CPUs as libvirt wants them: one bit for each, in bytes, the lowest first; and how many bytes.
+fn cpu_map(cpus: &[u32]) -> (Vec<u8>, c_int) {
+    let bytes = cpus.iter().max().map_or(1, |most| most / 8 + 1);
+    let mut map = vec![0_u8; bytes as usize];
+    for cpu in cpus {
+        map[(cpu / 8) as usize] |= 1 << (cpu % 8);
+    }
+    (map, c_int::try_from(bytes).unwrap_or(c_int::MAX))
+}
+
 /// Copies and frees a string that libvirt allocated with malloc.
 fn take_string(call: &'static str, text: *mut c_char) -> R<String> {
     if text.is_null() {
@@ -602,6 +612,31 @@ impl Domain {
             Err(e) if e.is(sys::virErrorNumber_VIR_ERR_NO_DOMAIN_METADATA) => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// How many virtual processors the domain has now.
+    pub(super) fn vcpus(&self) -> R<u32> {
+        // SAFETY: a live domain object.
+        let n = unsafe { sys::virDomainGetVcpusFlags(self.raw(), sys::virDomainModificationImpact_VIR_DOMAIN_AFFECT_CURRENT) };
+        check("virDomainGetVcpusFlags", n).map(c_int::unsigned_abs)
+    }
+
+    /// Pins one virtual processor of the running domain to one CPU of the host.
+    pub(super) fn pin_vcpu(&self, vcpu: c_uint, cpu: u32) -> R<()> {
+        let (mut map, length) = cpu_map(&[cpu]);
+        let flags = sys::virDomainModificationImpact_VIR_DOMAIN_AFFECT_CURRENT;
+        // SAFETY: a live domain object, and a map of that length, which is only read.
+        let rc = unsafe { sys::virDomainPinVcpuFlags(self.raw(), vcpu, map.as_mut_ptr(), length, flags) };
+        check("virDomainPinVcpuFlags", rc).map(|_| ())
+    }
+
+    /// Pins all other threads of the running domain.
+    pub(super) fn pin_emulator(&self, cpus: &[u32]) -> R<()> {
+        let (mut map, length) = cpu_map(cpus);
+        let flags = sys::virDomainModificationImpact_VIR_DOMAIN_AFFECT_CURRENT;
+        // SAFETY: a live domain object, and a map of that length, which is only read.
+        let rc = unsafe { sys::virDomainPinEmulator(self.raw(), map.as_mut_ptr(), length, flags) };
+        check("virDomainPinEmulator", rc).map(|_| ())
     }
 
     /// Replaces the metadata element of a namespace in the running domain.

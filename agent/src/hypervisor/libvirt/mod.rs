@@ -273,6 +273,19 @@ impl Hypervisor for LibvirtHypervisor {
         })
     }
 
+    fn pin(&self, name: &str, cpuset: &[u32]) -> Result<()> {
+        if cpuset.is_empty() {
+            return Ok(());
+        }
+        self.act(name, |c| {
+            let domain = must(c, name)?;
+            for (vcpu, cpu) in (0..domain.vcpus()?).zip(cpuset.iter().cycle()) {
+                domain.pin_vcpu(vcpu, *cpu)?;
+            }
+            Ok(domain.pin_emulator(cpuset)?)
+        })
+    }
+
     fn set_metadata(&self, name: &str, metadata: &DomainMetadata) -> Result<()> {
         let element = xml::metadata_to_set(metadata);
         self.act(name, |c| Ok(must(c, name)?.set_metadata(&element, xml::PREFIX, xml::NAMESPACE)?))

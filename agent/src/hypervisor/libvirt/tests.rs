@@ -127,13 +127,15 @@ fn metadata_of_another_version_is_read_as_far_as_it_is_known() {
 }
 
 #[test]
-fn repointing_changes_disk_and_metadata_and_nothing_else() {
+fn repointing_changes_disk_and_metadata_and_drops_the_pinning_and_nothing_else() {
     let spec = sample(11);
     let old = xml::domain(&spec, Flavor::Qemu);
     let mut new_spec = spec.clone();
     new_spec.metadata.generation = 2;
     new_spec.disks[0].path = "/run/vm/new&fresh.qcow2".into();
     new_spec.disks[0].backing.insert(0, ("/save/top.qcow2".into(), DiskFormat::Qcow2));
+    assert!(!spec.cpuset.is_empty(), "the sample shows nothing of pinning");
+    new_spec.cpuset = vec![];
     let new = xml::repoint(&old, &new_spec.disks, Some(&new_spec.metadata)).unwrap();
     let squeeze = |xml: &str| xml.split_whitespace().collect::<String>();
     assert_eq!(squeeze(&new), squeeze(&xml::domain(&new_spec, Flavor::Qemu)));
@@ -251,6 +253,27 @@ fn a_domain_goes_through_its_life_on_the_test_driver() {
     assert!(!hypervisor.destroy(&name).unwrap());
     assert_eq!(hypervisor.info(&name).unwrap(), None);
     assert_eq!(hypervisor.suspend(&name), Err(HypervisorError::NoDomain { name }));
+}
+
+#[test]
+fn a_running_domain_is_pinned_anew() {
+    let hypervisor = connect();
+    let mut spec = sample(23);
+    (spec.vcpus, spec.cpuset) = (3, vec![0]);
+    hypervisor.start(&spec, false).unwrap();
+    hypervisor.pin(&spec.name, &[1, 3]).unwrap();
+    let pinned = hypervisor.live_xml(&spec.name).unwrap();
+    for line in [
+        "<vcpupin vcpu='0' cpuset='1'/>",
+        "<vcpupin vcpu='1' cpuset='3'/>",
+        "<vcpupin vcpu='2' cpuset='1'/>",
+        "<emulatorpin cpuset='1,3'/>",
+    ] {
+        assert!(pinned.contains(line), "{line} in {pinned}");
+    }
+    hypervisor.pin(&spec.name, &[]).unwrap();
+    assert_eq!(hypervisor.live_xml(&spec.name).unwrap(), pinned);
+    assert!(hypervisor.destroy(&spec.name).unwrap());
 }
 
 #[test]

@@ -277,6 +277,17 @@ impl Slurm for FakeSlurm {
         self.call(FakeOp::Nodes, |m| Ok(m.node_infos()))
     }
 
+    fn node(&self, name: &str) -> Result<NodeInfo, SlurmError> {
+        self.call(FakeOp::Nodes, |m| {
+            m.node_infos()
+                .into_iter()
+                .find(|n| n.name == name)
+                .ok_or_else(|| SlurmError::Refused {
+                    message: format!("Node {name} not found"),
+                })
+        })
+    }
+
     fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError> {
         self.call(FakeOp::SetFeatures, |m| m.set_active_features(node, features))
     }

@@ -197,7 +197,7 @@ impl Cluster {
         };
         let words = |e: HypervisorError| e.to_string();
         match act {
-            Act::Prepare if self.supersede(node, job) => {
+            Act::Prepare if self.job_here(node, job) == Some(true) && self.supersede(node, job) => {
                 let node = node.to_owned();
                 let act = Act::Prepare;
                 self.at(100, Message::Act { node, epoch, job, act });
@@ -229,6 +229,7 @@ impl Cluster {
                 self.tell(node, epoch, job, Event::DomainStarted(done.map_err(|e| Failure::Node(words(e)))));
             }
             Act::Destroy => {
+                self.close_arrivals(node, job);
                 let done = hypervisor.destroy(&name).and_then(|_| hypervisor.info(&name));
                 let done = match done {
                     Ok(None) => {
@@ -305,7 +306,9 @@ impl Cluster {
                 }
             }
             Act::Migrate { to, to_epoch } => {
-                if to_epoch != Some(self.nodes[&to].epoch) || !self.nodes[&to].alive {
+                let there = &self.nodes[&to];
+                let expected = matches!(there.vms.get(&job).map(|o| &o.vm.record.life), Some(Life::Arriving { .. }));
+                if to_epoch != Some(there.epoch) || !there.alive || !expected {
                     self.tell(node, epoch, job, Event::Migrated(Err("the destination is not there".into())));
                     return;
                 }
@@ -476,6 +479,17 @@ impl Cluster {
             _ => Event::SaveWritten(Err(why)),
         };
         self.tell(node, failed.epoch, job, event);
+    }
+
+    /// The relay of what is on its way to this node ends with the VM that was expected.
+    fn close_arrivals(&mut self, node: &str, job: u32) {
+        let on_its_way = |((_, j), l): &(&(String, u32), &LibvirtJob)| *j == job && matches!(&l.act, Act::Migrate { to, .. } if to == node);
+        let Some(from) = self.libvirt_jobs.iter().find(on_its_way).map(|((from, _), _)| from.clone()) else {
+            return;
+        };
+        if let Some(closed) = self.libvirt_jobs.remove(&(from.clone(), job)) {
+            self.libvirt_job_failed(&from, job, &closed, "the destination has closed the move".into());
+        }
     }
 
     /// An agent dies, and the relay of its migrations with it; what is on its way may be enough all the same.

@@ -151,6 +151,11 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
         PeerRequest::Supersede { job } if supersede::waits_here(node, job) => {
+            match supersede::runs_on(node, job, &from.node) {
+                Ok(true) => {}
+                Ok(false) => return PeerReply::Ok,
+                Err(why) => return PeerReply::Refused(why),
+            }
             log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
             let (reply, answer) = bounded(1);
             if node.owner(job).is_none_or(|o| o.send(Request::Release(reply)).is_err()) {

@@ -56,19 +56,20 @@ impl HostCpus {
     }
 
     /// The kernel's numbers of CPUs that Slurm allocated. `threads` is the node's `ThreadsPerCore` in slurm.conf; a node declared with one thread per core gets
-    /// whole cores. `None` if Slurm was told of CPUs that this host does not have (a test cluster, a cloud node): then nothing can be said.
+    /// whole cores, the first threads of all of them first, so that who takes one CPU after the other takes one core after the other. `None` if Slurm was told of CPUs that this host does not have (a test cluster, a cloud node): then nothing can be said.
     #[must_use]
     pub fn of_slurm(&self, cpus: &[u32], threads: u32) -> Option<Vec<u32>> {
-        let mut out = Vec::new();
-        for cpu in cpus {
-            let core = self.0.get((cpu / threads.max(1)) as usize)?;
-            if threads <= 1 {
-                out.extend(core);
-            } else {
-                out.push(*core.get((cpu % threads) as usize)?);
-            }
+        if threads > 1 {
+            let cpu = |n: &u32| self.0.get((n / threads) as usize)?.get((n % threads) as usize).copied();
+            return cpus.iter().map(cpu).collect();
         }
-        Some(out)
+        let cores: Vec<&Vec<u32>> = cpus.iter().map(|n| self.0.get(*n as usize)).collect::<Option<_>>()?;
+        let most = cores.iter().map(|core| core.len()).max().unwrap_or(0);
+        Some(
+            (0..most)
+                .flat_map(|thread| cores.iter().filter_map(move |core| core.get(thread).copied()))
+                .collect(),
+        )
     }
 }
 
@@ -122,7 +123,7 @@ mod tests {
     #[test]
     fn a_node_declared_without_threads_gets_whole_cores() {
         let (_dir, cpus) = host(&TURNS, &["0,2,4,6", "1,3,5,7"]);
-        assert_eq!(cpus.unwrap().of_slurm(&[1, 2], 1).unwrap(), [2, 6, 1, 5]);
+        assert_eq!(cpus.unwrap().of_slurm(&[1, 2], 1).unwrap(), [2, 1, 6, 5]);
     }
 
     #[test]

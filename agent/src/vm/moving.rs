@@ -118,6 +118,8 @@ pub fn make_run_dir(config: &Config, domain: &str) -> Result<(), String> {
 pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     node.world.faults.pass("destroy.before")?;
     let domain = record.domain();
+    // First: what is still on its way here would come up after its end.
+    close_moves_of(node, record.job);
     let was_there = node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
     // Trust no return code: is it really gone?
     if was_there && node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
@@ -141,7 +143,6 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     if !not_ours {
         super::saving::remove_saves(node, &domain, node.job_is_over(record.job));
     }
-    close_moves_of(node, record.job);
     remove_run_dir(&node.config, &domain);
     node.world.faults.pass("destroy.after")
 }

@@ -38,6 +38,8 @@ struct Manifest {
 const MANIFEST: &str = "manifest.json";
 /// The manifest of a save that a VM was restored from and now stands on.
 const USED: &str = "manifest.used.json";
+/// The node that a save was restored on, for the one that made it.
+const RESTORED_ON: &str = "restored-on";
 
 /// Directory of the next save of a VM; `None` without shared storage.
 #[must_use]
@@ -231,6 +233,9 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
     if !here {
         load(node, record, dir, &manifest)?;
     }
+    if let Err(e) = fs::write(dir.join(RESTORED_ON), &node.name) {
+        log::warn!("{}: {e}", dir.display());
+    }
     let used = fs::rename(dir.join(MANIFEST), dir.join(USED)).or_else(|e| if dir.join(USED).exists() { Ok(()) } else { Err(e) });
     used.map_err(|e| format!("{}: {e}", dir.display()))?;
     node.world.hypervisor.resume(&domain).map_err(|e| e.to_string())?;
@@ -288,6 +293,15 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
     }
     let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
     node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
+}
+
+/// Where a save was restored; `None` while it waits, or when nothing is left of it.
+#[must_use]
+pub fn restored_on(save: &Path) -> Option<String> {
+    if !save.join(USED).exists() {
+        return None;
+    }
+    Some(fs::read_to_string(save.join(RESTORED_ON)).unwrap_or_else(|_| "another node".into()))
 }
 
 /// Jobs whose VM this node has saved, with the job's user.

@@ -63,6 +63,17 @@ fn ask(node: &Node, other: &NodeInfo, job: u32) {
     }
 }
 
+/// Whether Slurm runs the job on the node that says so. The word of one that asked long ago, for a run that is over, would end the VM of a later run.
+///
+/// # Errors
+/// When Slurm does not say.
+pub fn runs_on(node: &Node, job: u32, asker: &str) -> Result<bool, String> {
+    match node.world.slurm.job(job) {
+        Ok(info) => Ok(info.is_some_and(|i| i.brief.nodes.iter().any(|n| n == asker))),
+        Err(e) => Err(format!("cannot ask Slurm whether job {job} runs on {asker}: {e}")),
+    }
+}
+
 /// Whether a VM waits here for a job that has now started elsewhere.
 #[must_use]
 pub fn waits_here(node: &Node, job: u32) -> bool {

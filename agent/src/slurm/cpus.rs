@@ -56,7 +56,8 @@ impl HostCpus {
     }
 
     /// The kernel's numbers of CPUs that Slurm allocated. `threads` is the node's `ThreadsPerCore` in slurm.conf; a node declared with one thread per core gets
-    /// whole cores, the first threads of all of them first, so that who takes one CPU after the other takes one core after the other. `None` if Slurm was told of CPUs that this host does not have (a test cluster, a cloud node): then nothing can be said.
+    /// whole cores, the first threads of all of them first, so that who takes one CPU after the other takes one core after the other. `None` if Slurm was told
+    /// of CPUs that this host does not have (a test cluster, a cloud node): then nothing can be said.
     #[must_use]
     pub fn of_slurm(&self, cpus: &[u32], threads: u32) -> Option<Vec<u32>> {
         if threads > 1 {

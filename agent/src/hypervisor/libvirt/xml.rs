@@ -426,7 +426,8 @@ pub fn read_cpus(capabilities: &str) -> Result<(Vec<String>, String)> {
 }
 
 /// Changes a domain's XML for another place: the source file of disks by target, with the layer's backing file, and our metadata; its pinning goes, for other
-/// CPUs are the job's there ([`crate::hypervisor::Hypervisor::pin`]). All else stays, with the addresses that libvirt gave the devices, which is what a restore and a migration compare.
+/// CPUs are the job's there ([`crate::hypervisor::Hypervisor::pin`]). All else stays, with the addresses that libvirt gave the devices, which is what a restore
+/// and a migration compare.
 ///
 /// Of `disks` the target says which one; path, format and backing files are what it gets; the rest is not looked at.
 pub fn repoint(xml: &str, disks: &[Disk], metadata: Option<&DomainMetadata>) -> Result<String> {

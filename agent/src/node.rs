@@ -20,7 +20,7 @@ use slurm_vm_api::{
 use crate::{
     cluster::Peers,
     config::{Config, DomainTypeChoice},
-    core::{End, Life, Record, record::domain_name},
+    core::{Allocation, End, Life, Record, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
     vm::{self, Attach, Birth, Request, view},
@@ -341,7 +341,7 @@ impl Node {
             let mut record = saved;
             record.run = run.max(record.run + 1);
             record.node.clone_from(&self.name);
-            record.allocation = None;
+            record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
             record.generation += 1;
             let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {
@@ -697,7 +697,19 @@ impl Node {
         });
     }
 
-    /// The job of a VM that was saved here has ended, and its save was removed: nobody will restore it.
+    /// Jobs whose VM was saved here, as their records have it, with the directories of their saves.
+    pub fn saved(&self) -> Vec<(u32, PathBuf)> {
+        let saved = |(job, entry): (&u32, &Entry)| match entry {
+            Entry::Over(record) => match &record.life {
+                Life::Saved { at } => Some((*job, at.clone())),
+                _ => None,
+            },
+            Entry::Live(_) => None,
+        };
+        self.vms().iter().filter_map(saved).collect()
+    }
+
+    /// The save of a VM waits for nobody any more: it was restored, here or elsewhere, or its job has ended.
     pub fn saved_for_nobody(&self, job: u32) {
         let mut vms = self.vms();
         let Some(Entry::Over(record)) = vms.get_mut(&job) else { return };

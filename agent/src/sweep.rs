@@ -17,6 +17,11 @@ pub fn run(node: &Arc<Node>) {
                 node.saved_for_nobody(job);
             }
         }
+        for (job, at) in node.saved() {
+            if saving::is_used(&at) {
+                node.saved_for_nobody(job);
+            }
+        }
         for (job, path) in completions(node) {
             if is_over(node, job, None) {
                 let _ = node.world.files.remove(&path);

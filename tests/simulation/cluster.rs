@@ -586,6 +586,11 @@ impl Cluster {
         }
     }
 
+    /// Slurm's count of a job's restarts.
+    pub fn restarts(&self, job: u32) -> u32 {
+        self.slurm.job(job).ok().flatten().map_or(0, |info| info.brief.restarts)
+    }
+
     pub fn job_is_over(&self, job: u32) -> bool {
         self.slurm
             .job(job)
@@ -810,23 +815,25 @@ fn refusal(op: Op) -> HypervisorError {
     }
 }
 
-pub fn allocation(record: &Record) -> (Allocation, Plan) {
-    (
-        Allocation {
-            cores: vec![0],
-            pinned: vec![0],
-            mem_mib: Some(512),
-        },
-        Plan {
-            vcpus: 1,
-            mem_mib: 256,
-            domain_type: "qemu".into(),
-            overlay: Some(format!("/shared/overlays/{}.{}.{}", record.domain(), record.node, record.run).into()),
-            overlay_shared: true,
-            layers: vec![],
-            base_sha256: None,
-        },
-    )
+pub fn given(restarts: u32) -> Allocation {
+    Allocation {
+        cores: vec![0],
+        pinned: vec![0],
+        mem_mib: Some(512),
+        restarts: Some(restarts),
+    }
+}
+
+pub fn plan(record: &Record) -> Plan {
+    Plan {
+        vcpus: 1,
+        mem_mib: 256,
+        domain_type: "qemu".into(),
+        overlay: Some(format!("/shared/overlays/{}.{}.{}", record.domain(), record.node, record.run).into()),
+        overlay_shared: true,
+        layers: vec![],
+        base_sha256: None,
+    }
 }
 
 pub fn spec(record: &Record) -> DomainSpec {

@@ -1,10 +1,11 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
-    core::{Effect, Event, Failure, Life, Record, Vm, Whereabouts},
+    core::{Allocation, Effect, Event, Failure, Life, Record, Vm, Whereabouts},
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
+    vm::supersede::is_superseded,
 };
 
-use crate::cluster::{Act, Cluster, LibvirtJob, Message, Node, Order, SaveFile, allocation, domain, spec, view};
+use crate::cluster::{Act, Cluster, LibvirtJob, Message, Node, Order, SaveFile, domain, given, plan, spec, view};
 
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
@@ -209,9 +210,9 @@ impl Cluster {
                 } else if self.rough(20) {
                     Err(Failure::Node("no space".into()))
                 } else {
-                    let (allocation, plan) = allocation(&record);
+                    let plan = plan(&record);
                     self.overlays.extend(plan.overlay.clone());
-                    Ok((allocation, plan))
+                    Ok((given(self.restarts(job)), plan))
                 };
                 self.tell(node, epoch, job, Event::Prepared(done));
             }
@@ -260,8 +261,12 @@ impl Cluster {
                 self.tell(node, epoch, job, event);
             }
             Act::Pin => {
-                let given = allocation(&record).0;
-                let done = hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words);
+                let given = given(self.restarts(job));
+                let done = if self.job_here(node, job) == Some(true) {
+                    hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words)
+                } else {
+                    Err("Slurm does not show the job here".into())
+                };
                 self.tell(node, epoch, job, Event::Pinned(done));
             }
             Act::AskDomain => {
@@ -344,22 +349,20 @@ impl Cluster {
             self.superseding.remove(&(node.to_owned(), job));
             return false;
         }
-        let waits = |n: &Node| {
-            let life = n.vms.get(&job).map(|o| &o.vm.record.life);
-            n.alive && matches!(life, Some(Life::AwaitingJob { .. } | Life::Arriving { .. }))
-        };
+        let restarts = self.restarts(job);
+        let superseded = |n: &Node| n.alive && n.vms.get(&job).is_some_and(|o| is_superseded(&o.vm.record, restarts));
+        let ends = |n: &Node| matches!(n.vms[&job].vm.record.life, Life::Stopping { .. });
         let waiting: Vec<String> = self
             .nodes
             .iter()
-            .filter(|(name, n)| *name != node && waits(n))
+            .filter(|(name, n)| *name != node && superseded(n) && !ends(n))
             .map(|(name, _)| name.clone())
             .collect();
         for other in &waiting {
             self.count("copies ended because their job started over elsewhere");
             self.core(other, job, Event::Release);
         }
-        let ending = |n: &Node| n.alive && n.vms.get(&job).is_some_and(|o| matches!(o.vm.record.life, Life::Stopping { .. }));
-        let ending = self.nodes.iter().any(|(name, n)| *name != node && ending(n));
+        let ending = self.nodes.iter().any(|(name, n)| *name != node && superseded(n) && ends(n));
         let again = !waiting.is_empty() || ending;
         if !again {
             self.superseding.remove(&(node.to_owned(), job));
@@ -393,7 +396,7 @@ impl Cluster {
 
     fn remove_overlay(&mut self, record: &Record) {
         // Made by a preparation that nobody heard the end of, when there is no plan yet.
-        let overlay = record.plan.clone().unwrap_or_else(|| allocation(record).1).overlay;
+        let overlay = record.plan.clone().unwrap_or_else(|| plan(record)).overlay;
         self.overlays.retain(|o| Some(o) != overlay.as_ref());
     }
 
@@ -585,6 +588,7 @@ impl Cluster {
             move_id: move_id.into(),
         };
         record.node = to.into();
+        record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
         let (vm, effects) = Vm::expected(record);
         self.adopt(to, job, vm, effects);
         let to_epoch = self.nodes[to].epoch;

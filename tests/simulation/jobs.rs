@@ -1,12 +1,12 @@
 //! Slurm's side of a job on the nodes: prolog, shim and epilog, and what the agent's registry does with them.
 use slurm_vm::{
-    core::{End, Event, Life, Record, Vm},
+    core::{Allocation, End, Event, Life, Record, Vm},
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
 };
 use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 
-use crate::cluster::{Cluster, EPILOG_MS, Message, Mood, allocation, domain};
+use crate::cluster::{Cluster, EPILOG_MS, Message, Mood, domain, plan};
 
 impl Cluster {
     pub fn slurm_events(&mut self) {
@@ -99,7 +99,8 @@ impl Cluster {
                         record.run = run.max(record.run + 1);
                         record.node = node.into();
                         record.generation += 1;
-                        record.plan = Some(allocation(&record).1);
+                        record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
+                        record.plan = Some(plan(&record));
                         Vm::expected(record)
                     }
                     None => Vm::new(self.record(node, job, run)),

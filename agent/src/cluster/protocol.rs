@@ -126,6 +126,8 @@ pub enum PeerRequest {
     Supersede {
         /// Job id.
         job: u32,
+        /// Slurm's count of its restarts in the run on the asking node: VMs of earlier runs are meant.
+        restarts: u32,
     },
     /// Source: does the guest of this move run at the destination?
     RunsHere {

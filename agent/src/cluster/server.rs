@@ -150,12 +150,7 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
                 .is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
             if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
         }
-        PeerRequest::Supersede { job } if supersede::waits_here(node, job) => {
-            match supersede::runs_on(node, job, &from.node) {
-                Ok(true) => {}
-                Ok(false) => return PeerReply::Ok,
-                Err(why) => return PeerReply::Refused(why),
-            }
+        PeerRequest::Supersede { job, restarts } if node.record(job).is_some_and(|r| supersede::is_superseded(&r, restarts)) => {
             log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
             let (reply, answer) = bounded(1);
             if node.owner(job).is_none_or(|o| o.send(Request::Release(reply)).is_err()) {

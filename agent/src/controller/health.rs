@@ -96,6 +96,7 @@ mod tests {
             active_features: active.iter().map(|f| (*f).to_owned()).collect(),
             cpus_alloc: 0,
             cpus_total: 2,
+            cores: 2,
             threads_per_core: 1,
             mem_alloc_mib: 0,
             mem_total_mib: 4096,

@@ -64,17 +64,32 @@ pub struct Record {
     pub await_until_ms: Option<u64>,
 }
 
-/// What Slurm gave the job on one node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What Slurm gave the job on one node. Of a VM that has come to a node before its job nothing is given there yet: only the
+/// run that it comes from is known.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allocation {
     /// CPUs by Slurm's (abstract) numbering.
     pub cores: Vec<u32>,
-    /// The same by the kernel's, which the domain is pinned to; empty where nothing is pinned, because Slurm was told of
-    /// CPUs that the host does not have.
+    /// The same by the kernel's, which the domain is pinned to; empty where nothing is pinned, because Slurm gave CPUs that
+    /// the host does not have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pinned: Vec<u32>,
+    /// Slurm's count of the job's restarts in the run that this was given to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<u32>,
     /// Memory in MiB; `None` where Slurm does not track memory.
     pub mem_mib: Option<u64>,
+}
+
+impl Allocation {
+    /// What is left of it on another node.
+    #[must_use]
+    pub fn elsewhere(&self) -> Self {
+        Self {
+            restarts: self.restarts,
+            ..Self::default()
+        }
+    }
 }
 
 /// What a domain is made of.

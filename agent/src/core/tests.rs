@@ -46,7 +46,7 @@ fn given(cpu: u32) -> Allocation {
     Allocation {
         cores: vec![cpu],
         pinned: vec![cpu],
-        mem_mib: None,
+        ..Allocation::default()
     }
 }
 

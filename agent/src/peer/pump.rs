@@ -42,15 +42,15 @@ sockopt_impl!(
     u32
 );
 
-/// Without leave to do so (CAP_NET_ADMIN) the kernel's own limits stay: a move then takes no longer, but its guest stands still for longer.
-fn bound(tcp: &TcpStream) {
+/// For the guest's memory; what else goes over the line may wait as the kernel likes. Without leave to do so (CAP_NET_ADMIN) the kernel's own limits stay: a move
+/// then takes no longer, but its guest stands still for longer.
+pub(super) fn bound(tcp: &TcpStream) {
     let _ = setsockopt(tcp, sockopt::RcvBufForce, &RECEIVED);
     let _ = setsockopt(tcp, NotSentLowWater, &UNSENT);
 }
 
 /// Without encryption: one thread for each direction.
 pub(super) fn plain(tcp: &TcpStream, local: &UnixStream, count: &Arc<Count>) -> io::Result<()> {
-    bound(tcp);
     tcp.set_nonblocking(false)?;
     tcp.set_read_timeout(None)?;
     tcp.set_write_timeout(None)?;
@@ -132,7 +132,6 @@ fn finish(
 
 /// With TLS: one thread, because a TLS session cannot be split.
 pub(super) fn encrypted(conn: Connection, tcp: TcpStream, local: UnixStream, count: &Count) -> io::Result<()> {
-    bound(&tcp);
     tcp.set_nonblocking(true)?;
     local.set_nonblocking(true)?;
     let mut pump = Pump {

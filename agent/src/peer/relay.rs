@@ -208,12 +208,15 @@ fn bridge(shared: &Shared, kind: StreamKind, local: UnixStream) -> Result<(), Pe
     let _listed = shared
         .streams
         .add(stream.socket().try_clone().map_err(watch)?, Some(local.try_clone().map_err(watch)?));
-    carry(stream, local, encrypt, &shared.progress.of(kind))
+    carry(stream, local, kind, encrypt, &shared.progress.of(kind))
 }
 
 /// Carries the bytes of one stream both ways until both ends are done.
-pub(super) fn carry(stream: TlsStream, local: UnixStream, encrypt: bool, count: &Arc<Count>) -> Result<(), PeerError> {
+pub(super) fn carry(stream: TlsStream, local: UnixStream, kind: StreamKind, encrypt: bool, count: &Arc<Count>) -> Result<(), PeerError> {
     let (conn, tcp) = stream.into_parts();
+    if kind == StreamKind::Migration {
+        pump::bound(&tcp);
+    }
     let result = if encrypt {
         pump::encrypted(conn, tcp, local, count)
     } else {

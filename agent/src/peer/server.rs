@@ -236,7 +236,7 @@ fn relay_stream<H: Handler>(shared: &Shared<H>, mut stream: TlsStream, who: &Who
         return Err(PeerError::Closed);
     }
     frame::send(&mut stream, &RelayAnswer::Ready, settings.max_message, "open a stream", deadline)?;
-    relay::carry(stream, admitted.local, open.encrypt, &admitted.progress.of(open.kind))
+    relay::carry(stream, admitted.local, open.kind, open.encrypt, &admitted.progress.of(open.kind))
 }
 
 /// An error with all that lies behind it, in one line.

@@ -61,6 +61,7 @@ fn node(line: &str) -> Result<NodeInfo, SlurmError> {
         } else {
             record.number("CPUTot")?
         },
+        cores: record.number::<u32>("Sockets")?.saturating_mul(record.number("CoresPerSocket")?),
         threads_per_core: record.number("ThreadsPerCore")?,
         mem_alloc_mib: record.number("AllocMem")?,
         mem_total_mib: record.number("RealMemory")?,

@@ -204,6 +204,8 @@ pub struct NodeInfo {
     pub cpus_alloc: u32,
     /// CPUs that jobs can have.
     pub cpus_total: u32,
+    /// Sockets times CoresPerSocket.
+    pub cores: u32,
     /// ThreadsPerCore.
     pub threads_per_core: u32,
     /// Memory promised to jobs.

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{Life, Record, Whereabouts},
+    core::{Allocation, Life, Record, Whereabouts},
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
@@ -353,7 +353,7 @@ pub fn import(
     }
     record.node.clone_from(&node.name);
     // What it has here is known when its job runs here.
-    record.allocation = None;
+    record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
     let domain = record.domain();
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
     let mut disk = None;

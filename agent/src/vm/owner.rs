@@ -542,7 +542,7 @@ impl Owner {
             Effect::Prepare => worker(job, "prepare", move || {
                 let done = prepare::allotted(&node.world, &record.node, job).and_then(|given| {
                     if given.restarts > 0 {
-                        supersede::end_elsewhere(&node, job);
+                        supersede::end_elsewhere(&node, job, given.restarts);
                     }
                     prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given.allocation)
                 });
@@ -678,6 +678,10 @@ impl Owner {
             }),
             Effect::Pin => worker(job, "pin", move || {
                 let pin = |given: prepare::Allotted| {
+                    // libvirt would make the call wait for the end of a move or a save.
+                    if matches!(node.world.hypervisor.job_progress(&domain), Ok(Some(_))) {
+                        return Err("it is on its way".to_owned());
+                    }
                     let done = node.world.hypervisor.pin(&domain, &given.allocation.pinned);
                     done.map(|()| given.allocation).map_err(|e| e.to_string())
                 };

@@ -148,6 +148,7 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allotted, Failure
             cores: here.cpus.clone(),
             pinned,
             mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
+            restarts: Some(info.brief.restarts),
         },
         restarts: info.brief.restarts,
     })
@@ -232,17 +233,15 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
     })
 }
 
-/// The kernel's numbers of allocated CPUs; none if the node declares CPUs that the host does not have (the lab, cloud nodes).
+/// The kernel's numbers of allocated CPUs; none if some are among those that the node declares and the host does not have (the lab, cloud nodes).
 fn kernel_cpus(world: &World, node: &str, allocated: &[u32]) -> Result<Vec<u32>, SlurmError> {
     let Some(host) = HostCpus::read(&*world.files, Path::new(SYSFS)) else {
         return Ok(vec![]);
     };
-    let threads = if host.has_threads() {
-        world.slurm.node(node)?.threads_per_core
-    } else {
-        1
-    };
-    Ok(host.of_slurm(allocated, threads).unwrap_or_default())
+    let declared = world.slurm.node(node)?;
+    Ok(host
+        .of_slurm(allocated, declared.cores, declared.threads_per_core)
+        .unwrap_or_default())
 }
 
 /// Our notes in a domain.

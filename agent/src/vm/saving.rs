@@ -38,8 +38,6 @@ struct Manifest {
 const MANIFEST: &str = "manifest.json";
 /// The manifest of a save that a VM was restored from and now stands on.
 const USED: &str = "manifest.used.json";
-/// The node that a save was restored on, for the one that made it.
-const RESTORED_ON: &str = "restored-on";
 
 /// Directory of the next save of a VM; `None` without shared storage.
 #[must_use]
@@ -233,9 +231,6 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
     if !here {
         load(node, record, dir, &manifest)?;
     }
-    if let Err(e) = fs::write(dir.join(RESTORED_ON), &node.name) {
-        log::warn!("{}: {e}", dir.display());
-    }
     let used = fs::rename(dir.join(MANIFEST), dir.join(USED)).or_else(|e| if dir.join(USED).exists() { Ok(()) } else { Err(e) });
     used.map_err(|e| format!("{}: {e}", dir.display()))?;
     node.world.hypervisor.resume(&domain).map_err(|e| e.to_string())?;
@@ -295,15 +290,6 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
     node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
 }
 
-/// Where a save was restored; `None` while it waits, or when nothing is left of it.
-#[must_use]
-pub fn restored_on(save: &Path) -> Option<String> {
-    if !save.join(USED).exists() {
-        return None;
-    }
-    Some(fs::read_to_string(save.join(RESTORED_ON)).unwrap_or_else(|_| "another node".into()))
-}
-
 /// Jobs whose VM this node has saved, with the job's user.
 #[must_use]
 pub fn saved_by(node: &Node) -> Vec<(u32, Option<u32>)> {
@@ -317,6 +303,13 @@ pub fn saved_by(node: &Node) -> Vec<(u32, Option<u32>)> {
         }
     }
     jobs
+}
+
+/// Whether a save waits for nobody any more: it was restored, or removed because its job has ended. Not when the storage does not answer.
+#[must_use]
+pub fn is_used(save: &Path) -> bool {
+    let missing = |path: &Path| fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+    save.parent().is_some_and(Path::is_dir) && missing(&save.join(MANIFEST))
 }
 
 /// Removes the saves of a VM that has ended. One that nobody was restored from stays unless the job is over: a restore
@@ -333,5 +326,25 @@ pub fn remove_saves(node: &Node, domain: &str, job_is_over: bool) {
         {
             log::warn!("{}: {e}", entry.path().display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_is_used_when_its_manifest_is_not_there_and_the_storage_is() {
+        let shared = tempfile::tempdir().unwrap();
+        let saves = shared.path().join("saves");
+        let save = saves.join("slurm-7-0.1");
+        assert!(!is_used(&save), "storage that is not mounted says nothing");
+        fs::create_dir_all(&save).unwrap();
+        fs::write(save.join(MANIFEST), "{}").unwrap();
+        assert!(!is_used(&save));
+        fs::rename(save.join(MANIFEST), save.join(USED)).unwrap();
+        assert!(is_used(&save));
+        fs::remove_dir_all(&save).unwrap();
+        assert!(is_used(&save));
     }
 }

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     cluster::{PeerReply, PeerRequest},
-    core::Life,
+    core::{Life, Record},
     node::Node,
     slurm::NodeInfo,
 };
@@ -20,8 +20,9 @@ const PATIENCE_MS: u64 = 20_000;
 /// So many agents are asked at the same time.
 const AT_ONCE: usize = 32;
 
-/// Asks the agents of all other VM nodes that are up; returns when all have answered or had their time.
-pub fn end_elsewhere(node: &Arc<Node>, job: u32) {
+/// Asks the agents of all other VM nodes that are up; returns when all have answered or had their time. `restarts`: Slurm's
+/// count for the run that has started here.
+pub fn end_elsewhere(node: &Arc<Node>, job: u32, restarts: u32) {
     let feature = &node.config.controller.feature;
     let is_away = |n: &NodeInfo| {
         ["DOWN", "NOT_RESPONDING", "POWERED_DOWN"]
@@ -41,17 +42,20 @@ pub fn end_elsewhere(node: &Arc<Node>, job: u32) {
     for some in others.chunks(AT_ONCE) {
         std::thread::scope(|scope| {
             for other in some {
-                scope.spawn(move || ask(node, other, job));
+                scope.spawn(move || ask(node, other, job, restarts));
             }
         });
     }
 }
 
-fn ask(node: &Node, other: &NodeInfo, job: u32) {
+fn ask(node: &Node, other: &NodeInfo, job: u32, restarts: u32) {
     let name = &other.name;
     let until = node.world.clock.now_ms() + PATIENCE_MS;
     loop {
-        match node.peers.request(name, &other.address, &PeerRequest::Supersede { job }, WITHIN) {
+        match node
+            .peers
+            .request(name, &other.address, &PeerRequest::Supersede { job, restarts }, WITHIN)
+        {
             Ok(PeerReply::Refused(why)) if node.world.clock.now_ms() < until => {
                 log::info!("job {job}: {why}; waiting for its end");
                 node.world.clock.sleep(Duration::from_millis(200));
@@ -63,20 +67,61 @@ fn ask(node: &Node, other: &NodeInfo, job: u32) {
     }
 }
 
-/// Whether Slurm runs the job on the node that says so. The word of one that asked long ago, for a run that is over, would end the VM of a later run.
-///
-/// # Errors
-/// When Slurm does not say.
-pub fn runs_on(node: &Node, job: u32, asker: &str) -> Result<bool, String> {
-    match node.world.slurm.job(job) {
-        Ok(info) => Ok(info.is_some_and(|i| i.brief.nodes.iter().any(|n| n == asker))),
-        Err(e) => Err(format!("cannot ask Slurm whether job {job} runs on {asker}: {e}")),
-    }
+/// Whether a VM waits here, or is being ended, that comes from a run before the one which has now started elsewhere. A
+/// word that took long may be of a run that is over, and the VM of a later one: that is left alone.
+#[must_use]
+pub fn is_superseded(record: &Record, restarts: u32) -> bool {
+    let waits = matches!(
+        record.life,
+        Life::AwaitingJob { .. } | Life::Arriving { .. } | Life::Stopping { .. }
+    );
+    let from = record.allocation.as_ref().and_then(|a| a.restarts);
+    waits && from.is_none_or(|from| from < restarts)
 }
 
-/// Whether a VM waits here for a job that has now started elsewhere.
-#[must_use]
-pub fn waits_here(node: &Node, job: u32) -> bool {
-    node.record(job)
-        .is_some_and(|r| matches!(r.life, Life::AwaitingJob { .. } | Life::Arriving { .. }))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{Allocation, End};
+    use slurm_vm_api::{session::UserEntry, spec::VmSpec};
+
+    fn record(life: Life, restarts: Option<u32>) -> Record {
+        let user = UserEntry {
+            name: "alice".into(),
+            uid: 2001,
+            gid: 2001,
+            home: "/".into(),
+            shell: "/bin/sh".into(),
+        };
+        let spec = VmSpec {
+            image: "tiny".into(),
+            cpus: None,
+            mem_mib: None,
+            boot_timeout_s: None,
+            preempt: None,
+        };
+        Record {
+            life,
+            allocation: Some(Allocation {
+                restarts,
+                ..Allocation::default()
+            }),
+            ..Record::new("c".into(), "n2".into(), 7, user, spec)
+        }
+    }
+
+    #[test]
+    fn a_vm_that_waits_is_ended_for_a_later_run_and_not_by_the_word_of_its_own_or_an_earlier_one() {
+        let waiting = record(Life::AwaitingJob { deadline_ms: 1 }, Some(2));
+        assert!(is_superseded(&waiting, 3));
+        assert!(!is_superseded(&waiting, 2), "the word of the run that it comes from");
+        assert!(!is_superseded(&waiting, 1));
+        assert!(is_superseded(&record(Life::AwaitingJob { deadline_ms: 1 }, None), 1));
+    }
+
+    #[test]
+    fn a_vm_whose_job_is_here_is_left_alone_and_one_that_ends_is_waited_for() {
+        assert!(!is_superseded(&record(Life::Running, Some(0)), 3));
+        assert!(is_superseded(&record(Life::Stopping { why: End::Released }, Some(0)), 3));
+    }
 }

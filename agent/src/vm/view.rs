@@ -1,7 +1,7 @@
 //! A record as `svm` shows it.
 use slurm_vm_api::query::VmView;
 
-use super::{moving, saving};
+use super::moving;
 use crate::{
     core::{Life, Record},
     node::Node,
@@ -12,12 +12,7 @@ use crate::{
 pub fn of(node: &Node, r: &Record) -> VmView {
     let now = node.world.clock.now_ms();
     let plan = r.plan.as_ref();
-    let life = match &r.life {
-        // Its record here knows nothing of that.
-        Life::Saved { at } => saving::restored_on(at).map_or_else(|| r.life.clone(), |to| Life::Gone { to }),
-        other => other.clone(),
-    };
-    let why = match &life {
+    let why = match &r.life {
         Life::Stopping { why } | Life::Stopped { why } => why.verdict().map(|(_, line)| line),
         Life::Gone { to } => Some(format!("runs on {to}")),
         Life::Saved { at } => Some(format!("saved in {}", at.display())),
@@ -30,7 +25,7 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         uid: r.user.uid,
         node: r.node.clone(),
         domain: r.domain(),
-        state: life.name().into(),
+        state: r.life.name().into(),
         image: r.spec.image.clone(),
         vcpus: plan.map_or(0, |p| p.vcpus),
         mem_mib: plan.map_or(0, |p| p.mem_mib),

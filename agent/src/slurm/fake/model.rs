@@ -666,6 +666,7 @@ impl Model {
                 active_features: n.active.clone(),
                 cpus_alloc: used.0,
                 cpus_total: n.spec.cpus,
+                cores: n.spec.cpus,
                 threads_per_core: 1,
                 mem_alloc_mib: used.1,
                 mem_total_mib: n.spec.mem_mib,

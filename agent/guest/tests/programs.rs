@@ -133,9 +133,9 @@ fn a_program_that_does_not_read_its_input_still_ends() {
 #[test]
 fn a_signal_reaches_the_leader_alone_or_the_whole_session() {
     let (_guest, mut host) = pair();
-    // The child ignores what its parent dies of, and would be there still.
-    let command =
-        "trap 'echo leader' USR1; (trap 'echo child; exit' USR1; while :; do sleep 0.05; done) & echo ready; wait; wait; echo end";
+    // Ready when the child's trap is set, too. Each signal ends one wait; the third is for the child, which would be ended with its leader.
+    let child = "trap 'echo child; exit' USR1; echo ready; while :; do sleep 0.05; done";
+    let command = &format!("trap 'echo leader' USR1; ({child}) & wait; wait; wait; echo end");
     host.start(1, sh(command));
     host.until("the program to be ready", |host| {
         host.programs.get(&1).is_some_and(|outcome| outcome.text().contains("ready"))

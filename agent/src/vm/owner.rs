@@ -455,7 +455,8 @@ impl Owner {
     }
 
     /// The first setting of the clock after a live move tells how long the guest stood still: its clock was set right
-    /// before the copying began, and stands still with it.
+    /// before the copying began, and stands still with it. That is good to some ten milliseconds; less than QEMU's own
+    /// downtime it cannot have been.
     fn clock_was(&mut self, behind_ns: i64) {
         let here = self.node.name.clone();
         if let Some(m) = self
@@ -465,8 +466,10 @@ impl Owner {
             .last_mut()
             .filter(|m| m.way == "live" && m.to == here && m.gap_ms.is_none())
         {
-            m.gap_ms = Some(u64::try_from(behind_ns / 1_000_000).unwrap_or(0));
-            let line = format!("the guest stood still for {} ms", behind_ns / 1_000_000);
+            let behind_ms = u64::try_from(behind_ns / 1_000_000).unwrap_or(0);
+            let gap_ms = behind_ms.max(m.downtime_ms.unwrap_or(0));
+            m.gap_ms = Some(gap_ms);
+            let line = format!("the guest stood still for {gap_ms} ms");
             self.journal(&line);
             self.effect(Effect::Persist);
         }

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{Cluster, Mood};
 
 /// Seeds in a plain `cargo test`.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 120;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name)
@@ -68,7 +68,7 @@ fn whatever_goes_wrong_each_guest_runs_once_and_nothing_is_left() {
     for (what, n) in &counts {
         println!("  {n} {what}");
     }
-    if seeds.len() >= 60 {
+    if seeds.len() as u64 >= SEEDS {
         // A simulation that no longer gets anywhere finds nothing.
         for state in [
             "preparing",
@@ -81,7 +81,7 @@ fn whatever_goes_wrong_each_guest_runs_once_and_nothing_is_left() {
             "restoring",
             "stopping",
         ] {
-            assert!(reached.get(state).is_some_and(|e| e.len() >= 3), "{state} is hardly reached");
+            assert!(reached.get(state).is_some_and(|e| e.len() >= 4), "{state} is hardly reached");
         }
         for what in ["jobs finished", "live moves", "saves", "restores", "agents killed"] {
             assert!(counts.get(what).is_some_and(|n| *n >= 20), "hardly any {what}");

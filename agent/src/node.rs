@@ -20,7 +20,7 @@ use slurm_vm_api::{
 use crate::{
     cluster::Peers,
     config::{Config, DomainTypeChoice},
-    core::{Allocation, End, Life, Record, record::domain_name},
+    core::{End, Life, Record, record::domain_name},
     effects::World,
     hypervisor::{DomainEvent, DomainType, StopReason},
     vm::{self, Attach, Birth, Request, view},
@@ -340,8 +340,7 @@ impl Node {
         if let Some(saved) = vm::saving::find(self, job, user.uid) {
             let mut record = saved;
             record.run = run.max(record.run + 1);
-            record.node.clone_from(&self.name);
-            record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
+            record.come_to(&self.name);
             record.generation += 1;
             let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
             if let (Life::Restoring { from }, Some(plan)) = (&record.life, record.plan.as_mut()) {

@@ -1,6 +1,6 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
-    core::{Allocation, Effect, Event, Failure, Life, Record, Vm, Whereabouts},
+    core::{Effect, Event, Failure, Life, Record, Vm, Whereabouts},
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
     vm::supersede::is_superseded,
 };
@@ -587,8 +587,7 @@ impl Cluster {
             from: from.into(),
             move_id: move_id.into(),
         };
-        record.node = to.into();
-        record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
+        record.come_to(to);
         let (vm, effects) = Vm::expected(record);
         self.adopt(to, job, vm, effects);
         let to_epoch = self.nodes[to].epoch;

@@ -1,6 +1,6 @@
 //! Slurm's side of a job on the nodes: prolog, shim and epilog, and what the agent's registry does with them.
 use slurm_vm::{
-    core::{Allocation, End, Event, Life, Record, Vm},
+    core::{End, Event, Life, Record, Vm},
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
 };
@@ -97,9 +97,8 @@ impl Cluster {
                 let (vm, effects) = match save {
                     Some(mut record) => {
                         record.run = run.max(record.run + 1);
-                        record.node = node.into();
+                        record.come_to(node);
                         record.generation += 1;
-                        record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
                         record.plan = Some(plan(&record));
                         Vm::expected(record)
                     }

@@ -192,7 +192,7 @@ impl Bench {
             let mut record = self.record();
             let world = &self.node.world;
             let (allocation, plan) = prepare::allotted(world, &record.node, self.job)
-                .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given.allocation))
+                .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given))
                 .map_err(|e| format!("{e:?}"))?;
             record.allocation = Some(allocation);
             record.plan = Some(plan);

@@ -271,7 +271,7 @@ impl Bench {
         let world = &self.node.world;
         world.store.put(&record).map_err(|e| e.to_string())?;
         let (allocation, plan): (Allocation, Plan) = prepare::allotted(world, &record.node, record.job)
-            .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given.allocation))
+            .and_then(|given| prepare::prepare(world, &self.node.config, DomainType::Qemu, &record, given))
             .map_err(|e| format!("{e:?}"))?;
         record.allocation = Some(allocation);
         record.plan = Some(plan);

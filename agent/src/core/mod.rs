@@ -24,4 +24,4 @@ pub use machine::{Busy, Vm};
 pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

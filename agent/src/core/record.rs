@@ -81,17 +81,6 @@ pub struct Allocation {
     pub mem_mib: Option<u64>,
 }
 
-impl Allocation {
-    /// What is left of it on another node.
-    #[must_use]
-    pub fn elsewhere(&self) -> Self {
-        Self {
-            restarts: self.restarts,
-            ..Self::default()
-        }
-    }
-}
-
 /// What a domain is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -313,6 +302,16 @@ impl Life {
 }
 
 impl Record {
+    /// The VM comes to another node, or out of a save. What its job has there is known when it runs there; the run that the
+    /// VM comes from stays known.
+    pub fn come_to(&mut self, node: &str) {
+        node.clone_into(&mut self.node);
+        self.allocation = self.allocation.take().map(|given| Allocation {
+            restarts: given.restarts,
+            ..Allocation::default()
+        });
+    }
+
     /// A VM's record at its beginning: the first run, nothing prepared yet, made at time 0.
     #[must_use]
     pub fn new(cluster: String, node: String, job: u32, user: UserEntry, spec: VmSpec) -> Self {

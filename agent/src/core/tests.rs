@@ -6,7 +6,7 @@ use super::*;
 const NOW: u64 = 1_000_000;
 const AWAIT: u64 = 60_000;
 
-fn record(life: Life) -> Record {
+pub(crate) fn record(life: Life) -> Record {
     let user = UserEntry {
         name: "alice".into(),
         uid: 2001,

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{Allocation, Life, Record, Whereabouts},
+    core::{Life, Record, Whereabouts},
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
@@ -351,9 +351,7 @@ pub fn import(
     if !matches!(from_record, Life::Leaving { .. }) {
         return Err(format!("the VM is {} at the source", from_record.name()));
     }
-    record.node.clone_from(&node.name);
-    // What it has here is known when its job runs here.
-    record.allocation = record.allocation.as_ref().map(Allocation::elsewhere);
+    record.come_to(&node.name);
     let domain = record.domain();
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
     let mut disk = None;

@@ -20,7 +20,7 @@ use super::{
     saving, supersede, view,
 };
 use crate::{
-    core::{Effect, Event, Failure, Life, Record, SessionNews, Vm},
+    core::{Allocation, Effect, Event, Failure, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
     node::Node,
@@ -544,10 +544,10 @@ impl Owner {
             }
             Effect::Prepare => worker(job, "prepare", move || {
                 let done = prepare::allotted(&node.world, &record.node, job).and_then(|given| {
-                    if given.restarts > 0 {
-                        supersede::end_elsewhere(&node, job, given.restarts);
+                    if let Some(restarts) = given.restarts.filter(|n| *n > 0) {
+                        supersede::end_elsewhere(&node, job, restarts);
                     }
-                    prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given.allocation)
+                    prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given)
                 });
                 let _ = tx.send(Request::Core(Event::Prepared(done)));
             }),
@@ -680,13 +680,13 @@ impl Owner {
                 let _ = tx.send(Request::Core(Event::Restored(done)));
             }),
             Effect::Pin => worker(job, "pin", move || {
-                let pin = |given: prepare::Allotted| {
+                let pin = |given: Allocation| {
                     // libvirt would make the call wait for the end of a move or a save.
                     if matches!(node.world.hypervisor.job_progress(&domain), Ok(Some(_))) {
                         return Err("it is on its way".to_owned());
                     }
-                    let done = node.world.hypervisor.pin(&domain, &given.allocation.pinned);
-                    done.map(|()| given.allocation).map_err(|e| e.to_string())
+                    let done = node.world.hypervisor.pin(&domain, &given.pinned);
+                    done.map(|()| given).map_err(|e| e.to_string())
                 };
                 let done = match prepare::allotted(&node.world, &record.node, job) {
                     Ok(given) => pin(given),

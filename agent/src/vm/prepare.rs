@@ -117,20 +117,11 @@ pub fn prepare(
     Ok((allocation, plan))
 }
 
-/// What Slurm says of a job at its start on this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Allotted {
-    /// What it gives.
-    pub allocation: Allocation,
-    /// How often the job was started before.
-    pub restarts: u32,
-}
-
 /// Asks Slurm for a job's part of this node.
 ///
 /// # Errors
 /// [`Failure::Node`] when Slurm does not answer or the job is not on this node.
-pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allotted, Failure> {
+pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failure> {
     let info = world
         .slurm
         .job(job)
@@ -143,14 +134,11 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allotted, Failure
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
     let pinned = kernel_cpus(world, node, &here.cpus)
         .map_err(|e| Failure::Node(format!("cannot ask Slurm how many threads a core of {node} has: {e}")))?;
-    Ok(Allotted {
-        allocation: Allocation {
-            cores: here.cpus.clone(),
-            pinned,
-            mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
-            restarts: Some(info.brief.restarts),
-        },
-        restarts: info.brief.restarts,
+    Ok(Allocation {
+        cores: here.cpus.clone(),
+        pinned,
+        mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
+        restarts: Some(info.brief.restarts),
     })
 }
 

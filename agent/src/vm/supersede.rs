@@ -82,31 +82,15 @@ pub fn is_superseded(record: &Record, restarts: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{Allocation, End};
-    use slurm_vm_api::{session::UserEntry, spec::VmSpec};
+    use crate::core::{Allocation, End, tests};
 
     fn record(life: Life, restarts: Option<u32>) -> Record {
-        let user = UserEntry {
-            name: "alice".into(),
-            uid: 2001,
-            gid: 2001,
-            home: "/".into(),
-            shell: "/bin/sh".into(),
-        };
-        let spec = VmSpec {
-            image: "tiny".into(),
-            cpus: None,
-            mem_mib: None,
-            boot_timeout_s: None,
-            preempt: None,
-        };
         Record {
-            life,
             allocation: Some(Allocation {
                 restarts,
                 ..Allocation::default()
             }),
-            ..Record::new("c".into(), "n2".into(), 7, user, spec)
+            ..tests::record(life)
         }
     }
 

@@ -57,6 +57,11 @@ fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1000.0
 }
 
+/// Wall clock in seconds, as QEMU's events have it.
+fn now_s() -> f64 {
+    std::time::UNIX_EPOCH.elapsed().map_or(0.0, |d| d.as_secs_f64())
+}
+
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
@@ -133,12 +138,12 @@ impl Bench {
         let peers = TlsPeers::new(&config, &[0], Role::Node, &world.faults)?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
-        own_core(node.world.hypervisor.events(), domain_name(job, 0), a.core);
+        let events = Arc::default();
+        own_core(node.world.hypervisor.events(), domain_name(job, 0), a.core, Arc::clone(&events));
         let domains = node.world.hypervisor.events();
         let (watcher, serving) = (node.clone(), node.clone());
         std::thread::spawn(move || watcher.watch_domains(&domains));
         peers.serve(&config, move |from, request| cluster::answer(&serving, from, request))?;
-        let events = Arc::default();
         watch_qemu(&config.hypervisor.uri, Arc::clone(&events))?;
         Ok(Self {
             node,
@@ -242,13 +247,13 @@ impl Bench {
                 .arg(&there)
                 .args(["--migrateuri", &format!("tcp://{address}"), &self.domain(), uri]);
             command.stdin(Stdio::null());
-            let begin = Instant::now();
+            let (began, begin) = (now_s(), Instant::now());
             let output = command.output().map_err(text)?;
             let total = begin.elapsed();
             if !output.status.success() {
                 return Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim()));
             }
-            return Ok(json!({"total_ms": ms(total)}));
+            return Ok(json!({"total_ms": ms(total), "began": began}));
         }
         let owner = self.node.owner(self.job).ok_or("the VM has no owner here")?;
         let (reply, answer) = crossbeam_channel::bounded(1);
@@ -259,11 +264,11 @@ impl Bench {
             cause: "asked".into(),
             deadline_ms: None,
         };
-        let begin = Instant::now();
+        let (began, begin) = (now_s(), Instant::now());
         owner.send(Request::MoveOut { order, reply }).map_err(text)?;
         let done = answer.recv_timeout(MOVED_WITHIN).map_err(text)??;
         let total = begin.elapsed();
-        Ok(json!({"total_ms": ms(total), "copy_ms": done.seconds * 1000.0, "sent_bytes": done.bytes}))
+        Ok(json!({"total_ms": ms(total), "began": began, "copy_ms": done.seconds * 1000.0, "sent_bytes": done.bytes}))
     }
 
     /// What libvirt counted for the last move, as the destination has it.
@@ -310,7 +315,7 @@ impl Bench {
             step.parse::<f64>().ok()
         });
         let step = steps.fold(0.0, f64::max) / 1e6;
-        json!({"stop": at("STOP"), "resume": at("RESUME"), "step_ms": step, "counted_bytes": self.counted()})
+        json!({"started": at("STARTED"), "stop": at("STOP"), "resume": at("RESUME"), "step_ms": step, "counted_bytes": self.counted()})
     }
 
     fn answer(&mut self, line: &str) -> Result<Value, String> {
@@ -330,12 +335,14 @@ impl Bench {
 
 /// Gives each QEMU that starts here for a domain the node's own core. The lab's nodes share the machine's, and two QEMUs on one core, which real nodes
 /// never have, exchange bytes at a sixth of the speed; which of them meet is the kernel's whim. Not by libvirt, which changes nothing while a domain arrives.
-fn own_core(events: crossbeam_channel::Receiver<DomainEvent>, domain: String, core: u32) {
+fn own_core(events: crossbeam_channel::Receiver<DomainEvent>, domain: String, core: u32, into: Arc<Mutex<Vec<Event>>>) {
     std::thread::spawn(move || {
         for event in events {
             if !matches!(&event, DomainEvent::Started { name, .. } if *name == domain) {
                 continue;
             }
+            let started = (domain.clone(), "STARTED".to_owned(), now_s());
+            into.lock().unwrap_or_else(PoisonError::into_inner).push(started);
             let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{domain}.pid")).map_err(text);
             let done = pid.and_then(|pid| {
                 let mut command = Command::new("taskset");

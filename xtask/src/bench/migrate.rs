@@ -8,7 +8,7 @@
 use super::{
     Common, SHARED,
     helper::Helper,
-    lab, machine,
+    lab, machine, memory,
     paired::{self, Question, Sample, Scale},
     publish, release,
     report::Report,
@@ -29,6 +29,9 @@ const WAYS: [&str; 3] = ["virsh", "plain", "encrypted"];
 /// What a guest runs before it is moved, and after.
 const SETTLE: Duration = Duration::from_millis(400);
 
+/// Memory that is made ready for the QEMU at the destination: more than guest and QEMU will touch.
+const TOUCHED_MIB: usize = 512;
+
 /// One VM and its helpers on both nodes.
 struct Way {
     helpers: [Helper; 2],
@@ -43,6 +46,7 @@ impl Way {
         for helper in &mut self.helpers {
             helper.ask("clear")?;
         }
+        memory::touch(TOUCHED_MIB)?;
         let there = NODES[to];
         let uri = format!("qemu+unix:///system?socket={SHARED}/run-{there}/libvirt-sock");
         let mut sample = self.helpers[from].ask(&format!("move {there} {} {uri}", address(there)?))?;
@@ -54,6 +58,11 @@ impl Way {
             return Err(format!("QEMU's events did not come: {left:?} {came:?}").into());
         };
         sample.insert("gap_ms".into(), (resume - stop) * 1000.0);
+        if let (Some(began), Some(started), Some(total)) = (sample.remove("began"), came.get("started"), sample.get("total_ms").copied()) {
+            sample.insert("prepare_ms".into(), (started - began) * 1000.0);
+            sample.insert("until_stop_ms".into(), (stop - started) * 1000.0);
+            sample.insert("finish_ms".into(), total - (resume - began) * 1000.0);
+        }
         let step = [&left, &came]
             .iter()
             .filter_map(|s| s.get("step_ms"))
@@ -69,8 +78,8 @@ impl Way {
     }
 }
 
-/// Runs the bench.
-pub fn run(common: &Common, pairs: usize) -> Result<Report> {
+/// Runs the bench. `line_mbit`: what each node can send, in Mbit/s; 0: as much as the machine's memory carries.
+pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
     let built = release()?;
     let lab = lab(common, Options::default())?;
     for host in [CTL, "n1", "n2"] {
@@ -78,6 +87,9 @@ pub fn run(common: &Common, pairs: usize) -> Result<Report> {
     }
     for node in NODES {
         open_libvirt(&lab, node)?;
+        if line_mbit > 0 {
+            shape(&lab, node, line_mbit)?;
+        }
     }
     let program = publish(&lab, &built.join("examples/bench-migrate"))?;
     let initrd = image(&lab)?;
@@ -100,6 +112,11 @@ pub fn run(common: &Common, pairs: usize) -> Result<Report> {
     }
     let mut notes = machine::notes(&lab, "n1");
     notes.push("guest: 256 MiB, 1 vCPU, a counter that runs without pause and writes little memory; shared storage".into());
+
+    notes.push(match line_mbit {
+        0 => "line: none, the nodes share the machine's memory".into(),
+        mbit => format!("line: {mbit} Mbit/s out of each node"),
+    });
 
     let arms = ["virsh", "ours, in the clear", "virsh again", "ours, encrypted"];
     let way_of = [0, 1, 0, 2];
@@ -148,18 +165,25 @@ pub fn run(common: &Common, pairs: usize) -> Result<Report> {
     Ok(report)
 }
 
-/// Puts a node's /run/libvirt where the other node sees it: then the other libvirtd reaches it by its socket, with nothing in between.
+/// Puts the socket of a node's libvirtd where the other node sees it: then the other libvirtd reaches it with nothing in between. The rest of
+/// /run/libvirt stays in memory, as on any node: libvirt syncs a domain's state to it while the guest stands still.
 fn open_libvirt(lab: &Lab, node: &str) -> Result<()> {
     lab.stop(node, "libvirtd")?;
-    let dir = shared(lab).join(format!("run-{node}"));
-    paths::dir(&dir, 0o755)?;
+    paths::dir(shared(lab).join(format!("run-{node}")), 0o755)?;
     let inside = format!("{SHARED}/run-{node}");
-    let mounted = lab.node(
+    let opened = lab.node(
         node,
-        &["sh", "-c", &format!("mkdir -p /run/libvirt && mount --bind {inside} /run/libvirt")],
+        &[
+            "sh",
+            "-ec",
+            &format!(
+                "echo 'unix_sock_dir = \"{inside}\"' >> /etc/libvirt/libvirtd.conf\n\
+                 ln -sf {inside}/libvirt-sock /run/libvirt/libvirt-sock"
+            ),
+        ],
     );
-    if !mounted.status.success() {
-        return Err(format!("{node}: {}", proc::text_of(&mounted)).into());
+    if !opened.status.success() {
+        return Err(format!("{node}: {}", proc::text_of(&opened)).into());
     }
     lab.start(node, "libvirtd")?;
     let answers = || {
@@ -169,6 +193,16 @@ fn open_libvirt(lab: &Lab, node: &str) -> Result<()> {
             .then_some(())
     };
     proc::wait_for(Duration::from_secs(20), answers).ok_or_else(|| format!("libvirtd on {node} does not come back").into())
+}
+
+/// Lets a node send no faster than its line (tc-tbf(8)); TCP keeps little in such a queue, so nothing is dropped.
+fn shape(lab: &Lab, node: &str, mbit: u32) -> Result<()> {
+    let line = format!("tc qdisc replace dev eth0 root tbf rate {mbit}mbit burst 256kb latency 20ms");
+    let shaped = lab.node(node, &["sh", "-c", &line]);
+    if !shaped.status.success() {
+        return Err(format!("{node}: {}", proc::text_of(&shaped)).into());
+    }
+    Ok(())
 }
 
 /// The image tiny with the counter started before its init; gives the path of its initrd in the lab.

@@ -6,6 +6,7 @@
 mod helper;
 mod inside;
 mod machine;
+mod memory;
 mod migrate;
 mod paired;
 mod plugin;
@@ -62,6 +63,9 @@ pub enum Bench {
         /// At least so many pairs, if the time suffices
         #[arg(long, default_value_t = 30)]
         pairs: usize,
+        /// Speed of each node's line in Mbit/s; 0: none, the nodes share the machine's memory
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        line_mbit: u32,
     },
     /// Preemption: until the preempting job runs, and what work is done again
     Preempt(Common),
@@ -98,7 +102,7 @@ pub fn run(bench: &Bench) -> Result<()> {
         Bench::Start(common) => common.finish(&start::run(common)?),
         Bench::Plugin(common) => common.finish(&plugin::run(common)?),
         Bench::Preempt(common) => common.finish(&preempt::run(common)?),
-        Bench::Migrate { common, pairs } => common.finish(&migrate::run(common, *pairs)?),
+        Bench::Migrate { common, pairs, line_mbit } => common.finish(&migrate::run(common, *pairs, *line_mbit)?),
     }
 }
 

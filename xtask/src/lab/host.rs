@@ -102,6 +102,8 @@ fn network(host: &str) -> Result<()> {
     };
     proc::wait_for(Duration::from_secs(10), there).ok_or("the supervisor has made no eth0")?;
     let _ = fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+    // Linux's default, as nodes have it. A machine in a cloud may have chosen bbr, which paces each connection with timers.
+    let _ = fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic");
     proc::run("ip", &["addr", "add", &format!("{}/24", address(host)?), "dev", "eth0"])?;
     proc::run("ip", &["link", "set", "eth0", "up"])?;
     Ok(())

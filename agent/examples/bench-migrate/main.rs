@@ -7,8 +7,9 @@
 //! Reads one line, answers with one line of JSON: `boot`, `expect`, `move NODE ADDRESS URI`, `suspend`, `resume`, `clear`, `seen`.
 //! `move` answers with `total_ms`: for `virsh` from the start of the process to its end; for `agent` from the order to the answer, that is with
 //! the question to the destination, its preparations, all handshakes and the hand-over of output offsets.
-//! `seen` answers with QEMU's own times of its events STOP and RESUME since `clear` (wall clock in seconds: both nodes share it in the lab) and
-//! with the largest step that a counter in the guest saw on its own clock.
+//! `seen` answers with QEMU's own times of its events STOP and RESUME since `clear`, with the time of libvirt's word that the destination's QEMU has
+//! started (`started`; all in wall clock seconds, which both nodes share in the lab, like `began` in the answer to `move`) and with the largest step
+//! that a counter in the guest saw on its own clock.
 
 use serde_json::{Value, json};
 use slurm_vm::{
@@ -41,7 +42,7 @@ const IMAGE: &str = "bench";
 const BOOTED_WITHIN: Duration = Duration::from_secs(120);
 const MOVED_WITHIN: Duration = Duration::from_secs(120);
 
-/// One of QEMU's events: domain, name, wall clock in seconds.
+/// One of QEMU's events, or libvirt's STARTED: domain, name, wall clock in seconds.
 type Event = (String, String, f64);
 
 struct Bench {

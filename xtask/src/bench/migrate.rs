@@ -12,7 +12,7 @@ use super::{
     paired::{self, Question, Sample, Scale},
     publish, release,
     report::Report,
-    shared,
+    set_up, shared,
 };
 use crate::{
     Result,
@@ -112,7 +112,6 @@ pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
     }
     let mut notes = machine::notes(&lab, "n1");
     notes.push("guest: 256 MiB, 1 vCPU, a counter that runs without pause and writes little memory; shared storage".into());
-
     notes.push(match line_mbit {
         0 => "line: none, the nodes share the machine's memory".into(),
         mbit => format!("line: {mbit} Mbit/s out of each node"),
@@ -171,20 +170,11 @@ fn open_libvirt(lab: &Lab, node: &str) -> Result<()> {
     lab.stop(node, "libvirtd")?;
     paths::dir(shared(lab).join(format!("run-{node}")), 0o755)?;
     let inside = format!("{SHARED}/run-{node}");
-    let opened = lab.node(
-        node,
-        &[
-            "sh",
-            "-ec",
-            &format!(
-                "echo 'unix_sock_dir = \"{inside}\"' >> /etc/libvirt/libvirtd.conf\n\
-                 ln -sf {inside}/libvirt-sock /run/libvirt/libvirt-sock"
-            ),
-        ],
+    let open = format!(
+        "echo 'unix_sock_dir = \"{inside}\"' >> /etc/libvirt/libvirtd.conf\n\
+         ln -sf {inside}/libvirt-sock /run/libvirt/libvirt-sock"
     );
-    if !opened.status.success() {
-        return Err(format!("{node}: {}", proc::text_of(&opened)).into());
-    }
+    set_up(lab, node, &["sh", "-ec", &open])?;
     lab.start(node, "libvirtd")?;
     let answers = || {
         lab.node(node, &["virsh", "-q", "-c", "qemu:///system", "list"])
@@ -197,12 +187,14 @@ fn open_libvirt(lab: &Lab, node: &str) -> Result<()> {
 
 /// Lets a node send no faster than its line (tc-tbf(8)); TCP keeps little in such a queue, so nothing is dropped.
 fn shape(lab: &Lab, node: &str, mbit: u32) -> Result<()> {
-    let line = format!("tc qdisc replace dev eth0 root tbf rate {mbit}mbit burst 256kb latency 20ms");
-    let shaped = lab.node(node, &["sh", "-c", &line]);
-    if !shaped.status.success() {
-        return Err(format!("{node}: {}", proc::text_of(&shaped)).into());
-    }
-    Ok(())
+    let rate = format!("{mbit}mbit");
+    set_up(
+        lab,
+        node,
+        &[
+            "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", &rate, "burst", "256kb", "latency", "20ms",
+        ],
+    )
 }
 
 /// The image tiny with the counter started before its init; gives the path of its initrd in the lab.

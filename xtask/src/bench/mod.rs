@@ -22,7 +22,7 @@ use crate::{
     Result,
     error::At,
     lab::{Lab, Options},
-    paths, stage,
+    paths, proc, stage,
 };
 use paired::Limits;
 use report::Report;
@@ -115,6 +115,15 @@ fn lab(common: &Common, options: Options) -> Result<Lab> {
     })?;
     paths::dir(shared(&lab), 0o755)?;
     Ok(lab)
+}
+
+/// Does one thing on a host of the lab as root, for the set-up of a bench.
+fn set_up(lab: &Lab, host: &str, argv: &[&str]) -> Result<()> {
+    let done = lab.node(host, argv);
+    if !done.status.success() {
+        return Err(format!("cannot set up {host}: {}", proc::text_of(&done)).into());
+    }
+    Ok(())
 }
 
 /// The bench's directory as this process sees it.

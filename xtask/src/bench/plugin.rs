@@ -11,7 +11,7 @@ use super::{
     paired::{self, Question, Sample, Scale},
     publish, release,
     report::Report,
-    shared,
+    set_up, shared,
 };
 use crate::{
     Result,
@@ -60,10 +60,8 @@ pub fn run(common: &Common) -> Result<Report> {
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o666)).at("make", &fifo)?;
     std::fs::set_permissions(&fifo, std::fs::Permissions::from_mode(0o666)).at("set the mode of", &fifo)?;
     for host in [CTL, "n1"] {
-        let link = lab.node(host, &["ln", "-sf", &format!("{SHARED}/{}", inside::PLUGSTACK), PLUGSTACK]);
-        if !link.status.success() {
-            return Err(format!("cannot set up {host}: {}", proc::text_of(&link)).into());
-        }
+        let plugstack = format!("{SHARED}/{}", inside::PLUGSTACK);
+        set_up(&lab, host, &["ln", "-sf", &plugstack, PLUGSTACK])?;
     }
     // slurmd learns at its start whether there is a prolog.
     lab.stop("n1", "slurmd")?;

@@ -1,16 +1,19 @@
 //! Moves one VM back and forth between two nodes: the nodes' half of `cargo xtask bench migrate`.
 //!
-//! One process per node and way of moving, beside no other agent. `agent`: the agent's own code (owner thread, core, peer channel, relay), as a
-//! node role has it; only Slurm is a model, because what Slurm does comes after the move. `virsh`: the same domain XML, moved by
+//! One process per node, with one connection to its libvirt and nobody else at it, as a node has one agent: QEMU's events wake everybody who is told of them,
+//! on the processors that the move has. Three ways of moving, each with a VM of its own. `plain` and `encrypted`: the agent's own code (owner thread, core, peer
+//! channel, relay), as a node role has it; only Slurm is a model, because what Slurm does comes after the move. `virsh`: the same domain XML, moved by
 //! `virsh migrate --live --p2p` straight to the other libvirtd, memory by plain TCP between the QEMUs.
 //!
-//! Reads one line, answers with one line of JSON: `boot`, `expect`, `move NODE ADDRESS URI`, `suspend`, `resume`, `clear`, `seen`.
-//! `move` answers with `total_ms`: for `virsh` from the start of the process to its end; for `agent` from the order to the answer, that is with
+//! Reads one line, answers with one line of JSON. The first word is the way, the rest is one of `boot`, `expect`, `move NODE ADDRESS URI`, `suspend`, `resume`,
+//! `clear`, `seen`.
+//! `move` answers with `total_ms`: for `virsh` from the start of the process to its end; for the others from the order to the answer, that is with
 //! the question to the destination, its preparations, all handshakes and the hand-over of output offsets.
 //! `seen` answers with QEMU's own times of its events STOP and RESUME since `clear`, with the time of libvirt's word that the destination's QEMU has
 //! started (`started`; all in wall clock seconds, which both nodes share in the lab, like `began` in the answer to `move`) and with the largest step
 //! that a counter in the guest saw on its own clock.
 
+use crossbeam_channel::{Receiver, Sender};
 use serde_json::{Value, json};
 use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
@@ -30,6 +33,7 @@ use slurm_vm::{
 };
 use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 use std::{
+    collections::HashMap,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -45,11 +49,17 @@ const MOVED_WITHIN: Duration = Duration::from_secs(120);
 /// One of QEMU's events, or libvirt's STARTED: domain, name, wall clock in seconds.
 type Event = (String, String, f64);
 
-struct Bench {
+type Events = Arc<Mutex<Vec<Event>>>;
+
+/// Name and number of each way.
+const WAYS: [(&str, u16); 3] = [("virsh", 1), ("plain", 2), ("encrypted", 3)];
+
+/// One VM, moved in one way.
+struct Way {
     node: Arc<Node>,
     virsh: bool,
     job: u32,
-    events: Arc<Mutex<Vec<Event>>>,
+    events: Events,
     /// Where the serial log ended at the last `clear`.
     serial_from: usize,
 }
@@ -67,17 +77,38 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
-/// Arguments: configuration of the node, way (`virsh`, `plain`, `encrypted`), directory shared by both nodes, initrd of the image, core for the VM.
+/// Arguments: configuration of the node, directory shared by both nodes, initrd of the image, core for the VMs.
 struct Arguments {
     config: PathBuf,
-    way: String,
     shared: PathBuf,
     initrd: PathBuf,
     core: u32,
 }
 
-impl Bench {
-    fn new(a: &Arguments) -> Result<Self, String> {
+/// All ways by name.
+fn ways(a: &Arguments) -> Result<HashMap<String, Way>, String> {
+    let uri = Config::load(&a.config).map_err(text)?.hypervisor.uri;
+    let hypervisor = Arc::new(LibvirtHypervisor::new(&uri).map_err(text)?);
+    hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
+    let events = Events::default();
+    let told = hypervisor.events();
+    let (mut ways, mut watchers) = (HashMap::new(), HashMap::new());
+    for (name, number) in WAYS {
+        let way = Way::new(a, name, number, hypervisor.clone(), Arc::clone(&events))?;
+        let (watcher, domains) = crossbeam_channel::unbounded();
+        let node = way.node.clone();
+        std::thread::spawn(move || node.watch_domains(&domains));
+        watchers.insert(way.domain(), watcher);
+        ways.insert(name.to_owned(), way);
+    }
+    let (core, started) = (a.core, Arc::clone(&events));
+    std::thread::spawn(move || pass_on(&told, &watchers, core, &started));
+    watch_qemu(&uri, events)?;
+    Ok(ways)
+}
+
+impl Way {
+    fn new(a: &Arguments, way: &str, number: u16, hypervisor: Arc<LibvirtHypervisor>, events: Events) -> Result<Self, String> {
         let mut config = Config::load(&a.config).map_err(text)?;
         let image = config.images.get("tiny").ok_or("no image tiny")?.clone();
         let image = slurm_vm::config::ImageConfig {
@@ -86,21 +117,15 @@ impl Bench {
             ..image
         };
         config.images.insert(IMAGE.into(), image);
-        config.state_dir = config.state_dir.join(format!("bench-{}", a.way));
-        config.run_dir = PathBuf::from(format!("/run/bench-{}", a.way));
-        config.shared_dir = Some(a.shared.join(&a.way));
-        let (number, port) = match a.way.as_str() {
-            "virsh" => (1, 6901),
-            "plain" => (2, 6902),
-            "encrypted" => (3, 6903),
-            other => return Err(format!("unknown way {other}")),
-        };
-        config.peer.listen = format!("0.0.0.0:{port}");
-        config.peer.port = port;
-        config.peer.encrypt_migration = a.way != "plain";
+        config.state_dir = config.state_dir.join(format!("bench-{way}"));
+        config.run_dir = PathBuf::from(format!("/run/bench-{way}"));
+        config.shared_dir = Some(a.shared.join(way));
+        config.peer.port = 6900 + number;
+        config.peer.listen = format!("0.0.0.0:{}", config.peer.port);
+        config.peer.encrypt_migration = way != "plain";
         // A VM that waits for its job waits here for the next turn.
         config.node.await_job_s = 86_400;
-        let overlays = a.shared.join(&a.way).join("overlays");
+        let overlays = a.shared.join(way).join("overlays");
         for made in [
             &config.state_dir,
             &config.run_dir.join("jobs"),
@@ -112,20 +137,18 @@ impl Bench {
         let slurm = Arc::new(FakeSlurm::with_nodes(1));
         // Jobs of different ways have different numbers, for their domains share a libvirtd; and the same core, or they would be pinned to others.
         let mut job = 0;
-        for turn in 1..=number {
+        for turn in 1..=i64::from(number) {
             job = slurm.submit(FakeJob {
                 mem_mib_per_node: 1024,
                 ..FakeJob::default()
             });
             slurm.tick(turn);
-            if turn < number {
+            if turn < i64::from(number) {
                 slurm.exited(job, 0);
                 slurm.epilog_done(job, "n1");
                 slurm.tick(turn);
             }
         }
-        let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);
-        hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
         let world = World {
             files: Arc::new(slurm_vm::effects::SystemFiles),
             clock: Arc::new(SystemClock),
@@ -139,16 +162,11 @@ impl Bench {
         let peers = TlsPeers::new(&config, &[0], Role::Node, &world.faults)?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
-        let events = Arc::default();
-        own_core(node.world.hypervisor.events(), domain_name(job, 0), a.core, Arc::clone(&events));
-        let domains = node.world.hypervisor.events();
-        let (watcher, serving) = (node.clone(), node.clone());
-        std::thread::spawn(move || watcher.watch_domains(&domains));
+        let serving = node.clone();
         peers.serve(&config, move |from, request| cluster::answer(&serving, from, request))?;
-        watch_qemu(&config.hypervisor.uri, Arc::clone(&events))?;
         Ok(Self {
             node,
-            virsh: a.way == "virsh",
+            virsh: way == "virsh",
             job,
             events,
             serial_from: 0,
@@ -291,7 +309,8 @@ impl Bench {
     }
 
     fn clear(&mut self) -> Value {
-        self.events().clear();
+        let domain = self.domain();
+        self.events().retain(|(d, _, _)| *d != domain);
         self.serial_from = self.serial().len();
         json!({})
     }
@@ -319,9 +338,8 @@ impl Bench {
         json!({"started": at("STARTED"), "stop": at("STOP"), "resume": at("RESUME"), "step_ms": step, "counted_bytes": self.counted()})
     }
 
-    fn answer(&mut self, line: &str) -> Result<Value, String> {
-        let words: Vec<&str> = line.split(' ').collect();
-        match words.as_slice() {
+    fn answer(&mut self, words: &[&str]) -> Result<Value, String> {
+        match words {
             ["boot"] => self.boot(),
             ["expect"] => self.expect(),
             ["move", to, address, uri] => self.migrate(to, address, uri),
@@ -334,32 +352,51 @@ impl Bench {
     }
 }
 
-/// Gives each QEMU that starts here for a domain the node's own core. The lab's nodes share the machine's, and two QEMUs on one core, which real nodes
-/// never have, exchange bytes at a sixth of the speed; which of them meet is the kernel's whim. Not by libvirt, which changes nothing while a domain arrives.
-fn own_core(events: crossbeam_channel::Receiver<DomainEvent>, domain: String, core: u32, into: Arc<Mutex<Vec<Event>>>) {
-    std::thread::spawn(move || {
-        for event in events {
-            if !matches!(&event, DomainEvent::Started { name, .. } if *name == domain) {
+/// Passes each event of libvirt's on to the way whose domain it is about; whether there is a connection concerns all.
+///
+/// A QEMU that starts here is given the node's own core. The lab's nodes share the machine's, and two QEMUs on one core, which real nodes never have, exchange
+/// bytes at a sixth of the speed; which of them meet is the kernel's whim. Not by libvirt, which changes nothing while a domain arrives.
+fn pass_on(told: &Receiver<DomainEvent>, watchers: &HashMap<String, Sender<DomainEvent>>, core: u32, into: &Events) {
+    for event in told {
+        let name = match &event {
+            DomainEvent::Started { name, .. }
+            | DomainEvent::Suspended { name, .. }
+            | DomainEvent::Resumed { name, .. }
+            | DomainEvent::Stopped { name, .. }
+            | DomainEvent::Panicked { name, .. }
+            | DomainEvent::MigrationIteration { name, .. } => name,
+            DomainEvent::ConnectionLost | DomainEvent::ConnectionBack => {
+                for watcher in watchers.values() {
+                    let _ = watcher.send(event.clone());
+                }
                 continue;
             }
-            let started = (domain.clone(), "STARTED".to_owned(), now_s());
+        };
+        let Some(watcher) = watchers.get(name) else { continue };
+        if let DomainEvent::Started { name, .. } = &event {
+            let started = (name.clone(), "STARTED".to_owned(), now_s());
             into.lock().unwrap_or_else(PoisonError::into_inner).push(started);
-            let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{domain}.pid")).map_err(text);
-            let done = pid.and_then(|pid| {
-                let mut command = Command::new("taskset");
-                command.args(["-acp", &core.to_string(), pid.trim()]);
-                command.stdin(Stdio::null()).output().map_err(text)
-            });
-            match done {
-                Ok(output) if output.status.success() => {}
-                other => log::error!("{domain} has no core of its own: {other:?}"),
-            }
+            own_core(name, core);
         }
+        let _ = watcher.send(event);
+    }
+}
+
+fn own_core(domain: &str, core: u32) {
+    let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{domain}.pid")).map_err(text);
+    let done = pid.and_then(|pid| {
+        let mut command = Command::new("taskset");
+        command.args(["-acp", &core.to_string(), pid.trim()]);
+        command.stdin(Stdio::null()).output().map_err(text)
     });
+    match done {
+        Ok(output) if output.status.success() => {}
+        other => log::error!("{domain} has no core of its own: {other:?}"),
+    }
 }
 
 /// Collects QEMU's events with QEMU's own times.
-fn watch_qemu(uri: &str, into: Arc<Mutex<Vec<Event>>>) -> Result<(), String> {
+fn watch_qemu(uri: &str, into: Events) -> Result<(), String> {
     // virsh fills a buffer before it writes to a pipe, unless told otherwise.
     let mut command = Command::new("stdbuf");
     command.args([
@@ -397,12 +434,11 @@ fn event(line: &str) -> Option<Event> {
 fn main() -> Result<(), String> {
     slurm_vm::logging::init(false);
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [config, way, shared, initrd, core] = words.as_slice() else {
-        return Err("usage: bench-migrate CONFIG WAY SHARED INITRD CORE".into());
+    let [config, shared, initrd, core] = words.as_slice() else {
+        return Err("usage: bench-migrate CONFIG SHARED INITRD CORE".into());
     };
-    let mut bench = Bench::new(&Arguments {
+    let mut ways = ways(&Arguments {
         config: config.into(),
-        way: way.clone(),
         shared: Path::new(shared).into(),
         initrd: initrd.into(),
         core: core.parse().map_err(|_| format!("core {core:?} is not a number"))?,
@@ -410,7 +446,14 @@ fn main() -> Result<(), String> {
     let mut out = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(text)?;
-        let answer = bench.answer(line.trim()).unwrap_or_else(|e| json!({"error": e}));
+        let words: Vec<&str> = line.trim().split(' ').collect();
+        let answer = words
+            .split_first()
+            .ok_or("no words")
+            .and_then(|(way, words)| Ok((ways.get_mut(*way).ok_or("no such way")?, words)))
+            .map_err(text)
+            .and_then(|(way, words)| way.answer(words))
+            .unwrap_or_else(|e| json!({"error": e}));
         writeln!(out, "{answer}").and_then(|()| out.flush()).map_err(text)?;
     }
     Ok(())

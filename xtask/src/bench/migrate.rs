@@ -32,28 +32,30 @@ const SETTLE: Duration = Duration::from_millis(400);
 /// Memory that is made ready for the QEMU at the destination: more than guest and QEMU will touch.
 const TOUCHED_MIB: usize = 512;
 
-/// One VM and its helpers on both nodes.
-struct Way {
+/// The helpers on both nodes, and on which of them the VM of each way is.
+struct Nodes {
     helpers: [Helper; 2],
-    at: usize,
+    at: [usize; WAYS.len()],
 }
 
-impl Way {
-    fn turn(&mut self) -> Result<Sample> {
-        let (from, to) = (self.at, 1 - self.at);
-        self.helpers[from].ask("resume")?;
+impl Nodes {
+    fn turn(&mut self, way: usize) -> Result<Sample> {
+        let (from, to) = (self.at[way], 1 - self.at[way]);
+        let way_name = WAYS[way];
+        let mut ask = |node: usize, words: &str| self.helpers[node].ask(&format!("{way_name} {words}"));
+        ask(from, "resume")?;
         sleep(SETTLE);
-        for helper in &mut self.helpers {
-            helper.ask("clear")?;
+        for node in [from, to] {
+            ask(node, "clear")?;
         }
         memory::touch(TOUCHED_MIB)?;
         let there = NODES[to];
         let uri = format!("qemu+unix:///system?socket={SHARED}/run-{there}/libvirt-sock");
-        let mut sample = self.helpers[from].ask(&format!("move {there} {} {uri}", address(there)?))?;
-        self.at = to;
+        let mut sample = ask(from, &format!("move {there} {} {uri}", address(there)?))?;
         sleep(SETTLE);
-        let (left, came) = (self.helpers[from].ask("seen")?, self.helpers[to].ask("seen")?);
-        self.helpers[to].ask("suspend")?;
+        let (left, came) = (ask(from, "seen")?, ask(to, "seen")?);
+        ask(to, "suspend")?;
+        self.at[way] = to;
         let (Some(stop), Some(resume)) = (left.get("stop"), came.get("resume")) else {
             return Err(format!("QEMU's events did not come: {left:?} {came:?}").into());
         };
@@ -94,21 +96,20 @@ pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
     let program = publish(&lab, &built.join("examples/bench-migrate"))?;
     let initrd = image(&lab)?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let mut ways = Vec::new();
-    for way in WAYS {
-        let start = |k: usize| {
-            let core = (k % cores).to_string();
-            let argv = [program.as_str(), "/etc/slurm-vm/slurm-vm.toml", way, SHARED, &initrd, &core];
-            Helper::start(&lab, NODES[k], &argv)
-        };
-        let mut helpers = [start(0)?, start(1)?];
-        helpers[1].ask("expect")?;
-        helpers[0].ask("boot")?;
-        helpers[0].ask("suspend")?;
-        let mut way = Way { helpers, at: 0 };
+    let start = |k: usize| {
+        let core = (k % cores).to_string();
+        Helper::start(&lab, NODES[k], &[&program, "/etc/slurm-vm/slurm-vm.toml", SHARED, &initrd, &core])
+    };
+    let mut nodes = Nodes {
+        helpers: [start(0)?, start(1)?],
+        at: [0; WAYS.len()],
+    };
+    for (k, way) in WAYS.iter().enumerate() {
+        nodes.helpers[1].ask(&format!("{way} expect"))?;
+        nodes.helpers[0].ask(&format!("{way} boot"))?;
+        nodes.helpers[0].ask(&format!("{way} suspend"))?;
         // Not measured: it begins otherwise than it goes on, pinned by its XML.
-        way.turn()?;
-        ways.push(way);
+        nodes.turn(k)?;
     }
     let mut notes = machine::notes(&lab, "n1");
     notes.push("guest: 256 MiB, 1 vCPU, a counter that runs without pause and writes little memory; shared storage".into());
@@ -157,7 +158,7 @@ pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
         question("bytes moved, by libvirt's count", "moved_mib", 1, None, None),
     ];
     let mut report = paired::run("migrate", &arms, &questions, common.limits(pairs, 1000), |arm| {
-        ways[way_of[arm]].turn()
+        nodes.turn(way_of[arm])
     })?;
     notes.push(machine::load("load average at the end"));
     report.notes = notes;

@@ -13,7 +13,7 @@
 //! started (`started`; all in wall clock seconds, which both nodes share in the lab, like `began` in the answer to `move`) and with the largest step
 //! that a counter in the guest saw on its own clock.
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 use serde_json::{Value, json};
 use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
@@ -51,8 +51,8 @@ type Event = (String, String, f64);
 
 type Events = Arc<Mutex<Vec<Event>>>;
 
-/// Name and number of each way.
-const WAYS: [(&str, u16); 3] = [("virsh", 1), ("plain", 2), ("encrypted", 3)];
+/// The ways of moving.
+const WAYS: [&str; 3] = ["virsh", "plain", "encrypted"];
 
 /// One VM, moved in one way.
 struct Way {
@@ -87,29 +87,31 @@ struct Arguments {
 
 /// All ways by name.
 fn ways(a: &Arguments) -> Result<HashMap<String, Way>, String> {
-    let uri = Config::load(&a.config).map_err(text)?.hypervisor.uri;
-    let hypervisor = Arc::new(LibvirtHypervisor::new(&uri).map_err(text)?);
+    let config = Config::load(&a.config).map_err(text)?;
+    let hypervisor = Arc::new(LibvirtHypervisor::new(&config.hypervisor.uri).map_err(text)?);
     hypervisor.ping(Duration::from_secs(20)).map_err(text)?;
     let events = Events::default();
-    let told = hypervisor.events();
-    let (mut ways, mut watchers) = (HashMap::new(), HashMap::new());
-    for (name, number) in WAYS {
-        let way = Way::new(a, name, number, hypervisor.clone(), Arc::clone(&events))?;
-        let (watcher, domains) = crossbeam_channel::unbounded();
-        let node = way.node.clone();
-        std::thread::spawn(move || node.watch_domains(&domains));
-        watchers.insert(way.domain(), watcher);
+    let (told, core, started) = (hypervisor.events(), a.core, Arc::clone(&events));
+    std::thread::spawn(move || own_core(told, core, &started));
+    watch_qemu(&config.hypervisor.uri, Arc::clone(&events))?;
+    let mut ways = HashMap::new();
+    for (number, name) in (1..).zip(WAYS) {
+        let way = Way::new(a, config.clone(), number, name, hypervisor.clone(), Arc::clone(&events))?;
         ways.insert(name.to_owned(), way);
     }
-    let (core, started) = (a.core, Arc::clone(&events));
-    std::thread::spawn(move || pass_on(&told, &watchers, core, &started));
-    watch_qemu(&uri, events)?;
     Ok(ways)
 }
 
 impl Way {
-    fn new(a: &Arguments, way: &str, number: u16, hypervisor: Arc<LibvirtHypervisor>, events: Events) -> Result<Self, String> {
-        let mut config = Config::load(&a.config).map_err(text)?;
+    /// `number`: from 1, another one for each way.
+    fn new(
+        a: &Arguments,
+        mut config: Config,
+        number: u16,
+        way: &str,
+        hypervisor: Arc<LibvirtHypervisor>,
+        events: Events,
+    ) -> Result<Self, String> {
         let image = config.images.get("tiny").ok_or("no image tiny")?.clone();
         let image = slurm_vm::config::ImageConfig {
             initrd: Some(a.initrd.clone()),
@@ -162,7 +164,9 @@ impl Way {
         let peers = TlsPeers::new(&config, &[0], Role::Node, &world.faults)?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
-        let serving = node.clone();
+        let domains = node.world.hypervisor.events();
+        let (watcher, serving) = (node.clone(), node.clone());
+        std::thread::spawn(move || watcher.watch_domains(&domains));
         peers.serve(&config, move |from, request| cluster::answer(&serving, from, request))?;
         Ok(Self {
             node,
@@ -352,46 +356,25 @@ impl Way {
     }
 }
 
-/// Passes each event of libvirt's on to the way whose domain it is about; whether there is a connection concerns all.
-///
-/// A QEMU that starts here is given the node's own core. The lab's nodes share the machine's, and two QEMUs on one core, which real nodes never have, exchange
-/// bytes at a sixth of the speed; which of them meet is the kernel's whim. Not by libvirt, which changes nothing while a domain arrives.
-fn pass_on(told: &Receiver<DomainEvent>, watchers: &HashMap<String, Sender<DomainEvent>>, core: u32, into: &Events) {
+/// Notes when a QEMU starts here, and gives it the node's own core. The lab's nodes share the machine's, and two QEMUs on one core, which real nodes never have,
+/// exchange bytes at a sixth of the speed; which of them meet is the kernel's whim. Not by libvirt, which changes nothing while a domain arrives.
+fn own_core(told: Receiver<DomainEvent>, core: u32, into: &Events) {
     for event in told {
-        let name = match &event {
-            DomainEvent::Started { name, .. }
-            | DomainEvent::Suspended { name, .. }
-            | DomainEvent::Resumed { name, .. }
-            | DomainEvent::Stopped { name, .. }
-            | DomainEvent::Panicked { name, .. }
-            | DomainEvent::MigrationIteration { name, .. } => name,
-            DomainEvent::ConnectionLost | DomainEvent::ConnectionBack => {
-                for watcher in watchers.values() {
-                    let _ = watcher.send(event.clone());
-                }
-                continue;
-            }
+        let DomainEvent::Started { name: domain, .. } = event else {
+            continue;
         };
-        let Some(watcher) = watchers.get(name) else { continue };
-        if let DomainEvent::Started { name, .. } = &event {
-            let started = (name.clone(), "STARTED".to_owned(), now_s());
-            into.lock().unwrap_or_else(PoisonError::into_inner).push(started);
-            own_core(name, core);
+        let started = (domain.clone(), "STARTED".to_owned(), now_s());
+        into.lock().unwrap_or_else(PoisonError::into_inner).push(started);
+        let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{domain}.pid")).map_err(text);
+        let done = pid.and_then(|pid| {
+            let mut command = Command::new("taskset");
+            command.args(["-acp", &core.to_string(), pid.trim()]);
+            command.stdin(Stdio::null()).output().map_err(text)
+        });
+        match done {
+            Ok(output) if output.status.success() => {}
+            other => log::error!("{domain} has no core of its own: {other:?}"),
         }
-        let _ = watcher.send(event);
-    }
-}
-
-fn own_core(domain: &str, core: u32) {
-    let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{domain}.pid")).map_err(text);
-    let done = pid.and_then(|pid| {
-        let mut command = Command::new("taskset");
-        command.args(["-acp", &core.to_string(), pid.trim()]);
-        command.stdin(Stdio::null()).output().map_err(text)
-    });
-    match done {
-        Ok(output) if output.status.success() => {}
-        other => log::error!("{domain} has no core of its own: {other:?}"),
     }
 }
 
@@ -431,6 +414,13 @@ fn event(line: &str) -> Option<Event> {
     Some((domain.to_owned(), name.to_owned(), at.parse().ok()?))
 }
 
+fn answer(ways: &mut HashMap<String, Way>, line: &str) -> Result<Value, String> {
+    let words: Vec<&str> = line.split(' ').collect();
+    let (way, words) = words.split_first().ok_or("no words")?;
+    let way = ways.get_mut(*way).ok_or_else(|| format!("no way {way:?}"))?;
+    way.answer(words)
+}
+
 fn main() -> Result<(), String> {
     slurm_vm::logging::init(false);
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -446,14 +436,7 @@ fn main() -> Result<(), String> {
     let mut out = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(text)?;
-        let words: Vec<&str> = line.trim().split(' ').collect();
-        let answer = words
-            .split_first()
-            .ok_or("no words")
-            .and_then(|(way, words)| Ok((ways.get_mut(*way).ok_or("no such way")?, words)))
-            .map_err(text)
-            .and_then(|(way, words)| way.answer(words))
-            .unwrap_or_else(|e| json!({"error": e}));
+        let answer = answer(&mut ways, line.trim()).unwrap_or_else(|e| json!({"error": e}));
         writeln!(out, "{answer}").and_then(|()| out.flush()).map_err(text)?;
     }
     Ok(())

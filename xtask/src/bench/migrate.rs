@@ -25,6 +25,7 @@ use std::{thread::sleep, time::Duration};
 
 const COUNTER: &str = include_str!("counter.c");
 const NODES: [&str; 2] = ["n1", "n2"];
+/// The ways of moving, as the helpers call them.
 const WAYS: [&str; 3] = ["virsh", "plain", "encrypted"];
 /// What a guest runs before it is moved, and after.
 const SETTLE: Duration = Duration::from_millis(400);
@@ -39,22 +40,31 @@ struct Nodes {
 }
 
 impl Nodes {
+    fn ask(&mut self, node: usize, way: usize, words: &str) -> Result<Sample> {
+        self.helpers[node].ask(&format!("{} {words}", WAYS[way]))
+    }
+
+    fn boot(&mut self, way: usize) -> Result<()> {
+        self.ask(1, way, "expect")?;
+        self.ask(0, way, "boot")?;
+        self.ask(0, way, "suspend")?;
+        Ok(())
+    }
+
     fn turn(&mut self, way: usize) -> Result<Sample> {
         let (from, to) = (self.at[way], 1 - self.at[way]);
-        let way_name = WAYS[way];
-        let mut ask = |node: usize, words: &str| self.helpers[node].ask(&format!("{way_name} {words}"));
-        ask(from, "resume")?;
+        self.ask(from, way, "resume")?;
         sleep(SETTLE);
         for node in [from, to] {
-            ask(node, "clear")?;
+            self.ask(node, way, "clear")?;
         }
         memory::touch(TOUCHED_MIB)?;
         let there = NODES[to];
         let uri = format!("qemu+unix:///system?socket={SHARED}/run-{there}/libvirt-sock");
-        let mut sample = ask(from, &format!("move {there} {} {uri}", address(there)?))?;
+        let mut sample = self.ask(from, way, &format!("move {there} {} {uri}", address(there)?))?;
         sleep(SETTLE);
-        let (left, came) = (ask(from, "seen")?, ask(to, "seen")?);
-        ask(to, "suspend")?;
+        let (left, came) = (self.ask(from, way, "seen")?, self.ask(to, way, "seen")?);
+        self.ask(to, way, "suspend")?;
         self.at[way] = to;
         let (Some(stop), Some(resume)) = (left.get("stop"), came.get("resume")) else {
             return Err(format!("QEMU's events did not come: {left:?} {came:?}").into());
@@ -104,12 +114,10 @@ pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
         helpers: [start(0)?, start(1)?],
         at: [0; WAYS.len()],
     };
-    for (k, way) in WAYS.iter().enumerate() {
-        nodes.helpers[1].ask(&format!("{way} expect"))?;
-        nodes.helpers[0].ask(&format!("{way} boot"))?;
-        nodes.helpers[0].ask(&format!("{way} suspend"))?;
+    for way in 0..WAYS.len() {
+        nodes.boot(way)?;
         // Not measured: it begins otherwise than it goes on, pinned by its XML.
-        nodes.turn(k)?;
+        nodes.turn(way)?;
     }
     let mut notes = machine::notes(&lab, "n1");
     notes.push("guest: 256 MiB, 1 vCPU, a counter that runs without pause and writes little memory; shared storage".into());

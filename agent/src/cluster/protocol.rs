@@ -72,6 +72,13 @@ pub enum PeerRequest {
         /// Job id.
         job: u32,
     },
+    /// Controller: a line for the journal of the job's VM.
+    Note {
+        /// Job id.
+        job: u32,
+        /// The line.
+        line: String,
+    },
     /// Controller: the job is over and no epilog will come for a VM that waits for it.
     Release {
         /// Job id.

@@ -17,8 +17,6 @@ use crate::{
     },
 };
 
-/// Longest time for one move or save; the controller's own deadlines are shorter.
-const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 /// Longest time for ending a VM that another node's start of the job has made needless.
 const RELEASE_WITHIN: Duration = Duration::from_secs(4);
 
@@ -90,6 +88,13 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         PeerRequest::Part { job } => match node.owner(job) {
             Some(owner) if owner.send(Request::Part).is_ok() => PeerReply::Ok,
             _ => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
+        },
+        PeerRequest::Note { job, line } => match node.record(job) {
+            Some(record) => {
+                node.world.store.journal(&record.domain(), node.world.clock.now_ms(), &line);
+                PeerReply::Ok
+            }
+            None => PeerReply::Refused(format!("job {job} has no VM on {}", node.name)),
         },
         PeerRequest::Release { job } => tell(node, job, Event::Release),
         PeerRequest::Import {
@@ -185,6 +190,7 @@ fn allowed(role: Role, request: &PeerRequest) -> bool {
         | PeerRequest::CancelMove { .. }
         | PeerRequest::Grace { .. }
         | PeerRequest::Part { .. }
+        | PeerRequest::Note { .. }
         | PeerRequest::Release { .. } => role == Role::Controller,
     }
 }
@@ -201,7 +207,8 @@ fn moved(
     if owner.send(request(reply)).is_err() {
         return PeerReply::Refused(format!("the VM of job {job} has just ended"));
     }
-    match answer.recv_timeout(MOVE_WITHIN) {
+    // As long as it takes: an answer before the end would let the controller begin something else beside the copy.
+    match answer.recv() {
         Ok(Ok(done)) => PeerReply::Moved(Box::new(done)),
         Ok(Err(why)) => PeerReply::Refused(why),
         Err(_) => PeerReply::Refused(format!("the VM of job {job} ended while it was to move")),

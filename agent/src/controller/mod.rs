@@ -5,13 +5,16 @@
 //! One thread polls Slurm every `poll_ms`; one thread per VM node keeps asking that node's agent for its status. Both
 //! write into [`Cluster`] behind one lock that is never held over a call to the outside. Everything that must survive a
 //! restart is in Slurm (features, reservations, job fields), in the ledger of the moves or in the [`notes`] on jobs.
+mod admission;
 mod asks;
 mod check;
-mod destination;
 mod faulty;
 mod health;
 mod moves;
 mod notes;
+pub mod placement;
+mod places;
+mod settle;
 mod verdict;
 mod watch;
 
@@ -67,6 +70,8 @@ pub struct Cluster {
     pub handled: BTreeMap<u32, u32>,
     /// Jobs whose nodes are being asked for their ways.
     pub planning: BTreeSet<u32>,
+    /// Jobs that cannot move, with the restart count of the run in which that was said.
+    pub stays: BTreeMap<u32, u32>,
 }
 
 /// The controller role.
@@ -81,10 +86,13 @@ pub struct Controller {
     started: Instant,
     cluster: Mutex<Cluster>,
     notes: Mutex<Notes>,
+    places: places::Places,
 }
 
 /// An agent that has not answered for so long is sick.
 const STALE: Duration = Duration::from_secs(6);
+/// How often reservations are looked through for those that belong to no move.
+const SWEEP: Duration = Duration::from_secs(60);
 /// How long an agent may take for a status.
 const STATUS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -100,6 +108,7 @@ impl Controller {
             started: Instant::now(),
             cluster: Mutex::new(Cluster::default()),
             notes: Mutex::new(notes),
+            places: places::Places::default(),
         })
     }
 
@@ -117,11 +126,23 @@ impl Controller {
     pub fn run(self: &Arc<Self>) {
         let poll = Duration::from_millis(self.config.controller.poll_ms);
         let mut failing = false;
+        let mut swept: Option<Instant> = None;
+        self.load_claims();
         self.recover_moves();
+        let controller = self.clone();
+        if let Err(e) = thread::Builder::new().name("places".into()).spawn(move || controller.run_places()) {
+            log::error!("cannot start the thread that gives out places: {e}");
+        }
         loop {
             let begun = Instant::now();
             match self.poll() {
-                Ok(()) => failing = false,
+                Ok(()) => {
+                    failing = false;
+                    if swept.is_none_or(|at| at.elapsed() > SWEEP) {
+                        swept = Some(Instant::now());
+                        self.sweep_reservations();
+                    }
+                }
                 Err(e) if !failing => {
                     log::warn!("Slurm does not answer: {e}");
                     failing = true;
@@ -156,9 +177,11 @@ impl Controller {
             cluster.results.retain(|job, _| known.contains(job));
             cluster.failed.retain(|job, _| known.contains(job));
             cluster.handled.retain(|job, _| known.contains(job));
+            cluster.stays.retain(|job, _| known.contains(job));
             cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
-            cluster.jobs = jobs;
+            cluster.jobs.clone_from(&jobs);
             drop(cluster);
+            self.note_claims(&jobs);
             self.notes().retain(|job| known.contains(&job));
         }
         for (name, address) in new {

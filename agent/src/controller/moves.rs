@@ -1,7 +1,7 @@
 //! One move of one job, as Slurm and the agents must be led through it (design: "Preemption").
 //!
 //! ```text
-//!  Planned ── reserve a node, MoveOut ──> Moved{live} ── requeuehold ──> Requeued ── steer by the reservation,
+//!  Planned ── find a place, MoveOut ──> Moved{live} ── requeuehold ──> Requeued ── steer by the reservation,
 //!     |  └─── Save ─────────────────────> Moved{save}                       |         StartTime, TimeLimit; release
 //!     |                                                                     v
 //!     └── requeue | cancel ──> (ended)              Landed <── running ── Released
@@ -19,10 +19,16 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::{query::MoveView, spec::PreemptWay};
 
-use super::{Controller, destination};
+use super::{
+    Controller,
+    admission::{self, Admission},
+    placement::{Resources, reservation_of},
+    places,
+    settle::{Settled, Settling, Word},
+};
 use crate::{
     cluster::{PeerReply, PeerRequest},
-    slurm::{JobInfo, JobState, JobUpdate, ReservationNodes, ReservationSpec, SlurmError},
+    slurm::{JobInfo, JobState, JobUpdate, SlurmError},
 };
 
 /// A move in the controller's ledger.
@@ -45,6 +51,12 @@ pub struct JobMove {
     pub to: Option<String>,
     /// The destination was asked for by name.
     pub to_asked: bool,
+    /// The node in whose reservation of ours the move is ([`super::placement::reservation_of`]).
+    #[serde(default)]
+    pub held: Option<String>,
+    /// What the VM takes on a node.
+    #[serde(default)]
+    pub needs: Resources,
     /// Ways that are left, first first.
     pub ways: Vec<PreemptWay>,
     /// Unix milliseconds by which the job must have left.
@@ -89,8 +101,10 @@ pub enum Step {
 const REQUEUE_WITHIN: Duration = Duration::from_secs(180);
 /// How often Slurm is asked while something is awaited.
 const LOOK: Duration = Duration::from_millis(250);
-/// Longest time for one move.
+/// Longest time for one move, after which its source is asked what became of it.
 const MOVE_WITHIN: Duration = Duration::from_secs(3600);
+/// Milliseconds after which a move without a deadline is cancelled.
+const MOST_MS: u64 = 3_600_000;
 
 impl Controller {
     fn ledger(&self, job: u32) -> PathBuf {
@@ -107,8 +121,11 @@ impl Controller {
         });
         for path in found {
             match files.read(&path).and_then(|bytes| Ok(serde_json::from_slice::<JobMove>(&bytes)?)) {
-                Ok(m) => {
+                Ok(mut m) => {
                     log::info!("job {}: going on with its move ({:?})", m.job, m.step);
+                    if m.step != Step::Planned && m.held.is_none() {
+                        m.held.clone_from(&m.to);
+                    }
                     self.start(m, true);
                 }
                 Err(e) => log::error!("{}: {e}", path.display()),
@@ -157,12 +174,14 @@ impl Controller {
         }
         true
     }
+}
 
-    /// Name of a job's reservation.
-    #[must_use]
-    pub fn reservation(job: u32) -> String {
-        format!("vmmig_{job}")
-    }
+/// Why a VM did not move live.
+enum NotLive {
+    /// It is at its source.
+    Stays(String),
+    /// It was saved: an earlier life of the controller had ordered that.
+    Saved,
 }
 
 struct Driver<'a> {
@@ -261,34 +280,47 @@ impl Driver<'_> {
         self.c.peers.request(node, &self.c.address(node), request, within)
     }
 
-    /// Where the VM is, from its source's word, once that is clear: `Some(true)` at the destination, `Some(false)` in a save.
-    fn settled(&self) -> Option<bool> {
-        let until = Instant::now() + Duration::from_secs(60);
+    /// Where the VM is, from its source's word: asked until that is clear. As long as the source says that the VM is leaving or
+    /// being saved nothing else is begun; a copy that takes longer than it may is cancelled, and its end awaited.
+    fn settled(&self) -> Settled {
+        let limit_ms = self.m.deadline_ms.unwrap_or_else(|| self.now_ms() + MOST_MS);
+        let mut settling = Settling::new(limit_ms);
         loop {
-            if let Ok(PeerReply::Vm(view)) = self.ask(&self.m.from, &PeerRequest::Show { job: self.m.job }, Duration::from_secs(5)) {
-                match view.map(|v| v.state).as_deref() {
-                    Some("gone") => return Some(true),
-                    Some("saved") => return Some(false),
-                    Some("leaving" | "saving") => {}
-                    _ => return None,
+            let show = PeerRequest::Show { job: self.m.job };
+            let word = match self.ask(&self.m.from, &show, Duration::from_secs(5)) {
+                Ok(PeerReply::Vm(view)) => Word::of(view.map(|v| v.state).as_deref()),
+                _ => Word::Silence {
+                    job_is_there: self.job().is_some_and(|i| i.brief.state.is_on_nodes() && i.brief.restarts == self.m.restarts),
+                },
+            };
+            let step = settling.on_word(self.now_ms(), word);
+            if step.cancel {
+                log::warn!("job {}: its copy takes longer than it may: it is cancelled", self.m.job);
+                let cancel = PeerRequest::CancelMove { job: self.m.job };
+                if let Err(e) = self.ask(&self.m.from, &cancel, Duration::from_secs(5)) {
+                    log::warn!("job {}: {}: {e}", self.m.job, self.m.from);
                 }
             }
-            if Instant::now() > until {
-                return None;
+            match step.settled {
+                Some(settled) => return settled,
+                None => self.sleep(),
             }
-            self.sleep();
         }
     }
 
     fn planned(&mut self) -> Result<Option<String>, String> {
-        if std::mem::take(&mut self.resumed)
-            && let Some(live) = self.settled()
-        {
-            if !live {
-                self.m.to = None;
+        if std::mem::take(&mut self.resumed) {
+            match self.settled() {
+                Settled::Moved => {
+                    self.step(Step::Moved);
+                    return Ok(None);
+                }
+                Settled::Saved => {
+                    self.saved_instead();
+                    return Ok(None);
+                }
+                Settled::Stays | Settled::JobLeft => {}
             }
-            self.step(Step::Moved);
-            return Ok(None);
         }
         while let Some(way) = self.m.ways.first().copied() {
             let Some(info) = self.job().filter(|j| j.brief.state.is_on_nodes()) else {
@@ -299,6 +331,21 @@ impl Driver<'_> {
                 // While the controller was away. The agent that makes the new run's VM has ended what waited for it elsewhere.
                 self.drop_reservation();
                 return Ok(Some("Slurm started the job over before its VM moved".into()));
+            }
+            match admission::of(&info, self.c.notes().of(self.m.job).last_try) {
+                // Its requeue would be refused when its VM is elsewhere already.
+                Admission::Never(why) if way != PreemptWay::Cancel => {
+                    self.drop_reservation();
+                    self.c.tell_job(&self.m.from, self.m.job, &format!("the VM stays on {}: {why}", self.m.from));
+                    return Err(format!("its VM stays on {}: {why}", self.m.from));
+                }
+                Admission::NotNow(why) if matches!(way, PreemptWay::Live | PreemptWay::Save) => {
+                    self.note(format!("not {}: {why}", if way == PreemptWay::Live { "live" } else { "saved" }));
+                    self.m.ways.remove(0);
+                    self.save();
+                    continue;
+                }
+                _ => {}
             }
             match way {
                 // Each of its nodes would restore the same guest.
@@ -312,7 +359,11 @@ impl Driver<'_> {
                         self.step(Step::Moved);
                         return Ok(None);
                     }
-                    Err(why) => {
+                    Err(NotLive::Saved) => {
+                        self.saved_instead();
+                        return Ok(None);
+                    }
+                    Err(NotLive::Stays(why)) => {
                         self.drop_reservation();
                         if !self.m.to_asked {
                             self.m.to = None;
@@ -335,9 +386,8 @@ impl Driver<'_> {
                         Ok(PeerReply::Refused(why)) => self.note(format!("not saved: {why}")),
                         Ok(other) => self.note(format!("not saved: {other:?}")),
                         Err(why) => {
-                            if self.settled() == Some(false) {
-                                self.m.to = None;
-                                self.step(Step::Moved);
+                            if self.settled() == Settled::Saved {
+                                self.saved_instead();
                                 return Ok(None);
                             }
                             self.note(format!("not saved: {why}"));
@@ -371,6 +421,13 @@ impl Driver<'_> {
         Err(format!("its VM stays on {}{}", self.m.from, self.because()))
     }
 
+    /// The VM is in a save, and not at a destination.
+    fn saved_instead(&mut self) {
+        self.drop_reservation();
+        self.m.to = None;
+        self.step(Step::Moved);
+    }
+
     fn because(&self) -> String {
         if self.m.notes.is_empty() {
             String::new()
@@ -386,37 +443,29 @@ impl Driver<'_> {
         }
     }
 
-    /// Reserve, then move; both as long as there is time.
-    fn live(&mut self, info: &JobInfo) -> Result<MoveView, String> {
+    /// Finds a place, then moves; both as long as there is time.
+    fn live(&mut self, info: &JobInfo) -> Result<MoveView, NotLive> {
+        if info.brief.nodes.len() > 1 {
+            let nodes = info.brief.nodes.len();
+            return Err(NotLive::Stays(format!(
+                "the job has {nodes} nodes, only jobs of one node can move"
+            )));
+        }
         let give_up = self
             .m
             .deadline_ms
             .map(|d| d.saturating_sub(self.m.reserve_ms.min(d.saturating_sub(self.now_ms()) / 2)));
-        let to = loop {
-            match destination::reserve(self.c, &self.m, info) {
-                Ok(to) => break to,
-                Err(why) if why.wait && give_up.is_some_and(|t| self.now_ms() < t) && self.c.cluster().moves.len() > 1 => self.sleep(),
-                Err(why) => return Err(why.text),
-            }
-        };
+        self.m.needs = places::needs(info);
+        let to = self.c.find_place(&self.m, info, give_up).map_err(NotLive::Stays)?;
         self.m.to = Some(to.clone());
+        self.m.held = Some(to.clone());
         self.save();
-        while self
-            .c
-            .cluster()
-            .moves
-            .values()
-            .filter(|o| o.job != self.m.job && o.step == Step::Planned && o.from == self.m.from && o.moving)
-            .count()
-            >= self.c.config.node.moves_out as usize
-        {
+        while self.has_to_wait(&to) {
             if give_up.is_some_and(|t| self.now_ms() >= t) {
-                return Err("other moves took the time".into());
+                return Err(NotLive::Stays("other moves took the time".into()));
             }
             self.sleep();
         }
-        self.m.moving = true;
-        self.save();
         let request = PeerRequest::MoveOut {
             job: self.m.job,
             to: to.clone(),
@@ -428,19 +477,41 @@ impl Driver<'_> {
         self.m.moving = false;
         match reply {
             Ok(PeerReply::Moved(done)) => Ok(*done),
-            Ok(PeerReply::Refused(why)) => Err(why),
-            Ok(other) => Err(format!("{other:?}")),
+            Ok(PeerReply::Refused(why)) => Err(NotLive::Stays(why)),
+            Ok(other) => Err(NotLive::Stays(format!("{other:?}"))),
             Err(why) => match self.settled() {
-                Some(true) => Ok(MoveView {
+                Settled::Moved => Ok(MoveView {
                     way: "live".into(),
                     from: self.m.from.clone(),
                     to,
                     outcome: "done".into(),
                     ..MoveView::default()
                 }),
-                _ => Err(why),
+                Settled::Saved => Err(NotLive::Saved),
+                Settled::Stays | Settled::JobLeft => Err(NotLive::Stays(why)),
             },
         }
+    }
+
+    /// As many moves as a node takes at the same time are under way, at either end. If not, this one is counted from now on.
+    fn has_to_wait(&mut self, to: &str) -> bool {
+        let limits = &self.c.config.node;
+        {
+            let mut cluster = self.c.cluster();
+            let moving = |at: &dyn Fn(&JobMove) -> bool| {
+                let others = cluster.moves.values().filter(|o| o.job != self.m.job && o.step == Step::Planned && o.moving);
+                others.filter(|o| at(o)).count()
+            };
+            let out = moving(&|o| o.from == self.m.from);
+            let coming = moving(&|o| o.held.as_deref() == Some(to));
+            if out >= limits.moves_out as usize || coming >= limits.moves_in as usize {
+                return true;
+            }
+            self.m.moving = true;
+            cluster.moves.insert(self.m.job, self.m.clone());
+        }
+        self.save();
+        false
     }
 
     /// The VM is elsewhere: put the job back into the queue; the source is free for the preemptor as soon as the shim is gone.
@@ -499,22 +570,12 @@ impl Driver<'_> {
 
     /// A slurmctld that was killed may have forgotten the reservation.
     fn keep_reservation(&mut self) {
-        let Some(to) = self.m.to.clone() else { return };
-        let name = Controller::reservation(self.m.job);
-        let slurm = &self.c.world.slurm;
-        if !matches!(slurm.reservation(&name), Ok(None)) {
+        let Some(to) = self.m.held.clone() else { return };
+        if !matches!(self.c.world.slurm.reservation(&reservation_of(&to)), Ok(None)) {
             return;
         }
-        let nodes = ReservationNodes::Named(vec![to]);
-        let spec = ReservationSpec {
-            name,
-            nodes,
-            partition: None,
-            features: None,
-            users: vec![self.m.user.clone()],
-        };
-        match slurm.create_reservation(&spec) {
-            Ok(_) => self.note("its reservation was lost, and made again".into()),
+        match self.c.take_place(self.m.job, &to) {
+            Ok(()) => self.note("its reservation was lost, and made again".into()),
             Err(e) => self.note(format!("its reservation was lost: {e}")),
         }
     }
@@ -582,7 +643,7 @@ impl Driver<'_> {
                 self.c.notes().change(self.m.job, |n| n.req_nodes = nodes);
             }
             let update = JobUpdate {
-                reservation: live.then(|| Some(Controller::reservation(self.m.job))),
+                reservation: self.m.held.as_deref().filter(|_| live).map(|node| Some(reservation_of(node))),
                 start_now: true,
                 time_limit_min: self.m.left_min.filter(|left| Some(*left) != self.m.limit_min),
                 req_nodes: clear.then(Vec::new),
@@ -673,32 +734,9 @@ impl Driver<'_> {
         "the job ended in the middle of its move; its VM was ended".into()
     }
 
-    fn drop_reservation(&self) {
-        let name = Controller::reservation(self.m.job);
-        let slurm = &self.c.world.slurm;
-        let until = Instant::now() + Duration::from_secs(20);
-        loop {
-            // A reservation that a job uses or asks for cannot be deleted.
-            if let Ok(Some(info)) = slurm.job(self.m.job)
-                && info.brief.reservation.as_deref() == Some(name.as_str())
-                && !info.brief.state.is_finished()
-            {
-                let update = JobUpdate {
-                    reservation: Some(None),
-                    ..JobUpdate::default()
-                };
-                if let Err(e) = slurm.update_job(self.m.job, &update) {
-                    log::debug!("job {}: {e}", self.m.job);
-                }
-            }
-            match slurm.delete_reservation(&name) {
-                Ok(_) => return,
-                Err(e) if Instant::now() > until => {
-                    log::warn!("reservation {name} cannot be removed: {e}");
-                    return;
-                }
-                Err(_) => self.sleep(),
-            }
-        }
+    fn drop_reservation(&mut self) {
+        self.c.leave_place(self.m.job);
+        self.m.held = None;
+        self.save();
     }
 }

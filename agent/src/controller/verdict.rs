@@ -2,7 +2,7 @@
 //! node, is there time, is there room. Asked anew at each `svm show`, so that it follows what changes.
 use slurm_vm_api::query::VmView;
 
-use super::{Controller, destination};
+use super::Controller;
 
 /// MiB per second of a move before any was made of this VM: a gigabit line.
 const LINE_MIB_S: f64 = 110.0;
@@ -21,9 +21,7 @@ pub(super) fn complete(c: &Controller, view: &VmView) -> Option<String> {
         .unwrap_or_default()
         .into_iter()
         .find(|p| p.name == info.brief.partition);
-    let room = slurm
-        .nodes()
-        .is_ok_and(|all| all.iter().any(|n| destination::fits(c, &view.node, None, &info, n)));
+    let room = c.has_room(view.job, &view.node, &info);
     let on_nodes = info.brief.state.is_on_nodes();
     let facts = Facts {
         batch: info.brief.batch,

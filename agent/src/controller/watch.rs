@@ -9,7 +9,9 @@ use slurm_vm_api::{query::VmView, spec::PreemptWay};
 
 use super::{
     Controller,
+    admission::{self, Admission},
     moves::{JobMove, Step},
+    placement::Resources,
 };
 use crate::{
     cluster::{PeerReply, PeerRequest},
@@ -77,7 +79,9 @@ impl Controller {
             let mut cluster = controller.cluster();
             cluster.planning.remove(&job);
             if let Err(why) = planned {
-                log::warn!("job {job}: its {cause} is left to Slurm for now: {why}");
+                if cluster.stays.get(&job) != Some(&j.restarts) {
+                    log::warn!("job {job}: its {cause} is left to Slurm for now: {why}");
+                }
                 if cause == "drain" {
                     cluster.failed.insert(job, Instant::now());
                 }
@@ -161,6 +165,7 @@ impl Controller {
             "drain" => ways.retain(|w| matches!(w, PreemptWay::Live | PreemptWay::Save)),
             _ => {}
         }
+        self.admit(j, &from, cause)?;
         let m = JobMove {
             v: 1,
             job: j.id,
@@ -169,6 +174,8 @@ impl Controller {
             step: Step::Planned,
             from,
             to_asked: to.is_some(),
+            held: None,
+            needs: Resources::default(),
             to,
             ways,
             deadline_ms,
@@ -188,6 +195,36 @@ impl Controller {
         }
     }
 
+    /// Nothing is begun whose last step Slurm would refuse. What keeps a job where it is, is said once for each of its runs.
+    fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<(), String> {
+        let info = self.world.slurm.job(j.id).map_err(|e| e.to_string())?;
+        let info = info.ok_or_else(|| format!("Slurm knows no job {}", j.id))?;
+        let Admission::Never(why) = admission::of(&info, self.notes().of(j.id).last_try) else {
+            return Ok(());
+        };
+        let told = self.cluster().stays.insert(j.id, j.restarts) == Some(j.restarts);
+        if !told && cause != "asked" {
+            let line = match cause {
+                "drain" => format!("{from} is being drained, and the VM stays: {why}"),
+                _ => format!("the job is being preempted, and the VM stays until Slurm ends it: {why}"),
+            };
+            self.tell_job(from, j.id, &line);
+        }
+        Err(why)
+    }
+
+    /// A line for a job's user, in the journal of its VM (`svm log`).
+    pub(super) fn tell_job(&self, node: &str, job: u32, line: &str) {
+        log::info!("job {job}: {line}");
+        let note = PeerRequest::Note {
+            job,
+            line: line.to_owned(),
+        };
+        if let Err(e) = self.peers.request(node, &self.address(node), &note, Duration::from_secs(3)) {
+            log::debug!("job {job}: {node}: {e}");
+        }
+    }
+
     /// `svm migrate`: starts a move by hand.
     ///
     /// # Errors
@@ -201,8 +238,8 @@ impl Controller {
             .map_err(|e| e.to_string())?
             .filter(|i| i.brief.state.is_on_nodes())
             .ok_or_else(|| format!("job {job} does not run"))?;
-        if !info.brief.batch {
-            return Err(format!("job {job} cannot move: not a batch job"));
+        if let Admission::NotNow(why) | Admission::Never(why) = admission::of(&info, self.notes().of(job).last_try) {
+            return Err(format!("job {job} cannot move: {why}"));
         }
         let from = info
             .brief

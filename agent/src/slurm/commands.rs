@@ -3,9 +3,10 @@
 use super::error::classify;
 use super::run::{Output, Run};
 use super::types::{
-    JobBrief, JobId, JobInfo, JobState, JobUpdate, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec, SlurmConfig,
+    JobBrief, JobId, JobInfo, JobRequest, JobState, JobUpdate, NodeInfo, PartitionInfo, QosInfo, ReservationInfo, ReservationNodes,
+    ReservationSpec, SlurmConfig,
 };
-use super::{Slurm, SlurmError, parse, parse_admin};
+use super::{Slurm, SlurmError, parse, parse_admin, parse_requests};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -132,14 +133,14 @@ impl SlurmCommands {
         Ok(self.short(id)?.ok_or(SlurmError::NoSuchJob)?.0)
     }
 
-    fn squeue(&self, more: &[&str]) -> Result<String, SlurmError> {
+    fn squeue(&self, more: &[&str], format: String) -> Result<String, SlurmError> {
         let mut args: Vec<String> = ["--local", "--noheader", "--all"]
             .iter()
             .chain(more)
             .map(|a| (*a).to_owned())
             .collect();
         args.push("--Format".to_owned());
-        args.push(parse::squeue_format());
+        args.push(format);
         self.ask("squeue", &args)
     }
 }
@@ -243,7 +244,7 @@ fn reservation_args(spec: &ReservationSpec) -> Result<Vec<String>, SlurmError> {
 
 impl Slurm for SlurmCommands {
     fn job(&self, id: JobId) -> Result<Option<JobInfo>, SlurmError> {
-        let found = match self.squeue(&["--states=all", "--jobs", &id.to_string()]) {
+        let found = match self.squeue(&["--states=all", "--jobs", &id.to_string()], parse::squeue_format()) {
             Ok(text) => parse::pick(&text, id)?,
             Err(SlurmError::NoSuchJob) => None,
             Err(e) => return Err(e),
@@ -266,7 +267,16 @@ impl Slurm for SlurmCommands {
     }
 
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
-        parse::briefs(&self.squeue(&[])?)
+        parse::briefs(&self.squeue(&[], parse::squeue_format())?)
+    }
+
+    fn requests(&self) -> Result<Vec<JobRequest>, SlurmError> {
+        parse_requests::requests(&self.squeue(&[], parse_requests::squeue_format())?)
+    }
+
+    fn qos(&self) -> Result<Vec<QosInfo>, SlurmError> {
+        let args = ["--noheader", "--parsable2", "show", "qos", "format=name,preempt"];
+        parse_requests::qos(&self.ask("sacctmgr", &args.map(str::to_owned))?)
     }
 
     fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError> {
@@ -331,6 +341,12 @@ impl Slurm for SlurmCommands {
         self.reservation(&spec.name)?.ok_or(SlurmError::Refused {
             message: format!("reservation {} vanished as soon as it was made", spec.name),
         })
+    }
+
+    fn set_reservation_users(&self, wanted: &str, users: &[String]) -> Result<(), SlurmError> {
+        let reservation = format!("ReservationName={}", name("reservation", wanted)?);
+        let users = format!("Users={}", names("user", users)?);
+        self.scontrol(&["update", &reservation, &users]).map(|_| ())
     }
 
     fn reservation(&self, wanted: &str) -> Result<Option<ReservationInfo>, SlurmError> {

@@ -11,12 +11,14 @@
 //! Callers: the controller role's main loop and the agent's prolog handler, on their own threads; every call blocks for at most the deadline.
 
 mod commands;
+mod constraint;
 mod cpus;
 mod error;
 mod fake;
 mod hostlist;
 mod parse;
 mod parse_admin;
+mod parse_requests;
 mod run;
 mod types;
 
@@ -24,6 +26,7 @@ mod types;
 mod tests;
 
 pub use commands::{SlurmCommands, SlurmSettings};
+pub use constraint::satisfies;
 pub use cpus::{HostCpus, SYSFS};
 pub use error::SlurmError;
 pub use fake::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, FakeSlurm, Fault};
@@ -42,6 +45,12 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
 
     /// All jobs of the cluster that wait, run, or are leaving their nodes. A job that is not in it has ended.
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError>;
+
+    /// What the jobs of [`jobs_poll`](Slurm::jobs_poll) ask for or have.
+    fn requests(&self) -> Result<Vec<JobRequest>, SlurmError>;
+
+    /// The QOS's of accounting and which of them may preempt which. Without accounting this is an error.
+    fn qos(&self) -> Result<Vec<QosInfo>, SlurmError>;
 
     /// All nodes.
     fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError>;
@@ -74,6 +83,9 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
 
     /// Makes a reservation and says which nodes it has. If one of this name is there already with the same users, it is returned as it is.
     fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError>;
+
+    /// Makes these the users of a reservation that exists.
+    fn set_reservation_users(&self, name: &str, users: &[String]) -> Result<(), SlurmError>;
 
     /// One reservation.
     fn reservation(&self, name: &str) -> Result<Option<ReservationInfo>, SlurmError>;

@@ -177,6 +177,38 @@ pub struct JobInfo {
     pub user_text: UserText,
 }
 
+/// What a job asks for, or has: asked of Slurm only where places are given out.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct JobRequest {
+    /// The job's number.
+    pub id: JobId,
+    /// Nodes that it has or wants, at least.
+    pub nodes: u32,
+    /// Nodes that it wants at most; `None` where Slurm says nothing.
+    pub most_nodes: Option<u32>,
+    /// CPUs on all of its nodes together.
+    pub cpus: u32,
+    /// MiB of memory on all of its nodes together; 0 if Slurm does not hand out memory.
+    pub mem_mib: u64,
+    /// Its CPUs may be spread over any number of nodes; `nodes` is Slurm's estimate then.
+    pub any_nodes: bool,
+    /// Wants its nodes for itself alone (`--exclusive`).
+    pub exclusive: bool,
+    /// Nodes that the user demanded by name.
+    pub req_nodes: Vec<String>,
+    /// Its QOS, where accounting has such.
+    pub qos: Option<String>,
+}
+
+/// A quality of service of Slurm's accounting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QosInfo {
+    /// Its name.
+    pub name: String,
+    /// Those whose jobs its own may preempt (`preempt/qos`).
+    pub preempts: Vec<String>,
+}
+
 /// Texts under the user's control.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[expect(missing_docs, reason = "the names say it")]

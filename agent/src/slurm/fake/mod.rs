@@ -9,7 +9,10 @@
 
 mod model;
 
-use super::types::{JobBrief, JobId, JobInfo, JobState, JobUpdate, NodeInfo, PartitionInfo, ReservationInfo, ReservationSpec, SlurmConfig};
+use super::types::{
+    JobBrief, JobId, JobInfo, JobRequest, JobState, JobUpdate, NodeInfo, PartitionInfo, QosInfo, ReservationInfo, ReservationSpec,
+    SlurmConfig,
+};
 use super::{Slurm, SlurmError};
 use model::Model;
 use std::sync::{Mutex, MutexGuard};
@@ -49,6 +52,12 @@ pub struct FakeJob {
     pub time_limit_min: Option<u32>,
     pub batch: bool,
     pub req_nodes: Vec<String>,
+    pub exclude_nodes: Vec<String>,
+    /// Wants its nodes for itself alone.
+    pub exclusive: bool,
+    pub qos: Option<String>,
+    /// May be requeued (batch jobs only).
+    pub requeue: bool,
 }
 
 impl Default for FakeJob {
@@ -64,6 +73,10 @@ impl Default for FakeJob {
             time_limit_min: Some(60),
             batch: true,
             req_nodes: Vec::new(),
+            exclude_nodes: Vec::new(),
+            exclusive: false,
+            qos: None,
+            requeue: true,
         }
     }
 }
@@ -232,6 +245,11 @@ impl FakeSlurm {
         self.model().exempt_s = seconds;
     }
 
+    /// `preempt/qos` in place of `preempt/partition_prio`: which QOS may preempt which.
+    pub fn set_preempt_qos(&self, qos: Vec<QosInfo>) {
+        self.model().qos = Some(qos);
+    }
+
     /// Checks what must hold at any time: no node is overcommitted, no job in two states at once. Returns the first breach.
     #[must_use]
     pub fn breach(&self) -> Option<String> {
@@ -271,6 +289,18 @@ impl Slurm for FakeSlurm {
 
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
         self.call(FakeOp::Poll, |m| Ok(m.briefs()))
+    }
+
+    fn requests(&self) -> Result<Vec<JobRequest>, SlurmError> {
+        self.call(FakeOp::Poll, |m| Ok(m.requests()))
+    }
+
+    fn qos(&self) -> Result<Vec<QosInfo>, SlurmError> {
+        self.call(FakeOp::Config, |m| {
+            m.qos.clone().ok_or_else(|| SlurmError::Refused {
+                message: "You are not running a supported accounting_storage plugin".into(),
+            })
+        })
     }
 
     fn nodes(&self) -> Result<Vec<NodeInfo>, SlurmError> {
@@ -318,6 +348,10 @@ impl Slurm for FakeSlurm {
 
     fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError> {
         self.call(FakeOp::CreateReservation, |m| m.reserve(spec))
+    }
+
+    fn set_reservation_users(&self, name: &str, users: &[String]) -> Result<(), SlurmError> {
+        self.call(FakeOp::CreateReservation, |m| m.set_reservation_users(name, users))
     }
 
     fn reservation(&self, name: &str) -> Result<Option<ReservationInfo>, SlurmError> {

@@ -3,8 +3,8 @@
 use super::{FakeEvent, FakeJob, FakeNode, FakeOp, FakePartition, Fault};
 use crate::slurm::SlurmError;
 use crate::slurm::types::{
-    JobBrief, JobId, JobInfo, JobState, JobUpdate, NodeAlloc, NodeInfo, PartitionInfo, ReservationInfo, ReservationNodes, ReservationSpec,
-    SlurmConfig, UserText,
+    JobBrief, JobId, JobInfo, JobRequest, JobState, JobUpdate, NodeAlloc, NodeInfo, PartitionInfo, QosInfo, ReservationInfo,
+    ReservationNodes, ReservationSpec, SlurmConfig, UserText,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -59,6 +59,8 @@ pub(super) struct Model {
     pub(super) unreachable: bool,
     pub(super) requeues_early_exit: bool,
     pub(super) exempt_s: i64,
+    /// Which QOS may preempt which; `None`: tiers of partitions decide.
+    pub(super) qos: Option<Vec<QosInfo>>,
 }
 
 fn refused(message: &str) -> SlurmError {
@@ -95,6 +97,7 @@ impl Model {
             unreachable: false,
             requeues_early_exit: true,
             exempt_s: 0,
+            qos: None,
         }
     }
 
@@ -115,10 +118,10 @@ impl Model {
             limit_min: spec.time_limit_min,
             reservation: None,
             req_nodes: spec.req_nodes.clone(),
-            exclude: Vec::new(),
+            exclude: spec.exclude_nodes.clone(),
             features: spec.features.clone(),
             comment: None,
-            requeue: spec.batch,
+            requeue: spec.batch && spec.requeue,
             exit: None,
             spec,
         };
@@ -463,6 +466,9 @@ impl Model {
 
     fn fits(&self, job: &Job, name: &str, freed: (u32, u64)) -> bool {
         let (node, used) = (&self.nodes[name].spec, self.used(name));
+        if job.spec.exclusive && used.0 > freed.0 {
+            return false;
+        }
         used.0 - freed.0 + job.spec.cpus_per_node <= node.cpus && used.1 - freed.1 + job.spec.mem_mib_per_node <= node.mem_mib
     }
 
@@ -528,10 +534,22 @@ impl Model {
         });
     }
 
+    /// By QOS where that is set, else by the partitions' tiers.
+    fn may_preempt(&self, job: &Job, victim: &Job) -> bool {
+        let part = self.partitions.get(&victim.spec.partition);
+        let preemptable = part.is_some_and(|p| p.preempt_mode != "OFF");
+        match &self.qos {
+            Some(all) => {
+                let mine = all.iter().find(|q| Some(&q.name) == job.spec.qos.as_ref());
+                preemptable && mine.is_some_and(|q| victim.spec.qos.as_ref().is_some_and(|v| q.preempts.contains(v)))
+            }
+            None => preemptable && self.tier(victim) < self.tier(job),
+        }
+    }
+
     /// Chooses victims of lower tiers, node by node, unless enough are on their way out already.
     fn preempt_for(&mut self, id: JobId) {
         let job = &self.jobs[&id];
-        let tier = self.tier(job);
         let mut victims = Vec::new();
         let mut found = 0;
         for name in self.nodes.keys().filter(|n| self.eligible(job, n)) {
@@ -546,11 +564,10 @@ impl Model {
                 };
                 let leaving =
                     v.state == JobState::Completing && v.epilogs.contains(name) || v.state == JobState::Running && v.preempt.is_some();
-                let part = self.partitions.get(&v.spec.partition);
                 let victim = v.state == JobState::Running
                     && v.preempt.is_none()
                     && v.reservation.is_none()
-                    && part.is_some_and(|p| p.priority_tier < tier && p.preempt_mode != "OFF")
+                    && self.may_preempt(job, v)
                     && v.start.is_some_and(|s| s + self.exempt_s <= self.now);
                 if leaving || victim {
                     freed.0 += u32::try_from(a.cpus.len()).unwrap_or(0);
@@ -600,10 +617,11 @@ impl Model {
             nodes,
             partition: job.spec.partition.clone(),
             reservation: job.reservation.clone(),
-            reason: if job.held {
-                "job requeued in held state".into()
-            } else {
-                "None".into()
+            reason: match job.state {
+                JobState::Pending if job.held => "job requeued in held state".into(),
+                JobState::Pending if job.begin > self.now => "BeginTime".into(),
+                JobState::Pending => "Resources".into(),
+                _ => "None".into(),
             },
             features: job.features.clone(),
         }
@@ -615,6 +633,30 @@ impl Model {
             .filter(|(_, j)| !j.state.is_finished())
             .map(|(id, j)| self.brief(*id, j))
             .collect()
+    }
+
+    pub(super) fn requests(&self) -> Vec<JobRequest> {
+        let request = |(id, j): (&JobId, &Job)| JobRequest {
+            id: *id,
+            nodes: j.spec.nodes,
+            most_nodes: Some(j.spec.nodes),
+            cpus: j.spec.nodes * j.spec.cpus_per_node,
+            mem_mib: u64::from(j.spec.nodes) * j.spec.mem_mib_per_node,
+            any_nodes: false,
+            exclusive: j.spec.exclusive,
+            req_nodes: j.req_nodes.clone(),
+            qos: j.spec.qos.clone(),
+        };
+        self.jobs.iter().filter(|(_, j)| !j.state.is_finished()).map(request).collect()
+    }
+
+    pub(super) fn set_reservation_users(&mut self, name: &str, users: &[String]) -> Result<(), SlurmError> {
+        let there = self
+            .reservations
+            .get_mut(name)
+            .ok_or_else(|| refused("Requested reservation is invalid"))?;
+        there.users = users.to_vec();
+        Ok(())
     }
 
     pub(super) fn info(&self, id: JobId) -> Option<JobInfo> {
@@ -697,7 +739,7 @@ impl Model {
             slurm_user: "slurm".into(),
             slurm_uid: 64030,
             preempt_mode: "REQUEUE".into(),
-            preempt_type: "preempt/partition_prio".into(),
+            preempt_type: if self.qos.is_some() { "preempt/qos" } else { "preempt/partition_prio" }.into(),
             priority_type: "priority/basic".into(),
             preempt_exempt_s: self.exempt_s.unsigned_abs(),
             job_requeue: true,

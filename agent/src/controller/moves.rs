@@ -290,7 +290,9 @@ impl Driver<'_> {
             let word = match self.ask(&self.m.from, &show, Duration::from_secs(5)) {
                 Ok(PeerReply::Vm(view)) => Word::of(view.map(|v| v.state).as_deref()),
                 _ => Word::Silence {
-                    job_is_there: self.job().is_some_and(|i| i.brief.state.is_on_nodes() && i.brief.restarts == self.m.restarts),
+                    job_is_there: self
+                        .job()
+                        .is_some_and(|i| i.brief.state.is_on_nodes() && i.brief.restarts == self.m.restarts),
                 },
             };
             let step = settling.on_word(self.now_ms(), word);
@@ -336,7 +338,8 @@ impl Driver<'_> {
                 // Its requeue would be refused when its VM is elsewhere already.
                 Admission::Never(why) if way != PreemptWay::Cancel => {
                     self.drop_reservation();
-                    self.c.tell_job(&self.m.from, self.m.job, &format!("the VM stays on {}: {why}", self.m.from));
+                    self.c
+                        .tell_job(&self.m.from, self.m.job, &format!("the VM stays on {}: {why}", self.m.from));
                     return Err(format!("its VM stays on {}: {why}", self.m.from));
                 }
                 Admission::NotNow(why) if matches!(way, PreemptWay::Live | PreemptWay::Save) => {
@@ -447,9 +450,7 @@ impl Driver<'_> {
     fn live(&mut self, info: &JobInfo) -> Result<MoveView, NotLive> {
         if info.brief.nodes.len() > 1 {
             let nodes = info.brief.nodes.len();
-            return Err(NotLive::Stays(format!(
-                "the job has {nodes} nodes, only jobs of one node can move"
-            )));
+            return Err(NotLive::Stays(format!("the job has {nodes} nodes, only jobs of one node can move")));
         }
         let give_up = self
             .m
@@ -499,7 +500,10 @@ impl Driver<'_> {
         {
             let mut cluster = self.c.cluster();
             let moving = |at: &dyn Fn(&JobMove) -> bool| {
-                let others = cluster.moves.values().filter(|o| o.job != self.m.job && o.step == Step::Planned && o.moving);
+                let others = cluster
+                    .moves
+                    .values()
+                    .filter(|o| o.job != self.m.job && o.step == Step::Planned && o.moving);
                 others.filter(|o| at(o)).count()
             };
             let out = moving(&|o| o.from == self.m.from);

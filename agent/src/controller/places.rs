@@ -149,7 +149,9 @@ impl Controller {
                 Err(_) => {
                     locked(&self.places.asked).remove(&m.job);
                     // It may have been answered in this very moment.
-                    return answer.try_recv().unwrap_or_else(|_| Err("Slurm did not say in time where there is room".into()));
+                    return answer
+                        .try_recv()
+                        .unwrap_or_else(|_| Err("Slurm did not say in time where there is room".into()));
                 }
             }
         }
@@ -202,7 +204,10 @@ impl Controller {
         }
         left.retain(|job| locked(&self.places.asked).contains_key(job));
         for job in left {
-            self.answer_place(job, Err("no other node has room for the VM: each was wanted by somebody else".into()));
+            self.answer_place(
+                job,
+                Err("no other node has room for the VM: each was wanted by somebody else".into()),
+            );
         }
         Ok(())
     }
@@ -283,18 +288,18 @@ impl Controller {
         let now_ms = self.world.clock.now_ms();
         let (well, arrivals) = {
             let cluster = self.cluster();
-            let well = nodes.iter().filter(|n| health::of(&cluster, &n.name).healthy).map(|n| n.name.clone()).collect();
+            let well = nodes
+                .iter()
+                .filter(|n| health::of(&cluster, &n.name).healthy)
+                .map(|n| n.name.clone())
+                .collect();
             let arrival = |m: &JobMove| {
                 let node = m.held.clone().filter(|_| m.step != Step::Landed)?;
                 let needs = requests.get(&m.job).map_or(m.needs, |r| Resources {
                     cpus: r.cpus,
                     mem_mib: r.mem_mib,
                 });
-                Some(Arrival {
-                    job: m.job,
-                    node,
-                    needs,
-                })
+                Some(Arrival { job: m.job, node, needs })
             };
             (well, cluster.moves.values().filter_map(arrival).collect())
         };
@@ -327,7 +332,9 @@ impl Controller {
         let qos = if config.preempt_type == "preempt/qos" {
             slurm
                 .qos()
-                .inspect_err(|e| log::warn!("accounting does not say which QOS may preempt which ({e}): each is taken to preempt the others"))
+                .inspect_err(|e| {
+                    log::warn!("accounting does not say which QOS may preempt which ({e}): each is taken to preempt the others")
+                })
                 .ok()
         } else {
             None
@@ -362,7 +369,11 @@ impl Controller {
     /// Claims of an earlier process.
     pub(super) fn load_claims(&self) {
         let path = self.config.state_dir.join("claims.json");
-        let read = self.world.files.read(&path).and_then(|bytes| Ok(serde_json::from_slice::<Claims>(&bytes)?));
+        let read = self
+            .world
+            .files
+            .read(&path)
+            .and_then(|bytes| Ok(serde_json::from_slice::<Claims>(&bytes)?));
         match read {
             Ok(claims) => locked(&self.places.memory).claims = claims,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
@@ -461,7 +472,11 @@ impl Controller {
             let removed = {
                 let _reserving = locked(&self.places.reserving);
                 let used = self.cluster().moves.values().any(|m| m.held.as_deref() == Some(node.as_str()));
-                if used { Ok(false) } else { self.world.slurm.delete_reservation(&name) }
+                if used {
+                    Ok(false)
+                } else {
+                    self.world.slurm.delete_reservation(&name)
+                }
             };
             match removed {
                 Ok(_) => return,
@@ -503,7 +518,10 @@ impl Controller {
         for name in left {
             let is_used = || {
                 let cluster = self.cluster();
-                cluster.moves.values().any(|m| m.held.as_deref().is_some_and(|n| reservation_of(n) == name))
+                cluster
+                    .moves
+                    .values()
+                    .any(|m| m.held.as_deref().is_some_and(|n| reservation_of(n) == name))
             };
             let jobs: Vec<u32> = {
                 let cluster = self.cluster();

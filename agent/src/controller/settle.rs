@@ -74,10 +74,7 @@ pub(super) struct Settling {
 impl Settling {
     /// The copy may take until `limit_ms` (Unix milliseconds).
     pub(super) fn new(limit_ms: u64) -> Self {
-        Self {
-            limit_ms,
-            cancel_at_ms: 0,
-        }
+        Self { limit_ms, cancel_at_ms: 0 }
     }
 
     pub(super) fn on_word(&mut self, now_ms: u64, word: Word) -> Next {
@@ -130,7 +127,14 @@ mod tests {
             (None, Settled::Stays),
         ] {
             let next = Settling::new(0).on_word(5, Word::of(state));
-            assert_eq!(next, Next { cancel: false, settled: Some(settled) }, "{state:?}");
+            assert_eq!(
+                next,
+                Next {
+                    cancel: false,
+                    settled: Some(settled)
+                },
+                "{state:?}"
+            );
         }
     }
 

@@ -67,7 +67,9 @@ impl<'a> Reader<'a> {
     }
 
     fn eat(&mut self, c: char) -> bool {
-        let Some(rest) = self.rest.trim_start().strip_prefix(c) else { return false };
+        let Some(rest) = self.rest.trim_start().strip_prefix(c) else {
+            return false;
+        };
         self.rest = rest.trim_start();
         true
     }

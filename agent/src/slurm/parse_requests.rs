@@ -44,10 +44,7 @@ fn request(line: &str) -> Result<JobRequest, SlurmError> {
     let [id, nodes, most, cpus, tres, shares, req_nodes, qos] = values[..] else {
         return Err(bad("squeue line"));
     };
-    let of = |name: &str| {
-        tres.split(',')
-            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
-    };
+    let of = |name: &str| tres.split(',').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let least: u32 = count(nodes).ok_or_else(|| bad("NumNodes"))?;
     Ok(JobRequest {
         id: id.parse().map_err(|_| bad("JobID"))?,
@@ -126,7 +123,10 @@ mod tests {
             qos: None,
         };
         assert_eq!(all[0], first);
-        assert_eq!((all[1].any_nodes, all[1].exclusive, all[1].qos.as_deref()), (true, false, Some("normal")));
+        assert_eq!(
+            (all[1].any_nodes, all[1].exclusive, all[1].qos.as_deref()),
+            (true, false, Some("normal"))
+        );
         assert_eq!((all[2].nodes, all[2].most_nodes, all[2].mem_mib), (2, Some(3), 3000));
         assert_eq!(all[2].req_nodes, ["n1", "n2"]);
         assert_eq!(requests("").unwrap(), []);
@@ -148,7 +148,10 @@ mod tests {
     fn the_qos_that_may_preempt_others_are_read() {
         let all = qos("normal|\nhigh|low,scavenge\n").unwrap();
         assert_eq!(all[0].preempts, Vec::<String>::new());
-        assert_eq!((all[1].name.as_str(), all[1].preempts.join("+")), ("high", "low+scavenge".to_owned()));
+        assert_eq!(
+            (all[1].name.as_str(), all[1].preempts.join("+")),
+            ("high", "low+scavenge".to_owned())
+        );
         assert!(qos("normal").is_err());
     }
 }

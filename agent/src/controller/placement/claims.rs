@@ -43,11 +43,7 @@ impl Claims {
     /// changed anything.
     pub fn follow(&mut self, jobs: &[JobBrief], qos_of: impl Fn(u32) -> Option<String>) -> bool {
         let before = self.clone();
-        for (job, since) in jobs
-            .iter()
-            .filter(|j| j.in_grace())
-            .filter_map(|j| j.preempt_time.map(|t| (j, t)))
-        {
+        for (job, since) in jobs.iter().filter(|j| j.in_grace()).filter_map(|j| j.preempt_time.map(|t| (j, t))) {
             for node in &job.nodes {
                 let known = self.nodes.get(node);
                 if known.is_none_or(|c| c.since < since) {

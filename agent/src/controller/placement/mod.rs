@@ -106,7 +106,12 @@ impl PreemptRule {
     /// The highest tier of a list of partitions; the same for all where tiers do not decide.
     fn tier(&self, partitions: &str) -> u32 {
         match self {
-            Self::Partitions(all) => partitions.split(',').filter_map(|p| all.get(p)).map(|(tier, _)| *tier).max().unwrap_or(0),
+            Self::Partitions(all) => partitions
+                .split(',')
+                .filter_map(|p| all.get(p))
+                .map(|(tier, _)| *tier)
+                .max()
+                .unwrap_or(0),
             Self::Nothing | Self::Qos(_) => 0,
         }
     }

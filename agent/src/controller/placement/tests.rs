@@ -227,7 +227,8 @@ fn a_preemptor_that_counts_nodes_keeps_the_idle_ones_beside_those_that_are_vacat
     let left: Vec<&String> = placed.values().filter_map(|p| p.as_ref().err()).collect();
     assert_eq!(left.len(), 2);
     assert!(
-        left.iter().all(|why| why.contains("n3 is kept for job 9") && why.contains("n4 is kept for job 9")),
+        left.iter()
+            .all(|why| why.contains("n3 is kept for job 9") && why.contains("n4 is kept for job 9")),
         "{left:?}"
     );
 }

@@ -117,7 +117,11 @@ impl Room {
             let (stay, go): (Vec<&JobBrief>, Vec<&JobBrief>) = picture.jobs_on(&node.name).iter().copied().partition(|j| !leaves(j));
             let going = go.iter().fold(Resources::default(), |sum, j| sum.plus(picture.share(j)));
             let free = Resources {
-                cpus: node.cpus_total.saturating_sub(node.cpus_alloc).saturating_add(going.cpus).min(node.cpus_total),
+                cpus: node
+                    .cpus_total
+                    .saturating_sub(node.cpus_alloc)
+                    .saturating_add(going.cpus)
+                    .min(node.cpus_total),
                 mem_mib: node
                     .mem_total_mib
                     .saturating_sub(node.mem_alloc_mib)

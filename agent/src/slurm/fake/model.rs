@@ -739,7 +739,12 @@ impl Model {
             slurm_user: "slurm".into(),
             slurm_uid: 64030,
             preempt_mode: "REQUEUE".into(),
-            preempt_type: if self.qos.is_some() { "preempt/qos" } else { "preempt/partition_prio" }.into(),
+            preempt_type: if self.qos.is_some() {
+                "preempt/qos"
+            } else {
+                "preempt/partition_prio"
+            }
+            .into(),
             priority_type: "priority/basic".into(),
             preempt_exempt_s: self.exempt_s.unsigned_abs(),
             job_requeue: true,

@@ -1,7 +1,8 @@
 //! From the submission of a job that preempts to its first line, and what work the preempted job does again.
 //!
 //! Real agents and controller. One job in `low` fills a node and counts; a job in `high` asks for just that node. `plain`: a job without a VM, which
-//! Slurm requeues when GraceTime is over. `vm`: a job with `--vm`, whose VM moves to the other node.
+//! Slurm requeues when GraceTime is over. `vm`: a job with `--vm`, whose VM moves to another node. `three`: three such jobs on three nodes, and a
+//! job in `high` that asks for these three.
 
 use super::{
     Common, lab, machine,
@@ -16,7 +17,7 @@ use crate::{
 };
 use std::{
     path::PathBuf,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// GraceTime of the lab, in seconds.
@@ -25,6 +26,8 @@ const GRACE: u32 = 20;
 const COUNTED: usize = 15;
 /// One step of it.
 const STEP_S: f64 = 0.2;
+/// Nodes of the lab: three that are vacated, three to move to.
+const NODES: u8 = 6;
 const PATIENCE: Duration = Duration::from_secs(180);
 const COUNT: &str = "#!/bin/sh\ni=0\nwhile :; do\n    echo $i\n    i=$((i + 1))\n    sleep 0.2\ndone\n";
 const HIGH: &str = "#!/bin/sh\ndate +%s.%N\n";
@@ -77,52 +80,107 @@ impl Bench {
         })
     }
 
-    fn turn(&mut self, vm: bool) -> Result<Sample> {
+    fn turn(&mut self, arm: &Arm) -> Result<Sample> {
         self.clear()?;
         self.turns += 1;
-        let (low_out, high_out) = (format!("low-{}.out", self.turns), format!("high-{}.out", self.turns));
-        let mut low = vec![
-            "sbatch",
-            "--parsable",
-            "--requeue",
-            "--open-mode=append",
-            "-c2",
-            "--mem=1024",
-            "-o",
-            &low_out,
-        ];
-        if vm {
-            low.push("--vm=tiny");
+        let high_out = format!("high-{}.out", self.turns);
+        let mut low = Vec::new();
+        for k in 0..arm.nodes {
+            let out = format!("low-{}-{k}.out", self.turns);
+            let options = [
+                "sbatch",
+                "--parsable",
+                "--requeue",
+                "--open-mode=append",
+                "-c2",
+                "--mem=1024",
+                "-o",
+                &out,
+            ];
+            let vm = arm.vm.then_some("--vm=tiny");
+            let argv: Vec<&str> = options.into_iter().chain(vm).chain(["count.sh"]).collect();
+            let job = self.alice(&argv)?;
+            low.push(Low {
+                job,
+                out,
+                node: String::new(),
+            });
         }
-        low.push("count.sh");
-        let job = self.alice(&low)?;
-        self.wait("the low job counting", || {
-            (self.file(&low_out).lines().count() > COUNTED).then_some(())
-        })?;
-        let (_, node) = self.state(&job).ok_or("the low job is gone")?;
-
-        let script = format!("date +%s.%N; exec sbatch --parsable -p high -w {node} -c2 -o {high_out} high.sh");
+        for l in &mut low {
+            self.wait("the low job counting", || {
+                (self.file(&l.out).lines().count() > COUNTED).then_some(())
+            })?;
+            (_, l.node) = self.state(&l.job).ok_or("the low job is gone")?;
+        }
+        let names: Vec<&str> = low.iter().map(|l| l.node.as_str()).collect();
+        let (nodes, count) = (names.join(","), names.len());
+        let script =
+            format!("date +%s.%N; exec sbatch --parsable -p high -w {nodes} -N{count} --ntasks-per-node=1 -c2 -o {high_out} high.sh");
         let text = self.alice(&["sh", "-c", &script])?;
         let asked: f64 = text.lines().next().and_then(|l| l.parse().ok()).ok_or("no time of submission")?;
         let begun: f64 = self.wait("the high job", || self.file(&high_out).trim().parse().ok())?;
         let mut sample = Sample::from([("high_s".to_owned(), begun - asked)]);
-        if vm {
-            // Back at work: it runs on the other node and has counted on.
-            let had = self.file(&low_out).lines().count();
-            let begin = Instant::now();
-            self.wait("the low job on its new node", || {
-                let (state, at) = self.state(&job)?;
-                (state == "RUNNING" && at != node && self.file(&low_out).lines().count() > had + 5).then_some(())
-            })?;
-            sample.insert("back_s".into(), begin.elapsed().as_secs_f64());
-            sample.insert("redone_s".into(), redone(&self.file(&low_out))?);
-        } else {
-            // It begins at its beginning, whenever Slurm runs it next: all it had counted is to be counted again.
-            let had = u32::try_from(self.file(&low_out).lines().filter(|l| l.parse::<u32>().is_ok()).count()).unwrap_or(u32::MAX);
-            sample.insert("redone_s".into(), f64::from(had) * STEP_S);
+        let mut again = 0.0;
+        for l in &low {
+            if arm.vm {
+                // Back at work: it runs on another node and has counted on.
+                let had = self.file(&l.out).lines().count();
+                self.wait("the low job on its new node", || {
+                    let (state, at) = self.state(&l.job)?;
+                    (state == "RUNNING" && at != l.node && self.file(&l.out).lines().count() > had + 5).then_some(())
+                })?;
+                again += redone(&self.file(&l.out))?;
+            } else {
+                // It begins at its beginning, whenever Slurm runs it next: all it had counted is to be counted again.
+                let numbers = self.file(&l.out).lines().filter(|l| l.parse::<u32>().is_ok()).count();
+                again += f64::from(u32::try_from(numbers).unwrap_or(u32::MAX)) * STEP_S;
+            }
         }
+        sample.insert("redone_s".into(), again);
         Ok(sample)
     }
+}
+
+/// What is preempted in an arm.
+struct Arm {
+    title: &'static str,
+    vm: bool,
+    nodes: usize,
+}
+
+const ARMS: [Arm; 5] = [
+    Arm {
+        title: "plain requeue",
+        vm: false,
+        nodes: 1,
+    },
+    Arm {
+        title: "--vm, live move",
+        vm: true,
+        nodes: 1,
+    },
+    Arm {
+        title: "plain again",
+        vm: false,
+        nodes: 1,
+    },
+    Arm {
+        title: "--vm, three nodes",
+        vm: true,
+        nodes: 3,
+    },
+    Arm {
+        title: "--vm again",
+        vm: true,
+        nodes: 1,
+    },
+];
+
+/// A job that is preempted.
+struct Low {
+    job: String,
+    out: String,
+    node: String,
 }
 
 /// How much of a counter's output was counted again, in seconds of its work. A number that is missing is an error.
@@ -147,6 +205,7 @@ pub fn run(common: &Common) -> Result<Report> {
     let lab = lab(
         common,
         Options {
+            nodes: NODES,
             grace_s: GRACE,
             ..Options::default()
         },
@@ -161,38 +220,39 @@ pub fn run(common: &Common) -> Result<Report> {
     ));
     let mut bench = Bench { lab, home, turns: 0 };
 
-    let arms = ["plain requeue", "--vm, live move", "plain again"];
-    let question = |title: &str, number, goal, scale| Question {
+    let question = |title: &str, (base, ours), control, goal| Question {
         title: title.into(),
-        number,
-        base: 0,
-        ours: 1,
-        control: (0, 2),
-        scale,
-        goal,
+        number: "high_s",
+        base,
+        ours,
+        control,
+        scale: Scale::Ratio,
+        goal: Some(goal),
         goal_p95: None,
         margin: 0.1,
     };
-    let questions = [question(
-        "submission of the high job until its first line",
-        "high_s",
-        Some(1.0),
-        Scale::Ratio,
-    )];
-    let mut report = paired::run("preempt", &arms, &questions, common.limits(10, 200), |arm| bench.turn(arm == 1))?;
-    let redone = report.column(1, "redone_s");
-    let worst = redone.iter().copied().fold(0.0, f64::max);
-    notes.push(format!(
-        "work done again by the --vm job: at most {worst:.1} s in {} preemptions (goal 0: {})",
-        redone.len(),
-        if redone.is_empty() {
-            "not seen"
-        } else if worst == 0.0 {
-            "reached"
-        } else {
-            "MISSED"
-        }
-    ));
+    let questions = [
+        question("submission of the high job until its first line", (0, 1), (0, 2), 1.0),
+        question("the same for three nodes, compared with one", (1, 3), (1, 4), 1.5),
+    ];
+    let titles = ARMS.map(|arm| arm.title);
+    let mut report = paired::run("preempt", &titles, &questions, common.limits(10, 200), |arm| bench.turn(&ARMS[arm]))?;
+    for (k, arm) in ARMS.iter().enumerate().filter(|(_, arm)| arm.vm) {
+        let redone = report.column(k, "redone_s");
+        let worst = redone.iter().copied().fold(0.0, f64::max);
+        notes.push(format!(
+            "work done again, {}: at most {worst:.1} s in {} preemptions (goal 0: {})",
+            arm.title,
+            redone.len(),
+            if redone.is_empty() {
+                "not seen"
+            } else if worst == 0.0 {
+                "reached"
+            } else {
+                "MISSED"
+            }
+        ));
+    }
     notes.push(machine::load("load average at the end"));
     report.notes = notes;
     Ok(report)

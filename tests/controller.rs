@@ -13,7 +13,7 @@ use slurm_vm::{
     controller::Controller,
     effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::fake,
-    slurm::{FakeJob, FakeOp, FakeSlurm, JobInfo, JobState, Slurm},
+    slurm::{FakeEvent, FakeJob, FakeOp, FakeSlurm, JobInfo, JobState, QosInfo, Slurm},
 };
 use slurm_vm_api::{
     query::{NodeHealth, Totals, VmView},
@@ -30,6 +30,13 @@ struct Agents {
     silent: Mutex<BTreeSet<String>>,
     spoken: Condvar,
     asked: Mutex<Vec<(String, u32)>>,
+    /// Moves are played: job and destination, in the order in which they were asked for.
+    moved: Mutex<Vec<(u32, String)>>,
+    live: bool,
+    /// What nodes say of a VM whose move's answer was lost, one word at a time; the last one again and again.
+    states: Mutex<Vec<&'static str>>,
+    /// All else that was asked for.
+    others: Mutex<Vec<String>>,
 }
 
 impl Peers for Agents {
@@ -49,11 +56,30 @@ impl Peers for Agents {
                 let silent = self.silent.lock().unwrap();
                 drop(self.spoken.wait_while(silent, |s| s.contains(node)).unwrap());
                 Ok(PeerReply::Ways {
-                    ways: vec![PreemptWay::Requeue],
+                    ways: vec![if self.live { PreemptWay::Live } else { PreemptWay::Requeue }],
                     reserve_ms: 0,
                 })
             }
-            _ => Err("not played".into()),
+            PeerRequest::MoveOut { job, to, .. } if self.live => {
+                self.moved.lock().unwrap().push((*job, to.clone()));
+                Ok(PeerReply::Moved(Box::default()))
+            }
+            PeerRequest::Show { job } => {
+                let mut states = self.states.lock().unwrap();
+                if states.is_empty() {
+                    return Err("not played".into());
+                }
+                let state = if states.len() > 1 { states.remove(0) } else { states[0] };
+                Ok(PeerReply::Vm(Some(Box::new(VmView {
+                    job: *job,
+                    state: state.into(),
+                    ..VmView::default()
+                }))))
+            }
+            other => {
+                self.others.lock().unwrap().push(format!("{other:?}"));
+                Err("not played".into())
+            }
         }
     }
 
@@ -85,6 +111,35 @@ impl Stage {
             slurm,
             agents: Arc::default(),
             now,
+        }
+    }
+
+    /// Agents that carry out live moves at once.
+    fn with_moves(nodes: u32) -> Self {
+        Self {
+            agents: Arc::new(Agents {
+                live: true,
+                states: Mutex::new(vec!["running"]),
+                ..Agents::default()
+            }),
+            ..Self::new(nodes)
+        }
+    }
+
+    /// Plays slurmd until `is` says that it is enough: epilogs return at once.
+    fn play(&mut self, what: &str, is: impl Fn(&Self) -> bool) {
+        let until = Instant::now() + DEADLINE;
+        while !is(self) {
+            assert!(Instant::now() < until, "still waiting for {what}: {:?}", self.slurm.jobs_poll());
+            self.slurm.tick(SystemClockSeconds::now());
+            for event in self.slurm.events() {
+                if let FakeEvent::Ending { job, nodes, .. } = event {
+                    for node in nodes {
+                        self.slurm.epilog_done(job, &node);
+                    }
+                }
+            }
+            thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -245,4 +300,124 @@ fn a_node_that_does_not_answer_holds_up_no_other_jobs_move() {
     stage.agents.silent.lock().unwrap().clear();
     stage.agents.spoken.notify_all();
     stage.wait(jobs[0], "the requeue", |i| i.brief.state != JobState::Running);
+}
+
+/// Two VMs of half a node on each of n1 to n4 of eight nodes, and a preemptor of those four; returns the VMs' jobs and its own.
+fn preempted_by_four(stage: &mut Stage, low_qos: Option<&str>, high: FakeJob) -> (Vec<u32>, u32) {
+    let mut low = Vec::new();
+    for node in ["n1", "n2", "n3", "n4"] {
+        for _ in 0..2 {
+            low.push(stage.slurm.submit(FakeJob {
+                cpus_per_node: 2,
+                req_nodes: vec![node.into()],
+                qos: low_qos.map(str::to_owned),
+                ..FakeJob::default()
+            }));
+        }
+    }
+    let started = |s: &Stage, jobs: &[u32]| jobs.iter().all(|j| s.job(*j).brief.state == JobState::Running);
+    stage.play("the VMs to run", |s| started(s, &low));
+    let high = stage.slurm.submit(FakeJob {
+        nodes: 4,
+        cpus_per_node: 4,
+        features: None,
+        req_nodes: ["n1", "n2", "n3", "n4"].map(str::to_owned).into(),
+        ..high
+    });
+    (low, high)
+}
+
+fn each_moved_once_to_a_free_node(stage: &mut Stage, low: &[u32], high: u32) {
+    stage.play("the preemptor to run, and the VMs beside it", |s| {
+        let runs = |job: u32| s.job(job).brief.state == JobState::Running;
+        runs(high) && low.iter().all(|j| runs(*j) && s.job(*j).brief.reservation.is_none())
+    });
+    let moved = stage.agents.moved.lock().unwrap().clone();
+    assert_eq!(moved.len(), low.len(), "{moved:?}");
+    for (job, to) in &moved {
+        assert!(["n5", "n6", "n7", "n8"].contains(&to.as_str()), "{moved:?}");
+        assert_eq!(stage.job(*job).brief.nodes, [to.clone()]);
+        assert_eq!(stage.job(*job).brief.restarts, 1);
+    }
+    stage.play("no reservation to be left", |s| s.slurm.reservations().unwrap().is_empty());
+}
+
+#[test]
+fn victims_of_a_preemptor_of_four_nodes_move_once_each() {
+    let mut stage = Stage::with_moves(8);
+    let state = tempfile::tempdir().unwrap();
+    stage.controller(state.path());
+    let high = FakeJob {
+        partition: "high".into(),
+        ..FakeJob::default()
+    };
+    let (low, high) = preempted_by_four(&mut stage, None, high);
+    each_moved_once_to_a_free_node(&mut stage, &low, high);
+}
+
+#[test]
+fn under_preempt_qos_the_qos_say_for_whom_nodes_are_kept() {
+    let mut stage = Stage::with_moves(8);
+    let qos = |name: &str, preempts: &[&str]| QosInfo {
+        name: name.into(),
+        preempts: preempts.iter().map(|q| (*q).to_owned()).collect(),
+    };
+    stage.slurm.set_preempt_qos(vec![qos("normal", &[]), qos("urgent", &["normal"])]);
+    let state = tempfile::tempdir().unwrap();
+    stage.controller(state.path());
+    // All in one partition: tiers would say nothing.
+    let high = FakeJob {
+        qos: Some("urgent".into()),
+        ..FakeJob::default()
+    };
+    let (low, high) = preempted_by_four(&mut stage, Some("normal"), high);
+    each_moved_once_to_a_free_node(&mut stage, &low, high);
+}
+
+#[test]
+fn reservations_and_claims_of_an_earlier_life_end() {
+    let mut stage = Stage::with_moves(2);
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob::default());
+    stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
+    let left = slurm_vm::slurm::ReservationSpec {
+        name: "vmmig_n2".into(),
+        nodes: slurm_vm::slurm::ReservationNodes::Named(vec!["n2".into()]),
+        partition: None,
+        features: None,
+        users: vec!["alice".into()],
+    };
+    stage.slurm.create_reservation(&left).unwrap();
+    let other = slurm_vm::slurm::ReservationSpec {
+        name: "maintenance".into(),
+        nodes: slurm_vm::slurm::ReservationNodes::Named(vec!["n1".into()]),
+        ..left
+    };
+    stage.slurm.create_reservation(&other).unwrap();
+    stage.controller(state.path());
+    stage.play("our reservation to be gone", |s| s.slurm.reservation("vmmig_n2").unwrap().is_none());
+    assert!(stage.slurm.reservation("maintenance").unwrap().is_some(), "it was not ours");
+}
+
+#[test]
+fn a_copy_that_is_under_way_when_the_controller_starts_is_waited_for() {
+    let mut stage = Stage::with_moves(3);
+    *stage.agents.states.lock().unwrap() = vec!["leaving", "leaving", "leaving", "leaving", "gone"];
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob {
+        req_nodes: vec!["n1".into()],
+        ..FakeJob::default()
+    });
+    stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
+    std::fs::create_dir_all(state.path().join("moves")).unwrap();
+    let ledger = format!(
+        r#"{{"v":1,"job":{job},"user":"alice","cause":"drain","step":"planned","from":"n1","to":"n2","to_asked":false,"held":"n2",
+        "ways":["live","save","requeue"],"deadline_ms":null,"limit_min":null,"left_min":null,"restarts":0,"notes":[],"done":null,"moving":true}}"#
+    );
+    std::fs::write(state.path().join("moves").join(format!("{job}.json")), ledger).unwrap();
+    stage.controller(state.path());
+    stage.play("the job on n2", |s| s.job(job).brief.nodes == ["n2"]);
+    assert_eq!(stage.agents.moved.lock().unwrap().len(), 0, "no second move");
+    let others = stage.agents.others.lock().unwrap().clone();
+    assert!(others.iter().all(|o| !o.contains("Save") && !o.contains("Cancel")), "{others:?}");
 }

@@ -131,10 +131,10 @@ fn preempted_again_right_after_landing_it_moves_again() {
     m.wait_lines("out", 10);
     let copies = OneCopy::watch(&lab, &m.nodes, job);
     let first = m.take("n1", 60);
-    let reserved = format!("scontrol show res vmmig_{job} -o 2>/dev/null");
+    let reserved = "scontrol show res -o 2>/dev/null | grep ^ReservationName=vmmig_";
     let mut to = String::new();
     wait_with("a reservation", &mut to, |to| {
-        let said: Said = lab.node("ctl", &["sh", "-c", &reserved]).into();
+        let said: Said = lab.node("ctl", &["sh", "-c", reserved]).into();
         let node = said
             .out
             .split_whitespace()

@@ -144,6 +144,43 @@ fn slurmctld_dies_or_is_restarted_in_the_middle_of_a_move() {
 }
 
 #[test]
+fn a_copy_that_takes_minutes_outlives_a_restart_of_the_controller() {
+    let lab = lab(
+        "minutes",
+        Options {
+            nodes: 2,
+            grace_s: 240,
+            ..Options::default()
+        },
+    );
+    let m = Mover::new(&lab, "minutes", 2);
+    // About 200 MiB at 2 MiB/s.
+    m.set("n1", "node", "move_bandwidth_mib_s = 2");
+    let count = Count {
+        numbers: 900,
+        memory_mib: 96,
+        rewrite_mib: 0,
+    };
+    let job = m.count(count, "out", "-w n1");
+    m.wait_lines("out", 5);
+    let copies = OneCopy::watch(&lab, &m.nodes, job);
+    let high = m.take("n1", 3);
+    m.wait_vm(job, "leaving");
+    m.restart_agent("ctl");
+    let begun = Instant::now();
+    m.started(high, begun);
+    let took = begun.elapsed().as_secs();
+    assert!(took > 60, "the copy took {took} s only: this shows nothing");
+    m.completed(job, 1);
+    copies.check();
+    m.check("out", count.numbers);
+    assert_eq!(m.ways(job), ["live"]);
+    m.t.end_of(high);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
 fn a_job_that_starts_over_elsewhere_has_the_copy_that_waits_for_it_ended_first() {
     let lab = lab(
         "away",

@@ -15,10 +15,7 @@ use crate::{
     lab::{CTL, Lab, Options},
     paths, proc,
 };
-use std::{
-    path::PathBuf,
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 /// GraceTime of the lab, in seconds.
 const GRACE: u32 = 20;

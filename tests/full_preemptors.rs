@@ -295,7 +295,7 @@ fn a_job_that_cannot_be_requeued_stays_whole_and_one_line_says_why() {
     // A preemption is Slurm's to carry out: until it ends the job, its VM runs where it is.
     let job = m.count(Count::to(2000), "preempted", "-w n1 --no-requeue");
     m.wait_lines("preempted", 5);
-    let high = m.t.submit("-p high -w n1 -n2 -o /dev/null --wrap 'sleep 2'");
+    let high = m.t.submit("-p high -w n1 -N1 -n2 -o /dev/null --wrap 'sleep 2'");
     let line = "the job is being preempted, and the VM stays until Slurm ends it: it is not requeueable";
     let told = |job: u32, line: &str| {
         let log: Said = lab.node("ctl", &["svm", "log", &job.to_string()]).into();

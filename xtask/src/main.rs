@@ -2,13 +2,13 @@
 #![forbid(unsafe_code)]
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 use xtask::{
     Error, Result, bench,
     demo::{self, Wishes},
     image,
     lab::{self, Lab, Options, Places, Slurm, Was},
-    paths, setup, stage, test,
+    package, paths, setup, stage, test,
 };
 
 /// Whether the demonstration has its second part.
@@ -53,6 +53,15 @@ enum Command {
         /// Which: tiny
         #[arg(value_parser = ["tiny"])]
         name: String,
+    },
+    /// Make .deb files of the plugin, the agent, svm and the guest helper (packaging/README.md)
+    Package {
+        /// Where they go [default: target/package]
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// Debian's revision: a higher one makes an upgrade of the same version
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        revision: u32,
     },
     /// Measure, in a lab of its own (docs/performance.md)
     #[command(subcommand)]
@@ -246,6 +255,7 @@ fn run(command: Command) -> Result<i32> {
             println!("{}", image::build()?.display());
             Ok(0)
         }
+        Command::Package { out, revision } => package::package(&package::Wishes { out, revision }).map(|()| 0),
         Command::Bench(bench) => bench::run(&bench).map(|()| 0),
         Command::BenchInside { words } => bench::run_inside(&words).map(|()| 0),
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),

@@ -54,7 +54,7 @@ const BACKPORTS_FILE: &str = "/etc/apt/sources.list.d/slurm-vm-backports.list";
 
 /// Installs what is missing and says what it did; quick when there is nothing to do.
 pub fn setup() -> Result<()> {
-    match install_missing(&mut |line| println!("{line}"))? {
+    match install_missing(&[], &mut |line| println!("{line}"))? {
         0 => println!("nothing is missing"),
         _ => println!("done"),
     }
@@ -63,8 +63,13 @@ pub fn setup() -> Result<()> {
 
 /// The same as a phase of a newcomer's command: what apt says goes to a log.
 pub fn phase() -> Result<()> {
+    phase_with(&[])
+}
+
+/// The same, with packages that only one command needs.
+pub fn phase_with(more: &[&'static str]) -> Result<()> {
     let mut phase = Phase::begin("packages", "looks what is missing");
-    let result = install_missing(&mut |line| phase.now(line));
+    let result = install_missing(more, &mut |line| phase.now(line));
     if result.is_err() {
         phase.pause();
     }
@@ -76,7 +81,7 @@ pub fn phase() -> Result<()> {
 }
 
 /// Says what it does, line by line; gives the number of packages that were missing.
-fn install_missing(say: &mut dyn FnMut(&str)) -> Result<usize> {
+fn install_missing(more: &[&'static str], say: &mut dyn FnMut(&str)) -> Result<usize> {
     let policy = Policy::default();
     policy.put_back()?;
     let installed = installed()?;
@@ -87,7 +92,7 @@ fn install_missing(say: &mut dyn FnMut(&str)) -> Result<usize> {
             .filter(|name| !installed.contains_key(*name))
             .collect::<Vec<_>>()
     };
-    let (virtual_part, others) = (missing(&VIRTUAL), missing(&OTHERS));
+    let (virtual_part, others) = (missing(&VIRTUAL), [missing(&OTHERS), missing(more)].concat());
     let kernel = !image::has_kernel();
     let count = virtual_part.len() + others.len() + usize::from(kernel);
     if count == 0 {

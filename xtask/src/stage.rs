@@ -13,7 +13,9 @@ use nix::{
 use std::{fs, path::Path, process::Command};
 
 /// The target of the guest helper: named, so that `+crt-static` does not reach build scripts and proc macros.
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What makes the guest helper static.
+pub(crate) const GUEST_FLAGS: &str = "-Ctarget-feature=+crt-static";
 /// What a lab runs, from the host build.
 const PROGRAMS: [(&str, &str); 4] = [
     ("slurm-vmd", "slurm-vmd"),
@@ -94,7 +96,7 @@ pub fn build_guest() -> Result<std::path::PathBuf> {
     let args: Vec<&str> = args.into_iter().chain([dir_text.as_str()]).collect();
     // Stripped: it sits in every guest's memory, and its symbols would be most of it.
     let environment = [
-        ("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"),
+        ("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", GUEST_FLAGS),
         ("CARGO_PROFILE_RELEASE_STRIP", "true"),
         ("CARGO_PROFILE_RELEASE_DEBUG", "false"),
     ];

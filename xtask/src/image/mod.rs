@@ -15,7 +15,7 @@ use std::{
     process::Command,
 };
 
-const INIT: &str = include_str!("init.sh");
+const INIT: &str = include_str!("../../../packaging/tiny/init");
 const BUSYBOX: &str = "/bin/busybox";
 /// Modules by name; what they need comes with them.
 const MODULES: [&str; 9] = [
@@ -247,4 +247,15 @@ fn disk(dir: &Path) -> Result<()> {
     fs::remove_file(&raw).at("remove", &raw)?;
     let disk = dir.join("disk.qcow2");
     fs::rename(&fresh, &disk).at("write", &disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MODULES;
+
+    #[test]
+    fn the_script_for_admins_takes_the_same_modules() {
+        let script = include_str!("../../../packaging/slurm-vm-make-tiny-image");
+        assert!(script.contains(&format!("\nmodules=\"{}\"\n", MODULES.join(" "))));
+    }
 }

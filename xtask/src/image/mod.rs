@@ -15,7 +15,7 @@ use std::{
     process::Command,
 };
 
-const INIT: &str = include_str!("../../../packaging/tiny/init");
+const INIT: &str = include_str!("../../../packaging/tiny-init");
 const BUSYBOX: &str = "/bin/busybox";
 /// Modules by name; what they need comes with them.
 const MODULES: [&str; 9] = [

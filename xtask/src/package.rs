@@ -200,6 +200,9 @@ fn time_of_source() -> Result<String> {
 /// Debian's own check. What it may say is in the `lintian-overrides` files, each with its reason, and in [`NOT_ASKED`].
 fn lint(dir: &Path, log: &Path) -> Result<()> {
     let phase = Phase::begin("lintian", "looks at the packages");
+    // It leaves files of its own in the directory for temporary ones.
+    let scratch = dir.join("lintian");
+    paths::dir(&scratch, 0o755)?;
     let mut command = Command::new("lintian");
     command
         .args([
@@ -212,7 +215,8 @@ fn lint(dir: &Path, log: &Path) -> Result<()> {
             "--allow-root",
         ])
         .args(debs(dir)?)
-        .env("LC_ALL", "C.UTF-8");
+        .env("LC_ALL", "C.UTF-8")
+        .env("TMPDIR", &scratch);
     say::run(&mut command, log, 60, |_| {}).inspect_err(|_| phase.pause())?;
     phase.done("no errors, no warnings");
     Ok(())

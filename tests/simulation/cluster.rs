@@ -17,6 +17,8 @@ use slurm_vm_api::query::MoveView;
 
 use crate::{check::kind, controller::Controller, random::Random};
 
+/// Where time begins.
+const BEGIN_MS: u64 = 1_000_000;
 /// How long a VM waits for its job.
 pub const AWAIT_JOB_MS: u64 = 40_000;
 /// How long an epilog waits.
@@ -204,6 +206,7 @@ pub struct Cluster {
     pub mood: Mood,
     pub random: Random,
     pub now: u64,
+    half_seconds: u64,
     next: u64,
     queue: BTreeMap<(u64, u64), Message>,
     pub world: World,
@@ -239,9 +242,21 @@ pub fn domain(job: u32) -> String {
 }
 
 impl Cluster {
+    /// A cluster in which nothing happens by itself: jobs, moves and faults are the test's.
+    pub fn scripted(nodes: u64) -> Self {
+        Self {
+            quiet: true,
+            ..Self::of(Random::new(1), nodes, Mood::Calm)
+        }
+    }
+
     pub fn new(seed: u64, mood: Mood) -> Self {
         let mut random = Random::new(seed);
         let count = random.between(2, 6);
+        Self::of(random, count, mood)
+    }
+
+    fn of(mut random: Random, count: u64, mood: Mood) -> Self {
         let world = World::new();
         let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
         let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
@@ -251,7 +266,8 @@ impl Cluster {
         Self {
             mood,
             random,
-            now: 1_000_000,
+            now: BEGIN_MS,
+            half_seconds: 0,
             next: 0,
             queue: BTreeMap::new(),
             world,
@@ -298,7 +314,7 @@ impl Cluster {
             self.trace.pop_front();
         }
         self.trace
-            .push_back(format!("{:>8.3} {line}", (self.now - 1_000_000) as f64 / 1000.0));
+            .push_back(format!("{:>8.3} {line}", (self.now - BEGIN_MS) as f64 / 1000.0));
     }
 
     pub fn count(&mut self, what: &'static str) {
@@ -331,34 +347,18 @@ impl Cluster {
 
     /// Runs a seed to its end.
     pub fn run(&mut self) -> Result<(), String> {
-        let begin = self.now;
-        let (mut half_seconds, mut last) = (0_u64, String::new());
+        let mut last = String::new();
         loop {
-            if self.now - begin > ROUGH_MS + DRAIN_MS {
+            if self.now - BEGIN_MS > ROUGH_MS + DRAIN_MS {
                 return Err(format!("not at rest {} s after the last trouble: {last}", DRAIN_MS / 1000));
             }
-            // Messages of the next half second in their order, then the clockwork.
-            let until = begin + (half_seconds + 1) * 500;
-            while let Some(entry) = self.queue.first_entry() {
-                let (at, _) = *entry.key();
-                if at > until {
-                    break;
-                }
-                let message = entry.remove();
-                self.now = self.now.max(at);
-                let about = message.job();
-                self.deliver(message);
-                self.libvirt_events();
-                if about.is_some() {
-                    self.check(about)?;
-                }
+            self.half_second()?;
+            if self.now - BEGIN_MS < ROUGH_MS {
+                self.trouble();
+            } else if !self.quiet {
+                self.leave_alone();
             }
-            self.now = until;
-            half_seconds += 1;
-            self.clockwork(half_seconds, begin);
-            self.libvirt_events();
-            self.check(None)?;
-            if self.quiet && half_seconds.is_multiple_of(20) {
+            if self.quiet && self.half_seconds.is_multiple_of(20) {
                 match self.left() {
                     None => return Ok(()),
                     Some(what) => last = what,
@@ -367,7 +367,51 @@ impl Cluster {
         }
     }
 
-    pub fn clockwork(&mut self, half_seconds: u64, begin: u64) {
+    /// Lets time pass until something is so.
+    ///
+    /// # Panics
+    /// When it is not within so many seconds, or when something happens that must not.
+    pub fn until(&mut self, what: &str, seconds: u64, so: impl Fn(&Self) -> bool) {
+        let deadline = self.now + seconds * 1000;
+        while !so(self) {
+            let fail = |c: &Self, why: &str| {
+                c.trace.iter().for_each(|line| println!("{line}"));
+                panic!("{why}");
+            };
+            if self.now > deadline {
+                fail(self, &format!("{what}: not within {seconds} s"));
+            }
+            if let Err(why) = self.half_second() {
+                fail(self, &why);
+            }
+        }
+    }
+
+    /// Messages of the next half second in their order, then the clockwork.
+    fn half_second(&mut self) -> Result<(), String> {
+        let until = BEGIN_MS + (self.half_seconds + 1) * 500;
+        while let Some(entry) = self.queue.first_entry() {
+            let (at, _) = *entry.key();
+            if at > until {
+                break;
+            }
+            let message = entry.remove();
+            self.now = self.now.max(at);
+            let about = message.job();
+            self.deliver(message);
+            self.libvirt_events();
+            if about.is_some() {
+                self.check(about)?;
+            }
+        }
+        self.now = until;
+        self.half_seconds += 1;
+        self.clockwork();
+        self.libvirt_events();
+        self.check(None)
+    }
+
+    fn clockwork(&mut self) {
         for (node, jobs) in self
             .nodes
             .iter()
@@ -378,24 +422,38 @@ impl Cluster {
                 self.core(&node, job, Event::Tick);
             }
         }
-        if half_seconds.is_multiple_of(2) {
+        if self.half_seconds.is_multiple_of(2) {
             self.world.tick(1000);
             self.slurm.tick(i64::try_from(self.now / 1000).unwrap());
             self.slurm_events();
             self.controller_tick();
         }
-        if self.now - begin < ROUGH_MS {
-            self.trouble();
-        } else if !self.quiet {
-            self.say("-- left alone from here on");
-            self.quiet = true;
-            for h in self.hypervisors.values() {
-                h.clear_faults();
-                h.connect(true);
-            }
-            self.slurm_away = false;
-            self.slurm.set_unreachable(false);
+    }
+
+    fn leave_alone(&mut self) {
+        self.say("-- left alone from here on");
+        self.quiet = true;
+        for h in self.hypervisors.values() {
+            h.clear_faults();
+            h.connect(true);
         }
+        self.slurm_away = false;
+        self.slurm.set_unreachable(false);
+    }
+
+    /// A node loses power: its guests and its agent end at once, and Slurm starts its jobs over.
+    pub fn power_off(&mut self, name: &str) {
+        self.say(&format!("{name}: no power"));
+        self.kill(name);
+        self.hypervisors[name].power_off();
+        self.slurm.set_up(name, false);
+        self.slurm_events();
+    }
+
+    /// It comes back with the ledger that it had.
+    pub fn power_on(&mut self, name: &str) {
+        self.slurm.set_up(name, true);
+        self.restart(name);
     }
 
     pub fn trouble(&mut self) {

@@ -1,5 +1,5 @@
 //! The ledger's record against golden files: what older and newer agents make of each other's records.
-use slurm_vm::core::{End, LeavingStage, Life, Record, record::RECORD_VERSION};
+use slurm_vm::core::{End, LeavingStage, Life, MoveIdentity, Record, record::RECORD_VERSION};
 
 const RECORD_V1: &str = include_str!("data/record-v1.json");
 const LIVES_V1: &str = include_str!("data/record-v1-lives.json");
@@ -14,9 +14,14 @@ fn parse(value: &serde_json::Value) -> Result<Record, String> {
 
 /// Every state, each end once.
 fn lives() -> Vec<Life> {
+    let by = || MoveIdentity {
+        move_id: "17-n1-1700000000000".into(),
+        run: 3,
+        generation: 4,
+    };
     let leaving = |stage| Life::Leaving {
         to: "n2".into(),
-        move_id: "17-n1-1700000000000".into(),
+        by: by(),
         stage,
     };
     let at = || "/shared/saves/slurm-17-0.2".into();
@@ -45,7 +50,7 @@ fn lives() -> Vec<Life> {
         Life::Gone { to: "n2".into() },
         Life::Arriving {
             from: "n1".into(),
-            move_id: "17-n1-1700000000000".into(),
+            by: by(),
         },
         Life::AwaitingJob { deadline_ms: 2 },
         Life::Saving { at: at() },
@@ -82,9 +87,20 @@ fn every_state_and_end_is_written_as_version_1_does() {
 fn a_new_agent_reads_a_record_without_the_fields_that_came_later() {
     let mut old = golden();
     old.as_object_mut().unwrap().remove("await_until_ms").unwrap();
+    old.as_object_mut().unwrap().remove("arrived_by").unwrap();
     old["plan"].as_object_mut().unwrap().remove("layers").unwrap();
     let record = parse(&old).unwrap();
     assert_eq!((record.await_until_ms, record.plan.unwrap().layers), (None, vec![]));
+    assert_eq!(record.arrived_by, None);
+}
+
+#[test]
+fn a_move_on_record_without_run_and_generation_is_none_that_is_made_today() {
+    let old: Life = serde_json::from_str(r#"{"leaving": {"to": "n2", "move_id": "m", "stage": "copying"}}"#).unwrap();
+    let Life::Leaving { by, .. } = old else { panic!("{old:?}") };
+    assert_eq!((by.run, by.generation), (0, 0));
+    let first = Record::parse(RECORD_V1.as_bytes()).unwrap();
+    assert!(first.run > 0 && first.generation > 0);
 }
 
 #[test]

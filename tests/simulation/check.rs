@@ -15,6 +15,9 @@ impl Cluster {
                 return Err(what);
             }
         }
+        if let Some(what) = self.wrong.first() {
+            return Err(what.clone());
+        }
         if about.is_none()
             && let Some(what) = self.slurm.breach()
         {
@@ -110,7 +113,9 @@ pub fn kind(event: &Event) -> &'static str {
         Event::CancelMove => "cancel",
         Event::Arrived => "arrived",
         Event::TookOver { .. } => "took-over",
-        Event::Abandoned => "abandoned",
+        Event::Kept { .. } => "kept",
+        Event::Abandoned { .. } => "abandoned",
+        Event::Asked { .. } => "asked",
         Event::Save { .. } => "save",
         Event::SaveWritten(Ok(_)) => "saved",
         Event::SaveWritten(Err(_)) => "save-failed",

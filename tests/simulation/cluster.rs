@@ -6,7 +6,7 @@ use std::{
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
-    core::{Allocation, Effect, Event, Life, Plan, Record, Vm},
+    core::{Allocation, Effect, Event, HandOverError, Life, MoveIdentity, Plan, Record, Vm},
     hypervisor::{
         Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
@@ -98,12 +98,11 @@ pub enum Message {
         epoch: u64,
         to: String,
         record: Box<Record>,
-        move_id: String,
     },
     Abandon {
         to: String,
         job: u32,
-        move_id: String,
+        by: MoveIdentity,
     },
     TakeOver {
         from: String,
@@ -225,6 +224,13 @@ pub struct Cluster {
     quiet: bool,
     /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
     pub excused: BTreeSet<u32>,
+    /// What has happened in the agents that must not.
+    pub wrong: Vec<String>,
+    /// What the last event was answered with: to what a source hands over, and to the other end's question.
+    pub taken: Option<Result<(), HandOverError>>,
+    pub answered: Option<Result<bool, String>>,
+    /// The last event had output offsets taken in.
+    pub adopted: bool,
     /// Starts that wait for a copy elsewhere to end, and how often they have looked.
     pub superseding: BTreeMap<(String, u32), u32>,
     /// Epilogs that found no agent: Slurm gave the node away with the VM on it.
@@ -296,6 +302,10 @@ impl Cluster {
             controller: Controller::default(),
             quiet: false,
             excused: BTreeSet::new(),
+            wrong: Vec::new(),
+            taken: None,
+            answered: None,
+            adopted: false,
             superseding: BTreeMap::new(),
             missed: BTreeSet::new(),
             slurm_away: false,
@@ -726,39 +736,16 @@ impl Cluster {
                 self.slurm_away = !up;
                 self.slurm.set_unreachable(!up);
             }
-            Message::Import {
-                from,
-                epoch,
-                to,
-                record,
-                move_id,
-            } => self.import(&from, epoch, &to, *record, &move_id),
-            Message::Abandon { to, job, move_id } => {
-                let waits = self.nodes[&to]
-                    .vms
-                    .get(&job)
-                    .is_some_and(|o| matches!(&o.vm.record.life, Life::Arriving { move_id: m, .. } if *m == move_id));
-                if waits {
-                    self.core(&to, job, Event::Abandoned);
-                }
-            }
+            Message::Import { from, epoch, to, record } => self.import(&from, epoch, &to, *record),
+            Message::Abandon { to, job, by } => self.core(&to, job, Event::Abandoned { by }),
             Message::TakeOver { from, epoch, to, record } => {
-                let there = self.nodes[&to].alive && self.nodes[&to].vms.contains_key(&record.job);
                 let job = record.job;
-                let outcome = if there {
-                    self.core(
-                        &to,
-                        job,
-                        Event::TookOver {
-                            programs: record.programs.clone(),
-                            moves: record.moves.clone(),
-                        },
-                    );
-                    Ok(())
+                let outcome = self.take_over(&to, &record);
+                let outcome = if self.rough(80) {
+                    Err(HandOverError::NotNow("no answer".into()))
                 } else {
-                    Err(format!("{to} has no VM"))
+                    outcome
                 };
-                let outcome = if self.rough(80) { Err("no answer".into()) } else { outcome };
                 let delay = self.delay();
                 self.at(
                     delay,

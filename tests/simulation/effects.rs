@@ -1,6 +1,6 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
-    core::{Effect, Event, Failure, Life, Record, Vm, Whereabouts},
+    core::{Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts},
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
     vm::supersede::is_superseded,
 };
@@ -56,14 +56,13 @@ impl Cluster {
                 }
             }
             Effect::AskDestination => {
-                let Life::Leaving { to, move_id, .. } = &record.life else { return };
-                let (to, move_id) = (to.clone(), move_id.clone());
+                let Life::Leaving { to, .. } = &record.life else { return };
+                let to = to.clone();
                 let import = Message::Import {
                     from: node.into(),
                     epoch,
                     to,
                     record: Box::new(record),
-                    move_id,
                 };
                 if self.rough(100) {
                     // Given up by the source, and perhaps carried out by the destination all the same.
@@ -104,8 +103,9 @@ impl Cluster {
                     to,
                     record: Box::new(record),
                 };
-                if self.rough(60) {
-                    let late = self.random.between(100, 30_000);
+                // Once more, and perhaps when a later run is there.
+                if self.rough(200) {
+                    let late = self.random.between(100, 300_000);
                     self.at(late, take_over.clone());
                 }
                 if self.rough(60) {
@@ -115,17 +115,21 @@ impl Cluster {
                             node: node.into(),
                             epoch,
                             job,
-                            event: Event::HandedOver(Err("no answer".into())),
+                            event: Event::HandedOver(Err(HandOverError::NotNow("no answer".into()))),
                         },
                     );
                 } else {
                     self.soon(take_over);
                 }
             }
-            Effect::AbandonDestination { to, move_id } => {
+            Effect::Adopt(_) => self.adopted = true,
+            Effect::Keep(_) => {}
+            Effect::AnswerSource(answer) => self.taken = Some(answer),
+            Effect::AnswerAsked(answer) => self.answered = Some(answer),
+            Effect::AbandonDestination { to, by } => {
                 n.departures.remove(&job);
                 if !self.rough(100) {
-                    self.soon(Message::Abandon { to, job, move_id });
+                    self.soon(Message::Abandon { to, job, by });
                 }
             }
             Effect::WriteSave => {
@@ -425,11 +429,12 @@ impl Cluster {
 
     /// `None`: not clear yet.
     fn find_guest(&mut self, node: &str, record: &Record) -> Option<Whereabouts> {
-        let (other, arriving) = match &record.life {
-            Life::Leaving { to, .. } => (to.clone(), false),
-            Life::Arriving { from, .. } => (from.clone(), true),
+        let (other, by, question) = match &record.life {
+            Life::Leaving { to, by, .. } => (to.clone(), by, MoveQuestion::HasCome),
+            Life::Arriving { from, by } => (from.clone(), by, MoveQuestion::Stays),
             _ => return Some(Whereabouts::AtSource),
         };
+        let arriving = question == MoveQuestion::Stays;
         let name = record.domain();
         let here = self.hypervisors[node].info(&name).ok()?;
         if here.is_some() && self.libvirt_jobs.contains_key(&(node.to_owned(), record.job)) {
@@ -445,10 +450,10 @@ impl Cluster {
         if !self.nodes[&other].alive || self.rough(150) {
             return None;
         }
-        let there = self.hypervisors[&other]
-            .info(&name)
-            .ok()?
-            .is_some_and(|d| d.state == DomainState::Running);
+        let there = self.asked(&other, record.job, by, question)?;
+        if self.rough(100) {
+            return None;
+        }
         match (there, here) {
             (true, _) => Some(if arriving {
                 Whereabouts::AtSource
@@ -459,6 +464,81 @@ impl Cluster {
             (false, Some(_)) if !arriving => Some(Whereabouts::AtSource),
             _ => None,
         }
+    }
+
+    /// The answer of the other end of a move; `None`: to be asked again.
+    fn asked(&mut self, node: &str, job: u32, by: &MoveIdentity, question: MoveQuestion) -> Option<bool> {
+        let runs = self.hypervisors[node]
+            .info(&domain(job))
+            .ok()?
+            .is_some_and(|d| d.state == DomainState::Running);
+        if self.nodes[node].vms.contains_key(&job) {
+            self.answered = None;
+            let by = by.clone();
+            self.core(
+                node,
+                job,
+                Event::Asked {
+                    by: by.clone(),
+                    question,
+                    runs,
+                },
+            );
+            let answer = self.answered.take()?.ok();
+            let may_come = match self.nodes[node].vms.get(&job).map(|o| &o.vm.record.life) {
+                Some(Life::Arriving { by: mine, .. }) => *mine == by,
+                Some(Life::Stopping { .. }) => true,
+                _ => false,
+            };
+            if (question, answer) == (MoveQuestion::HasCome, Some(false)) && may_come {
+                self.wrong.push(format!(
+                    "job {job}: {node} says no while the guest could still come by {}",
+                    by.move_id
+                ));
+            }
+            return answer;
+        }
+        let record = self.nodes[node].ledger.get(&job);
+        record.map_or(Some(question.answer_without_record()), |r| question.answer(r, by, runs).ok())
+    }
+
+    /// A source hands over its output offsets.
+    pub fn take_over(&mut self, to: &str, from: &Record) -> Result<(), HandOverError> {
+        let job = from.job;
+        if !self.nodes[to].alive {
+            return Err(HandOverError::NotNow(format!("{to} does not answer")));
+        }
+        let Life::Leaving { by, .. } = &from.life else {
+            return Err(HandOverError::NotNow("it is not leaving".into()));
+        };
+        let Some(guest) = self.nodes[to].vms.get(&job).map(|o| o.vm.record.boot_id.clone()) else {
+            return Err(HandOverError::NotThisMove(format!("{to} has no VM")));
+        };
+        (self.taken, self.adopted) = (None, false);
+        self.core(
+            to,
+            job,
+            Event::TookOver {
+                by: by.clone(),
+                programs: from.programs.clone(),
+                moves: from.moves.clone(),
+            },
+        );
+        if self.adopted && guest != from.boot_id {
+            let (there, boot) = (guest.unwrap_or_default(), from.boot_id.as_deref().unwrap_or_default());
+            self.wrong
+                .push(format!("job {job}: on {to} the guest of {there} took the offsets of {boot} over"));
+        }
+        self.count("hand-overs");
+        let Some(taken) = self.taken.take() else {
+            self.wrong.push(format!("job {job}: {to} does not answer a hand-over"));
+            return Ok(());
+        };
+        if let Err(HandOverError::NotThisMove(why)) = &taken {
+            self.say(&format!("{to}: job {job}: a hand-over is refused: {why}"));
+            self.count("hand-overs refused");
+        }
+        taken
     }
 
     // What libvirt does on its own.
@@ -567,7 +647,7 @@ impl Cluster {
 
     // Between agents.
 
-    pub fn import(&mut self, from: &str, epoch: u64, to: &str, mut record: Record, move_id: &str) {
+    pub fn import(&mut self, from: &str, epoch: u64, to: &str, mut record: Record) {
         let job = record.job;
         let there = &self.nodes[to];
         let refused = if !there.alive {
@@ -583,10 +663,8 @@ impl Cluster {
             self.tell(from, epoch, job, Event::DestinationReady(Err(why)));
             return;
         }
-        record.life = Life::Arriving {
-            from: from.into(),
-            move_id: move_id.into(),
-        };
+        let Life::Leaving { by, .. } = record.life else { return };
+        record.life = Life::Arriving { from: from.into(), by };
         record.come_to(to);
         let (vm, effects) = Vm::expected(record);
         self.adopt(to, job, vm, effects);

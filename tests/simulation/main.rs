@@ -12,6 +12,7 @@ mod cluster;
 mod controller;
 mod effects;
 mod jobs;
+mod late;
 mod random;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
-use crate::core::{ProgramRecord, Record};
+use crate::core::{MoveIdentity, MoveQuestion, ProgramRecord, Record};
 
 /// Version of these messages; an agent accepts its own and the one before.
 pub const VERSION: u32 = 1;
@@ -86,9 +86,7 @@ pub enum PeerRequest {
     },
     /// Source: prepare for a VM; answered when it may come.
     Import {
-        /// The move.
-        move_id: String,
-        /// The record, still in the source's words.
+        /// The record, still in the source's words: leaving, and by which move.
         record: Box<Record>,
         /// Token that the relay's connections must show.
         token: String,
@@ -99,10 +97,10 @@ pub enum PeerRequest {
     },
     /// Source: the guest runs at the destination; here is what was written of its output.
     TakeOver {
-        /// The move.
-        move_id: String,
         /// Job id.
         job: u32,
+        /// The move.
+        by: MoveIdentity,
         /// Programs.
         programs: Vec<ProgramRecord>,
         /// History.
@@ -112,6 +110,8 @@ pub enum PeerRequest {
     Kept {
         /// Job id.
         job: u32,
+        /// The move.
+        by: MoveIdentity,
         /// Program.
         program: u32,
         /// 0 stdout, 1 stderr.
@@ -123,10 +123,10 @@ pub enum PeerRequest {
     },
     /// Source: the move was given up.
     Abandon {
-        /// The move.
-        move_id: String,
         /// Job id.
         job: u32,
+        /// The move.
+        by: MoveIdentity,
     },
     /// The job has started over on the asking node: a VM that waits for it here is ended. `Ok` when none is here (any
     /// more), `Refused` while it could not be ended.
@@ -136,10 +136,14 @@ pub enum PeerRequest {
         /// Slurm's count of its restarts in the run on the asking node: VMs of earlier runs are meant.
         restarts: u32,
     },
-    /// Source: does the guest of this move run at the destination?
+    /// One end of a move asks the other who has its guest.
     RunsHere {
         /// Job id.
         job: u32,
+        /// The move.
+        by: MoveIdentity,
+        /// What is asked; by which end follows from it.
+        question: MoveQuestion,
     },
 }
 
@@ -200,10 +204,33 @@ pub enum PeerReply {
     },
     /// To `Progress`.
     Progress(Option<String>),
-    /// To `RunsHere`.
+    /// To `RunsHere`; while it cannot be told, `Refused`.
     RunsHere(bool),
+    /// To `Kept` and `TakeOver`, for good: the VM here did not come by this move, or is over. Why, as a fragment.
+    NotThisMove(String),
     /// Done.
     Ok,
     /// Not done, and why.
     Refused(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_between_the_ends_of_a_move_that_does_not_name_the_move_is_not_understood() {
+        let by = r#""by": {"move_id": "7-n1-1", "run": 1, "generation": 1}"#;
+        for word in [
+            r#"{"take_over": {BY "job": 7, "programs": [], "moves": []}}"#,
+            r#"{"kept": {BY "job": 7, "program": 1, "stream": 0, "offset": 0, "hex": ""}}"#,
+            r#"{"runs_here": {BY "job": 7, "question": "has_come"}}"#,
+            r#"{"abandon": {BY "job": 7}}"#,
+        ] {
+            let named: Result<PeerRequest, _> = serde_json::from_str(&word.replace("BY", &format!("{by},")));
+            assert!(named.is_ok(), "{named:?}");
+            let unnamed: Result<PeerRequest, _> = serde_json::from_str(&word.replace("BY", r#""move_id": "7-n1-1","#));
+            assert!(unnamed.is_err(), "{unnamed:?}");
+        }
+    }
 }

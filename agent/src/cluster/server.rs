@@ -5,7 +5,7 @@ use crossbeam_channel::bounded;
 
 use super::protocol::{PeerReply, PeerRequest};
 use crate::{
-    core::{Event, Life},
+    core::{Event, HandOverError, KeptOutput},
     health,
     node::Node,
     peer::{Role, Who},
@@ -98,62 +98,54 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
         },
         PeerRequest::Release { job } => tell(node, job, Event::Release),
         PeerRequest::Import {
-            move_id,
             record,
             token,
             copy_overlay,
             host,
-        } => match moving::import(node, &from.node, &move_id, *record, &token, copy_overlay, &host) {
+        } => match moving::import(node, &from.node, *record, &token, copy_overlay, &host) {
             Ok(reply) => reply,
             Err(why) => PeerReply::Refused(why),
         },
         PeerRequest::Kept {
             job,
+            by,
             program,
             stream,
             offset,
             hex,
-        } => {
-            let kept = |bytes| Request::Kept {
-                program,
-                stream,
-                offset,
-                bytes,
+        } => match crate::text::unhex(&hex) {
+            Some(bytes) => {
+                let output = KeptOutput {
+                    program,
+                    stream,
+                    offset,
+                    bytes,
+                };
+                handed_over(node, job, |reply| Request::Kept { by, output, reply })
+            }
+            None => PeerReply::Refused("the output is not in hexadecimal".into()),
+        },
+        PeerRequest::TakeOver { job, by, programs, moves } => {
+            let move_id = by.move_id.clone();
+            let request = |reply| Request::TookOver {
+                by,
+                programs,
+                moves,
+                reply,
             };
-            let sent = node
-                .owner(job)
-                .zip(crate::text::unhex(&hex))
-                .is_some_and(|(owner, bytes)| owner.send(kept(bytes)).is_ok());
-            if sent {
-                PeerReply::Ok
-            } else {
-                PeerReply::Refused(format!("job {job} has no VM on {}", node.name))
+            let answer = handed_over(node, job, request);
+            if answer == PeerReply::Ok {
+                node.moves.close_arrival(&move_id);
             }
+            answer
         }
-        PeerRequest::TakeOver {
-            move_id,
-            job,
-            programs,
-            moves,
-        } => {
-            let (reply, answer) = bounded(1);
-            let asked = node
-                .owner(job)
-                .is_some_and(|o| o.send(Request::TookOver { programs, moves, reply }).is_ok());
-            node.moves.close_arrival(&move_id);
-            if asked && answer.recv_timeout(Duration::from_secs(10)).is_ok() {
-                PeerReply::Ok
-            } else {
-                PeerReply::Refused(format!("job {job} has no VM on {}", node.name))
-            }
-        }
-        PeerRequest::Abandon { move_id, job } => {
-            node.moves.close_arrival(&move_id);
+        PeerRequest::Abandon { job, by } => {
+            node.moves.close_arrival(&by.move_id);
             // Only a VM that is still expected by this very move is forgotten.
-            let waits = node
-                .record(job)
-                .is_some_and(|r| matches!(&r.life, Life::Arriving { move_id: m, .. } if *m == move_id));
-            if waits { tell(node, job, Event::Abandoned) } else { PeerReply::Ok }
+            if let Some(owner) = node.owner(job) {
+                let _ = owner.send(Request::Core(Event::Abandoned { by }));
+            }
+            PeerReply::Ok
         }
         PeerRequest::Supersede { job, restarts } if node.record(job).is_some_and(|r| supersede::is_superseded(&r, restarts)) => {
             log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
@@ -168,7 +160,7 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             }
         }
         PeerRequest::Supersede { .. } => PeerReply::Ok,
-        PeerRequest::RunsHere { job } => match moving::runs_here(node, job) {
+        PeerRequest::RunsHere { job, by, question } => match moving::has_guest(node, job, &by, question) {
             Ok(here) => PeerReply::RunsHere(here),
             Err(why) => PeerReply::Refused(why),
         },
@@ -212,6 +204,26 @@ fn moved(
         Ok(Ok(done)) => PeerReply::Moved(Box::new(done)),
         Ok(Err(why)) => PeerReply::Refused(why),
         Err(_) => PeerReply::Refused(format!("the VM of job {job} ended while it was to move")),
+    }
+}
+
+/// Passes on what the source of a move hands over, and waits until it was taken or refused.
+fn handed_over(
+    node: &Arc<Node>,
+    job: u32,
+    request: impl FnOnce(crossbeam_channel::Sender<Result<(), HandOverError>>) -> Request,
+) -> PeerReply {
+    let Some(owner) = node.owner(job) else {
+        return PeerReply::NotThisMove(format!("job {job} has no VM on {}", node.name));
+    };
+    match node.ask(&owner, request) {
+        Some(Ok(())) => PeerReply::Ok,
+        Some(Err(HandOverError::NotThisMove(why))) => {
+            log::warn!("job {job}: what the source of a move hands over is not taken: {why}");
+            PeerReply::NotThisMove(why)
+        }
+        Some(Err(HandOverError::NotNow(why))) => PeerReply::Refused(why),
+        None => PeerReply::Refused(format!("the owner of job {job}'s VM does not answer")),
     }
 }
 

@@ -1,9 +1,12 @@
 //! What goes into the core and what comes out of it.
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 use slurm_vm_api::query::MoveView;
 
-use super::record::{Allocation, End, Plan, ProgramRecord};
+use super::{
+    identity::{HandOverError, MoveIdentity, MoveQuestion},
+    record::{Allocation, End, Plan, ProgramRecord},
+};
 
 /// Why an effect failed, by whose fault it was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +57,31 @@ impl From<bool> for Whereabouts {
     }
 }
 
+/// A piece of output that was kept for a shim.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeptOutput {
+    /// Program.
+    pub program: u32,
+    /// 0 stdout, 1 stderr.
+    pub stream: usize,
+    /// Offset of the first byte.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl fmt::Debug for KeptOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            program,
+            stream,
+            offset,
+            bytes,
+        } = self;
+        write!(f, "{} bytes of program {program}, stream {stream}, from {offset} on", bytes.len())
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -101,21 +129,43 @@ pub enum Event {
     DomainIs(Option<bool>),
     /// [`Effect::AskJob`] ended: Slurm runs the job here, or not; `None` when Slurm did not say.
     JobIs(Option<bool>),
-    /// The destination has taken over the output offsets.
-    HandedOver(Result<(), String>),
+    /// The destination has taken over the output offsets, or not.
+    HandedOver(Result<(), HandOverError>),
     /// Give the move up; the VM goes on here.
     CancelMove,
     /// Destination: the guest runs here now.
     Arrived,
-    /// Destination: the source has handed over the output offsets and the history.
+    /// Destination: the source hands over a piece of output that it had kept; before `TookOver`. Answered by
+    /// [`Effect::AnswerSource`].
+    Kept {
+        /// The move.
+        by: MoveIdentity,
+        /// The output.
+        output: KeptOutput,
+    },
+    /// Destination: the source hands over the output offsets and the history. Answered by [`Effect::AnswerSource`].
     TookOver {
+        /// The move.
+        by: MoveIdentity,
         /// Programs with what was written of their output.
         programs: Vec<ProgramRecord>,
         /// Moves so far, this one included.
         moves: Vec<MoveView>,
     },
     /// Destination: the source gave the move up.
-    Abandoned,
+    Abandoned {
+        /// The move.
+        by: MoveIdentity,
+    },
+    /// The other end of a move asks who has the guest. Answered by [`Effect::AnswerAsked`].
+    Asked {
+        /// The move.
+        by: MoveIdentity,
+        /// What is asked.
+        question: MoveQuestion,
+        /// libvirt here has the domain, and it runs.
+        runs: bool,
+    },
     /// Save the VM and let the job be requeued.
     Save {
         /// Directory of the save.
@@ -180,8 +230,16 @@ pub enum Effect {
         /// The destination.
         to: String,
         /// The move.
-        move_id: String,
+        by: MoveIdentity,
     },
+    /// Destination: take in the source's output offsets, before anything of the guest's output is asked for.
+    Adopt(Vec<ProgramRecord>),
+    /// Destination: take in output that the source had kept.
+    Keep(KeptOutput),
+    /// Destination: answer the source's word.
+    AnswerSource(Result<(), HandOverError>),
+    /// Answer the other end's question; `Err` says why it is to ask again.
+    AnswerAsked(Result<bool, String>),
     /// Answer who asked for the move or the save.
     AnswerMove(Result<Box<MoveView>, String>),
     /// Pause the guest, let shims sync, write memory, overlay and manifest: [`Event::SaveWritten`].

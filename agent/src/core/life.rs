@@ -4,6 +4,7 @@
 //! changes nothing: an effect's event counts only while that effect is under way ([`Vm::busy`]).
 use super::{
     event::{Effect, Event, SessionNews, Whereabouts},
+    identity::{HandOverError, MoveIdentity, MoveQuestion},
     machine::{Busy, DESTROY_ATTEMPTS, HAND_OVER_ATTEMPTS, Pinning, RETRY_MOST_MS, RETRY_MS, UNKNOWN_MS, Vm},
     record::{End, LeavingStage, Life},
 };
@@ -13,7 +14,9 @@ impl Vm {
     /// long a VM waits for what another side owes it: its job, or its own arrival.
     pub fn on_event(&mut self, now_ms: u64, await_job_ms: u64, event: Event) -> Vec<Effect> {
         use Effect as Do;
-        if self.unclear.is_some() {
+        // What the other end of a move says or asks goes by the record.
+        let is_of_the_other_end = matches!(event, Event::TookOver { .. } | Event::Kept { .. } | Event::Asked { .. });
+        if self.unclear.is_some() && !is_of_the_other_end {
             return self.on_event_while_unclear(now_ms, &event);
         }
         match (self.record.life.clone(), event) {
@@ -194,9 +197,15 @@ impl Vm {
             (life @ (Life::Running | Life::AwaitingJob { .. }), Event::MoveOut { move_id, to, cause }) => {
                 let line = format!("moving to {to} ({cause})");
                 self.leave_with(&life);
+                // Fixed now: the run may change while the VM is on its way.
+                let by = MoveIdentity {
+                    move_id,
+                    run: self.record.run,
+                    generation: self.record.generation,
+                };
                 self.enter(Life::Leaving {
                     to,
-                    move_id,
+                    by,
                     stage: LeavingStage::Preparing,
                 });
                 vec![Do::Persist, Do::Journal(line), self.begin(Busy::AskDestination)]
@@ -211,7 +220,7 @@ impl Vm {
                 Life::Leaving {
                     stage: LeavingStage::Preparing,
                     to,
-                    move_id,
+                    by,
                 },
                 Event::DestinationReady(ready),
             ) if self.ended(Busy::AskDestination) => {
@@ -219,16 +228,16 @@ impl Vm {
                     Ok(()) if self.then.is_none() && self.lost.is_none() && !self.cancelled => {
                         self.enter(Life::Leaving {
                             to,
-                            move_id,
+                            by,
                             stage: LeavingStage::Copying,
                         });
                         vec![Do::Persist, self.begin(Busy::Migrate)]
                     }
-                    Ok(()) => self.stay(to, move_id, "the move was given up before it began".into(), false),
+                    Ok(()) => self.stay(to, by, "the move was given up before it began".into(), false),
                     // A refusal may stand for a lost answer: then the destination waits in vain.
                     Err(why) => {
                         let why = format!("{to} cannot take the VM: {why}");
-                        self.stay(to, move_id, why, false)
+                        self.stay(to, by, why, false)
                     }
                 }
             }
@@ -236,14 +245,14 @@ impl Vm {
                 Life::Leaving {
                     stage: LeavingStage::Copying,
                     to,
-                    move_id,
+                    by,
                 },
                 Event::Migrated(done),
             ) if self.ended(Busy::Migrate) => match done {
                 Ok(done) => {
                     let line = format!("the guest runs on {to} after {:.2} s, {} bytes", done.seconds, done.bytes);
                     self.record.moves.push(*done);
-                    self.finish(to, move_id, line)
+                    self.finish(to, by, line)
                 }
                 Err(why) => {
                     let line = format!("the move failed: {why}");
@@ -255,7 +264,7 @@ impl Vm {
                 Life::Leaving {
                     stage: LeavingStage::Copying,
                     to,
-                    move_id,
+                    by,
                 },
                 Event::OwnerIs(owner),
             ) if self.asking => {
@@ -267,14 +276,14 @@ impl Vm {
                 match owner {
                     Whereabouts::AtDestination => {
                         let line = format!("the guest runs on {to}");
-                        self.finish(to, move_id, line)
+                        self.finish(to, by, line)
                     }
-                    Whereabouts::AtSource => self.stay(to, move_id, format!("{failed}; the guest goes on here"), true),
+                    Whereabouts::AtSource => self.stay(to, by, format!("{failed}; the guest goes on here"), true),
                     Whereabouts::Nowhere => {
                         self.then.get_or_insert(End::GuestLost {
                             how: "it ended during its move".into(),
                         });
-                        self.stay(to, move_id, "the guest was lost during the move".into(), false)
+                        self.stay(to, by, "the guest was lost during the move".into(), false)
                     }
                     Whereabouts::Unknown => {
                         self.retry_at_ms = now_ms + RETRY_MS;
@@ -306,7 +315,7 @@ impl Vm {
                 let since = *self.unknown_since_ms.get_or_insert(now_ms);
                 if self.then == Some(End::Released) && now_ms >= since + UNKNOWN_MS {
                     // The job has left, and a copy here may not run again: what became of it only the destination can tell.
-                    return self.gone(now_ms, &to, Some(Err("it does not answer".into())));
+                    return self.gone(now_ms, &to, Err("it does not answer".into()));
                 }
                 if self.asking || now_ms < self.retry_at_ms {
                     vec![]
@@ -324,10 +333,11 @@ impl Vm {
             ) if self.ended(Busy::HandOver) => {
                 self.failures += 1;
                 self.retry_at_ms = now_ms + RETRY_MS;
-                if outcome.is_err() && self.failures < HAND_OVER_ATTEMPTS {
-                    vec![]
-                } else {
-                    self.gone(now_ms, &to, Some(outcome))
+                match outcome {
+                    Err(HandOverError::NotNow(_)) if self.failures < HAND_OVER_ATTEMPTS => vec![],
+                    // The guest was there and is over, or the job has begun anew there: here it ends in any case. What it
+                    // stands on is not touched, for that is the destination's.
+                    outcome => self.gone(now_ms, &to, outcome.map_err(|e| e.why().to_owned())),
                 }
             }
             (
@@ -362,20 +372,47 @@ impl Vm {
 
             // Arriving.
             (Life::Arriving { .. }, Event::Arrived) => self.arrive(now_ms, await_job_ms),
-            (Life::Arriving { .. }, Event::TookOver { programs, moves }) => {
-                let mut effects = self.arrive(now_ms, await_job_ms);
-                effects.extend(self.take_over(programs, moves));
-                effects.extend(self.open_guest());
+            (life, Event::TookOver { by, programs, moves }) => match self.is_of_our_arrival(&by) {
+                Ok(true) => {
+                    // First: the record says that it was done.
+                    let mut effects = vec![Do::Adopt(programs.clone())];
+                    if matches!(life, Life::Arriving { .. }) {
+                        effects.extend(self.arrive(now_ms, await_job_ms));
+                    }
+                    effects.extend(self.take_over(programs, moves));
+                    // Not where it is on its way out again before the source's word came.
+                    if matches!(self.record.life, Life::AwaitingJob { .. } | Life::Running) {
+                        effects.extend(self.open_guest());
+                    }
+                    effects.push(Do::AnswerSource(Ok(())));
+                    effects
+                }
+                Ok(false) => vec![Do::AnswerSource(Ok(()))],
+                Err(why) => vec![Do::AnswerSource(Err(why))],
+            },
+            (_, Event::Kept { by, output }) => match self.is_of_our_arrival(&by) {
+                Ok(true) => vec![Do::Keep(output), Do::AnswerSource(Ok(()))],
+                Ok(false) => vec![Do::AnswerSource(Ok(()))],
+                Err(why) => vec![Do::AnswerSource(Err(why))],
+            },
+            (Life::Arriving { by: mine, .. }, Event::Abandoned { by }) if mine == by => self.stop(End::NotArrived),
+            (Life::Arriving { .. }, Event::DomainEnded { .. }) => self.stop(End::NotArrived),
+            // The source goes by the answer: with "yes" the guest has arrived, and before "no" its arrival is ended.
+            (life, Event::Asked { by, question, runs }) => {
+                let answer = question.answer(&self.record, &by, runs);
+                let mut effects = match (life, question) {
+                    (Life::Arriving { by: mine, .. }, MoveQuestion::HasCome) if mine == by => {
+                        if runs {
+                            self.arrive(now_ms, await_job_ms)
+                        } else {
+                            self.stop(End::NotArrived)
+                        }
+                    }
+                    _ => vec![],
+                };
+                effects.push(Do::AnswerAsked(answer));
                 effects
             }
-            (Life::AwaitingJob { .. } | Life::Running, Event::TookOver { programs, moves }) => {
-                let mut effects = self.take_over(programs, moves);
-                effects.extend(self.open_guest());
-                effects
-            }
-            // On its way out again before the source's word came.
-            (Life::Leaving { .. } | Life::Saving { .. }, Event::TookOver { programs, moves }) => self.take_over(programs, moves),
-            (Life::Arriving { .. }, Event::Abandoned | Event::DomainEnded { .. }) => self.stop(End::NotArrived),
             // The source or its word may have been lost: a VM that is waited for in vain would keep its job out.
             (Life::Arriving { .. }, Event::Tick) => {
                 let by = *self.arrive_by_ms.get_or_insert(now_ms + await_job_ms);
@@ -536,8 +573,7 @@ impl Vm {
                 | Event::HandedOver(_)
                 | Event::CancelMove
                 | Event::Arrived
-                | Event::TookOver { .. }
-                | Event::Abandoned
+                | Event::Abandoned { .. }
                 | Event::SaveWritten(_)
                 | Event::Restored(_)
                 | Event::Resumed(_)

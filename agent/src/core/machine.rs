@@ -3,6 +3,7 @@ use slurm_vm_api::query::MoveView;
 
 use super::{
     event::{Effect, SessionNews},
+    identity::{ArrivedBy, HandOverError, MoveIdentity},
     record::{Allocation, End, LeavingStage, Life, ProgramRecord, Record},
     recovery::Unclear,
 };
@@ -331,10 +332,10 @@ impl Vm {
     }
 
     /// The guest runs at the destination: never again here.
-    pub(super) fn finish(&mut self, to: String, move_id: String, line: String) -> Vec<Effect> {
+    pub(super) fn finish(&mut self, to: String, by: MoveIdentity, line: String) -> Vec<Effect> {
         self.enter(Life::Leaving {
             to,
-            move_id,
+            by,
             stage: LeavingStage::Finishing,
         });
         vec![
@@ -346,14 +347,14 @@ impl Vm {
         ]
     }
 
-    pub(super) fn gone(&mut self, now_ms: u64, to: &str, handed_over: Option<Result<(), String>>) -> Vec<Effect> {
+    pub(super) fn gone(&mut self, now_ms: u64, to: &str, handed_over: Result<(), String>) -> Vec<Effect> {
         let done = self.record.moves.last().cloned().unwrap_or_default();
         self.enter(Life::Gone { to: to.to_owned() });
         self.record.ended_ms = Some(now_ms);
         (self.then, self.cancelled) = (None, false);
         self.record.generation += 1;
         let mut effects = vec![Effect::Persist];
-        if let Some(Err(why)) = handed_over {
+        if let Err(why) = handed_over {
             effects.push(Effect::Journal(format!("{to} did not confirm the output offsets: {why}")));
         }
         effects.extend([Effect::Clear, Effect::AnswerMove(Ok(Box::new(done))), Effect::AnswerRelease(Ok(()))]);
@@ -361,8 +362,8 @@ impl Vm {
     }
 
     /// The guest has not moved: it goes on here, or ends if that was wanted meanwhile. `resume`: the copying had begun.
-    pub(super) fn stay(&mut self, to: String, move_id: String, why: String, resume: bool) -> Vec<Effect> {
-        let mut effects = vec![Effect::AbandonDestination { to, move_id }];
+    pub(super) fn stay(&mut self, to: String, by: MoveIdentity, why: String, resume: bool) -> Vec<Effect> {
+        let mut effects = vec![Effect::AbandonDestination { to, by }];
         if let Some(end) = self.then.take() {
             effects.extend(self.stop(end));
         } else {
@@ -375,7 +376,27 @@ impl Vm {
         effects
     }
 
+    /// Whether what the source of a move hands over is for this VM, which came or comes by that very move; `Ok(false)` when
+    /// it was taken before.
+    pub(super) fn is_of_our_arrival(&self, by: &MoveIdentity) -> Result<bool, HandOverError> {
+        let refused = |why: &str| Err(HandOverError::NotThisMove(why.to_owned()));
+        match (&self.record.life, &self.record.arrived_by) {
+            (Life::Arriving { by: mine, .. }, _) if mine == by => Ok(true),
+            (Life::AwaitingJob { .. } | Life::Running | Life::Leaving { .. } | Life::Saving { .. }, Some(a)) if a.by == *by => {
+                Ok(!a.handed_over)
+            }
+            (life, Some(a)) if a.by == *by => refused(&format!("the VM that came by this move is {}", life.name())),
+            _ => refused("this is not the move by which the VM here came"),
+        }
+    }
+
     pub(super) fn arrive(&mut self, now_ms: u64, await_job_ms: u64) -> Vec<Effect> {
+        if let Life::Arriving { by, .. } = &self.record.life {
+            self.record.arrived_by = Some(ArrivedBy {
+                by: by.clone(),
+                handed_over: false,
+            });
+        }
         if let Some(end) = self.then.take() {
             self.record.generation += 1;
             return self.stop(end);
@@ -420,7 +441,10 @@ impl Vm {
                 None => self.record.programs.push(p),
             }
         }
-        // Handed over twice, the second time may come after moves that only this node knows of.
+        if let Some(arrived) = &mut self.record.arrived_by {
+            arrived.handed_over = true;
+        }
+        // It may come after moves that only this node knows of.
         if moves.len() >= self.record.moves.len() {
             self.record.moves = moves;
         }

@@ -14,12 +14,14 @@
 //! resume it; after that, never.* libvirt's own handshake is the commit point of a live move: its Finish phase starts
 //! the guest at the destination and only then ends the source. When it is unclear, neither side resumes.
 mod event;
+pub mod identity;
 mod life;
 mod machine;
 pub mod record;
 mod recovery;
 
-pub use event::{Effect, Event, Failure, SessionNews, Whereabouts};
+pub use event::{Effect, Event, Failure, KeptOutput, SessionNews, Whereabouts};
+pub use identity::{ArrivedBy, HandOverError, MoveIdentity, MoveQuestion};
 pub use machine::{Busy, Vm};
 pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record};
 

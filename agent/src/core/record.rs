@@ -9,6 +9,8 @@ use slurm_vm_api::{
     spec::VmSpec,
 };
 
+use super::identity::{ArrivedBy, MoveIdentity};
+
 /// Version of the record's format; a reader takes its own and the one before ([`Record::parse`]).
 ///
 /// Records outlive an update of the agent, travel to other nodes and lie in saves, so each change is asked twice:
@@ -62,6 +64,10 @@ pub struct Record {
     /// While the VM is on its way out again before its job has come here: by when the job must have come if it stays.
     #[serde(default)]
     pub await_until_ms: Option<u64>,
+    /// The live move by which the VM came to this node; none where it began, or was restored. An agent that does not know the
+    /// field may lose it: then what the source still has to hand over is refused, and the output goes on at what is on record.
+    #[serde(default)]
+    pub arrived_by: Option<ArrivedBy>,
 }
 
 /// What Slurm gave the job on one node. Of a VM that has come to a node before its job nothing is given there yet: only the
@@ -139,8 +145,9 @@ pub enum Life {
     Leaving {
         /// Destination node.
         to: String,
-        /// The move, unique in the cluster.
-        move_id: String,
+        /// The move.
+        #[serde(flatten)]
+        by: MoveIdentity,
         /// How far it is.
         stage: LeavingStage,
     },
@@ -154,7 +161,8 @@ pub enum Life {
         /// Source node.
         from: String,
         /// The move.
-        move_id: String,
+        #[serde(flatten)]
+        by: MoveIdentity,
     },
     /// Runs here, while its job is not yet running here.
     AwaitingJob {
@@ -303,9 +311,10 @@ impl Life {
 
 impl Record {
     /// The VM comes to another node, or out of a save. What its job has there is known when it runs there; the run that the
-    /// VM comes from stays known.
+    /// VM comes from stays known. Words of the move by which it came to the node before are not for it any more.
     pub fn come_to(&mut self, node: &str) {
         node.clone_into(&mut self.node);
+        self.arrived_by = None;
         self.allocation = self.allocation.take().map(|given| Allocation {
             restarts: given.restarts,
             ..Allocation::default()
@@ -335,6 +344,7 @@ impl Record {
             ended_ms: None,
             boot_id: None,
             await_until_ms: None,
+            arrived_by: None,
         }
     }
 

@@ -103,10 +103,10 @@ impl Vm {
             Life::Leaving {
                 stage: LeavingStage::Preparing,
                 to,
-                move_id,
+                by,
             } if job_left => {
                 self.then = Some(End::Released);
-                self.stay(to, move_id, "the job has ended".into(), false)
+                self.stay(to, by, "the job has ended".into(), false)
             }
             Life::Preparing | Life::Booting { .. } | Life::Running | Life::Saving { .. } | Life::Restoring { .. } if job_left => {
                 self.stop(End::Released)
@@ -141,8 +141,8 @@ impl Vm {
             }
             // It may have been left paused between two effects; a guest that runs does not notice.
             Life::Running | Life::AwaitingJob { .. } => vec![restarted("the domain goes on"), Effect::ResumeDomain, Effect::OpenGuest],
-            Life::Leaving { to, move_id, .. } => {
-                let mut effects = self.stay(to, move_id, "agent restarted: the move had not begun".into(), false);
+            Life::Leaving { to, by, .. } => {
+                let mut effects = self.stay(to, by, "agent restarted: the move had not begun".into(), false);
                 effects.push(Effect::OpenGuest);
                 effects
             }
@@ -175,9 +175,9 @@ impl Vm {
 
     fn end_unclear(&mut self, end: End) -> Vec<Effect> {
         self.unclear = None;
-        if let Life::Leaving { to, move_id, .. } = self.record.life.clone() {
+        if let Life::Leaving { to, by, .. } = self.record.life.clone() {
             self.then = Some(end);
-            return self.stay(to, move_id, "the job has ended".into(), false);
+            return self.stay(to, by, "the job has ended".into(), false);
         }
         self.stop(end)
     }

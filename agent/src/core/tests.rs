@@ -58,6 +58,53 @@ fn up(boot_id: &str) -> Event {
     Event::GuestUp { boot_id: boot_id.into() }
 }
 
+fn by(move_id: &str) -> MoveIdentity {
+    MoveIdentity {
+        move_id: move_id.into(),
+        run: 1,
+        generation: 1,
+    }
+}
+
+fn program(wrote: u64) -> ProgramRecord {
+    ProgramRecord {
+        id: 1,
+        key: "batch.0".into(),
+        merged: false,
+        terminal: false,
+        stdout: None,
+        stderr: None,
+        wrote: [wrote, 0],
+        ended: None,
+    }
+}
+
+fn took_over(by: MoveIdentity, wrote: u64) -> Event {
+    Event::TookOver {
+        by,
+        programs: vec![program(wrote)],
+        moves: vec![],
+    }
+}
+
+fn kept(by: MoveIdentity) -> Event {
+    let output = KeptOutput {
+        program: 1,
+        stream: 0,
+        offset: 3,
+        bytes: b"abc".to_vec(),
+    };
+    Event::Kept { by, output }
+}
+
+fn asked(by: MoveIdentity, question: MoveQuestion, runs: bool) -> Event {
+    Event::Asked { by, question, runs }
+}
+
+fn not_this_move() -> Result<(), HandOverError> {
+    Err(HandOverError::NotThisMove("why".into()))
+}
+
 fn move_out() -> Event {
     Event::MoveOut {
         move_id: "m".into(),
@@ -124,7 +171,7 @@ impl Told {
 fn arriving() -> Told {
     Told::begin(Vm::expected(record(Life::Arriving {
         from: "n0".into(),
-        move_id: "m0".into(),
+        by: by("m0"),
     })))
 }
 
@@ -215,14 +262,20 @@ fn events() -> Vec<Event> {
         Event::JobIs(Some(false)),
         Event::JobIs(None),
         Event::HandedOver(Ok(())),
-        Event::HandedOver(Err(why())),
+        Event::HandedOver(Err(HandOverError::NotNow(why()))),
+        Event::HandedOver(not_this_move()),
         Event::CancelMove,
         Event::Arrived,
-        Event::TookOver {
-            programs: vec![],
-            moves: vec![],
-        },
-        Event::Abandoned,
+        took_over(by("m0"), 5),
+        took_over(by("another"), 5),
+        kept(by("m0")),
+        kept(by("another")),
+        Event::Abandoned { by: by("m0") },
+        Event::Abandoned { by: by("another") },
+        asked(by("m0"), MoveQuestion::HasCome, true),
+        asked(by("m0"), MoveQuestion::HasCome, false),
+        asked(by("m"), MoveQuestion::Stays, true),
+        asked(by("another"), MoveQuestion::HasCome, true),
         save(),
         Event::SaveWritten(Ok(moved())),
         Event::SaveWritten(Err(why())),
@@ -255,12 +308,13 @@ fn check(before: &Told, event: &Event, told: &Told) {
     let asked = matches!(event, Event::MoveOut { .. } | Event::Save { .. });
     if from.is_over_here() {
         assert_eq!(from, to, "{step}");
-        assert!(
-            told.last
-                .iter()
-                .all(|e| matches!(e, Effect::AnswerRelease(_) | Effect::AnswerMove(_))),
-            "{step}"
-        );
+        let answer = |e: &Effect| {
+            matches!(
+                e,
+                Effect::AnswerRelease(_) | Effect::AnswerMove(_) | Effect::AnswerSource(_) | Effect::AnswerAsked(_)
+            )
+        };
+        assert!(told.last.iter().all(answer), "{step}");
         assert_eq!(
             told.last.iter().any(|e| matches!(e, Effect::AnswerRelease(Ok(())))),
             *event == Event::Release,
@@ -277,6 +331,36 @@ fn check(before: &Told, event: &Event, told: &Told) {
         assert!(
             matches!(from, Life::Stopping { .. }) && before.all.contains(&Effect::Destroy),
             "stopped without an end of the domain: {step}"
+        );
+    }
+    let (handed, questions) = (
+        told.last.iter().filter(|e| matches!(e, Effect::AnswerSource(_))).count(),
+        told.last.iter().filter(|e| matches!(e, Effect::AnswerAsked(_))).count(),
+    );
+    assert_eq!(
+        (handed, questions),
+        (
+            usize::from(matches!(event, Event::TookOver { .. } | Event::Kept { .. })),
+            usize::from(matches!(event, Event::Asked { .. }))
+        ),
+        "each word of the other end is answered once: {step}"
+    );
+    let takes = told.last.iter().any(|e| matches!(e, Effect::Adopt(_) | Effect::Keep(_)));
+    assert_eq!(
+        takes,
+        told.did(&Effect::AnswerSource(Ok(()))) && !before.vm.record.arrived_by.as_ref().is_some_and(|a| a.handed_over),
+        "{step}"
+    );
+    if takes {
+        let came = before.vm.record.arrived_by.as_ref().map(|a| &a.by);
+        let comes = match from {
+            Life::Arriving { by, .. } => Some(by),
+            _ => None,
+        };
+        assert_eq!(came.or(comes), Some(&by("m0")), "taken by a VM that came by no such move: {step}");
+        assert!(
+            !matches!(event, Event::TookOver { by, .. } | Event::Kept { by, .. } if by.move_id == "another"),
+            "{step}"
         );
     }
     assert!(answers(&told.last) <= 1, "{step}");
@@ -571,7 +655,7 @@ fn a_missed_epilog_is_made_up_for_as_soon_as_slurm_answers() {
 fn each_state_is_found_again_after_a_restart() {
     let leaving = |stage| Life::Leaving {
         to: "n2".into(),
-        move_id: "m".into(),
+        by: by("m"),
         stage,
     };
     let at = || "/save".into();
@@ -594,7 +678,7 @@ fn each_state_is_found_again_after_a_restart() {
         (
             Life::Arriving {
                 from: "n0".into(),
-                move_id: "m".into(),
+                by: by("m"),
             },
             false,
             false,
@@ -670,4 +754,176 @@ fn a_vm_that_came_is_pinned_to_what_its_job_has_here_once_the_job_is_here() {
 #[test]
 fn a_vm_that_begins_here_is_pinned_by_its_start_and_not_asked_for_again() {
     assert!(!running().after(500).after(60_000).all.contains(&Effect::Pin));
+}
+
+fn refused(told: &Told) -> bool {
+    told.last.len() == 1 && matches!(&told.last[0], Effect::AnswerSource(Err(HandOverError::NotThisMove(_))))
+}
+
+#[test]
+fn what_another_move_hands_over_is_refused_and_changes_nothing() {
+    let awaiting = || arriving().then(Event::Arrived);
+    let same_id_of_another_run = MoveIdentity { run: 2, ..by("m0") };
+    let same_id_of_another_generation = MoveIdentity { generation: 2, ..by("m0") };
+    for wrong in [by("m1"), same_id_of_another_run, same_id_of_another_generation] {
+        // A run that began here has come by no move at all.
+        for vm in [
+            running(),
+            awaiting(),
+            arriving(),
+            awaiting().then(move_out()),
+            awaiting().then(save()),
+        ] {
+            for word in [took_over(wrong.clone(), 5), kept(wrong.clone())] {
+                let before = vm.vm.record.clone();
+                let told = vm.clone().then(word);
+                assert!(refused(&told), "{:?}: {:?}", before.life, told.last);
+                assert_eq!(told.vm.record, before);
+            }
+        }
+    }
+    assert!(refused(&running().then(took_over(by("m0"), 5))));
+    assert!(refused(&running().then(kept(by("m0")))));
+}
+
+#[test]
+fn offsets_of_the_move_by_which_the_vm_came_are_taken_once_and_before_that_is_on_record() {
+    for told in [
+        arriving(),
+        arriving().then(Event::Arrived),
+        arriving().then(Event::Arrived).then(Event::JobHere { run: 2 }),
+        arriving().then(Event::Arrived).then(move_out()),
+    ] {
+        let told = told.then(kept(by("m0")));
+        assert!(
+            matches!(told.last[..], [Effect::Keep(_), Effect::AnswerSource(Ok(()))]),
+            "{:?}",
+            told.last
+        );
+        let told = told.then(took_over(by("m0"), 5));
+        assert!(
+            matches!(told.last[0], Effect::Adopt(_)) && told.did(&Effect::AnswerSource(Ok(()))),
+            "{:?}",
+            told.last
+        );
+        assert_eq!(told.vm.record.programs, [program(5)]);
+        for again in [took_over(by("m0"), 9), kept(by("m0"))] {
+            let told = told.clone().then(again);
+            assert_eq!(told.last, [Effect::AnswerSource(Ok(()))], "it was taken before");
+            assert_eq!(told.vm.record.programs, [program(5)]);
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_moved_on_or_came_out_of_a_save_takes_nothing_of_the_move_before() {
+    let mut saved = arriving().then(Event::Arrived).vm.record;
+    saved.life = Life::Restoring { from: "/save".into() };
+    saved.come_to("n1");
+    let restored = Told::begin(Vm::expected(saved)).then(Event::Restored(Ok(moved())));
+    assert!(restored.is("running") && refused(&restored.then(took_over(by("m0"), 5))));
+    let mut moved_on = arriving().then(Event::Arrived).vm.record;
+    moved_on.life = Life::Arriving {
+        from: "n2".into(),
+        by: by("m1"),
+    };
+    moved_on.come_to("n1");
+    let back = Told::begin(Vm::expected(moved_on)).then(Event::Arrived);
+    assert!(refused(&back.clone().then(took_over(by("m0"), 5))));
+    assert!(back.then(took_over(by("m1"), 5)).did(&Effect::AnswerSource(Ok(()))));
+}
+
+#[test]
+fn offsets_that_the_destination_never_takes_are_not_offered_again_and_the_guest_is_not_resumed() {
+    let finishing = || copying().then(Event::Migrated(Ok(moved())));
+    let told = finishing().then(Event::HandedOver(not_this_move()));
+    assert!(told.is("gone"), "{:?}", told.last);
+    assert!(!told.all.contains(&Effect::ResumeDomain) && !told.all.contains(&Effect::Destroy));
+    let told = finishing().then(Event::HandedOver(Err(HandOverError::NotNow("no answer".into()))));
+    assert!(told.is("leaving") && told.after(3_000).did(&Effect::HandOver));
+}
+
+#[test]
+fn a_move_keeps_its_name_when_the_job_begins_its_next_run_on_the_way() {
+    let told = arriving().then(Event::Arrived).then(move_out()).then(Event::JobHere { run: 9 });
+    let Life::Leaving { by, .. } = &told.vm.record.life else {
+        panic!("{:?}", told.vm.record.life)
+    };
+    assert_eq!((by.move_id.as_str(), by.run, by.generation), ("m", 1, 2));
+    assert_eq!(told.vm.record.run, 9);
+}
+
+fn answer(told: &Told) -> Option<&Result<bool, String>> {
+    told.last.iter().find_map(|e| match e {
+        Effect::AnswerAsked(answer) => Some(answer),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_destination_says_no_only_when_the_guest_can_no_longer_come() {
+    let ask = |runs| asked(by("m0"), MoveQuestion::HasCome, runs);
+    let told = arriving().then(ask(false));
+    assert!(
+        matches!(answer(&told), Some(Err(_))) && told.is("stopping") && told.did(&Effect::Destroy),
+        "{:?}",
+        told.last
+    );
+    let told = told.then(ask(false));
+    assert!(matches!(answer(&told), Some(Err(_))), "its end is still under way");
+    assert!(refused(&told.clone().then(took_over(by("m0"), 5))));
+    let told = told.then(Event::Destroyed(Ok(()))).then(ask(false));
+    assert_eq!(answer(&told), Some(&Ok(false)));
+}
+
+#[test]
+fn a_destination_that_says_yes_has_the_guest_for_good() {
+    let ask = |runs| asked(by("m0"), MoveQuestion::HasCome, runs);
+    let told = arriving().then(ask(true));
+    assert!(answer(&told) == Some(&Ok(true)) && told.is("awaiting-job"));
+    let told = told.then(Event::Abandoned { by: by("m0") });
+    assert!(told.is("awaiting-job"), "the source was told that it has come");
+    let told = told.then(Event::Release).then(ask(false));
+    assert_eq!(answer(&told), Some(&Ok(true)), "it has come, and the source may not go on with it");
+}
+
+#[test]
+fn a_guest_that_came_by_another_move_or_began_here_is_not_the_one_that_is_asked_for() {
+    for told in [running(), arriving(), arriving().then(Event::Arrived)] {
+        let name = told.vm.record.life.name();
+        let told = told.then(asked(by("m1"), MoveQuestion::HasCome, true));
+        assert_eq!(answer(&told), Some(&Ok(false)), "{name}");
+        assert_eq!(told.last.len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn a_source_says_that_the_guest_stays_when_it_runs_or_the_move_is_over() {
+    let ask = |told: Told, runs| {
+        let told = told.then(asked(by("m"), MoveQuestion::Stays, runs));
+        answer(&told).cloned()
+    };
+    assert_eq!(ask(copying(), true), Some(Ok(true)));
+    assert_eq!(ask(copying(), false), Some(Ok(false)), "a paused copy proves nothing");
+    let finishing = || copying().then(Event::Migrated(Ok(moved())));
+    assert_eq!(ask(finishing(), true), Some(Ok(false)));
+    assert_eq!(ask(finishing().then(Event::HandedOver(Ok(()))), false), Some(Ok(false)));
+    // Another run of the job, or the same that stayed: by that move nothing comes any more.
+    assert_eq!(ask(running(), true), Some(Ok(true)));
+    assert_eq!(ask(copying().then(Event::Release), false), Some(Ok(false)));
+}
+
+#[test]
+fn an_arrival_is_given_up_by_the_word_of_its_own_source_only() {
+    assert!(arriving().then(Event::Abandoned { by: by("m1") }).is("arriving"));
+    assert!(arriving().then(Event::Abandoned { by: by("m0") }).is("stopping"));
+}
+
+#[test]
+fn offsets_that_come_before_a_restarted_agent_has_found_its_vm_are_taken_all_the_same() {
+    let landed = arriving().then(Event::Arrived).vm.record;
+    let told = Told::begin(Vm::recovered(landed, None, None)).then(took_over(by("m0"), 5));
+    assert!(told.did(&Effect::AnswerSource(Ok(()))) && matches!(told.last[0], Effect::Adopt(_)));
+    assert!(!told.did(&Effect::OpenGuest), "it is not known yet whether libvirt has the domain");
+    assert!(told.then(Event::DomainIs(Some(true))).did(&Effect::OpenGuest));
 }

@@ -24,7 +24,7 @@ use slurm_vm_api::{
 pub use owner::{Birth, spawn};
 pub use programs::Attach;
 
-use crate::core::{Event, ProgramRecord, Record};
+use crate::core::{Event, HandOverError, KeptOutput, MoveIdentity, MoveQuestion, ProgramRecord, Record};
 
 /// What others ask of a VM's owner.
 #[derive(Debug)]
@@ -67,25 +67,38 @@ pub enum Request {
         /// What became of it.
         reply: Sender<Result<MoveView, String>>,
     },
+    /// Output that was kept in the save from which the VM is being restored.
+    Saved(KeptOutput),
     /// Destination of a live move: output that the source had kept for a shim; comes before `TookOver`.
     Kept {
-        /// Program.
-        program: u32,
-        /// 0 stdout, 1 stderr.
-        stream: usize,
-        /// Offset of the first byte.
-        offset: u64,
-        /// The bytes.
-        bytes: Vec<u8>,
+        /// The move.
+        by: MoveIdentity,
+        /// The output.
+        output: KeptOutput,
+        /// Taken or refused.
+        reply: Sender<Result<(), HandOverError>>,
     },
     /// Destination of a live move: output offsets and history from the source.
     TookOver {
+        /// The move.
+        by: MoveIdentity,
         /// Programs with offsets.
         programs: Vec<ProgramRecord>,
         /// History.
         moves: Vec<MoveView>,
-        /// Done.
-        reply: Sender<()>,
+        /// Taken or refused.
+        reply: Sender<Result<(), HandOverError>>,
+    },
+    /// The other end of a move asks who has the guest.
+    Asked {
+        /// The move.
+        by: MoveIdentity,
+        /// What is asked.
+        question: MoveQuestion,
+        /// libvirt here has the domain, and it runs.
+        runs: bool,
+        /// The answer, or why it is to ask again.
+        reply: Sender<Result<bool, String>>,
     },
     /// Progress of the move that is under way, as one line; `None` when there is none.
     Progress(Sender<Option<String>>),

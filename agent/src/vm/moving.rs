@@ -13,7 +13,8 @@
 //!
 //! What can fail: the destination refuses or is not there (the guest goes on here); the copying fails or is aborted
 //! (libvirt resumes it here); the end is unclear (libvirtd or the line died in the Finish phase: both sides' libvirt
-//! are asked, [`find_guest`]); `TakeOver` does not arrive (the guest runs there, offsets come from the file itself).
+//! are asked, [`find_guest`]); `TakeOver` does not arrive (the guest runs there, offsets come from the file itself); a word
+//! arrives when a later run of the job is there (each names its move, [`crate::core::identity`]: it is refused).
 use std::{
     collections::HashMap,
     fs,
@@ -26,6 +27,7 @@ use std::{
 use slurm_vm_api::query::MoveView;
 
 use super::{
+    Request,
     converge::{self, Watch},
     prepare,
     programs::Kept,
@@ -33,7 +35,7 @@ use super::{
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{Life, Record, Whereabouts},
+    core::{HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts},
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
@@ -288,7 +290,6 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
         .map(|o| node.world.disks.used_bytes(o));
     let token = node.peers.token()?;
     let request = PeerRequest::Import {
-        move_id: order.move_id.clone(),
         record: Box::new(record.clone()),
         token: token.clone(),
         copy_overlay,
@@ -311,7 +312,6 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
 pub fn import(
     node: &Arc<Node>,
     from: &str,
-    move_id: &str,
     mut record: Record,
     token: &str,
     copy_overlay: Option<u64>,
@@ -341,16 +341,11 @@ pub fn import(
     if older(&mine.qemu, &host.qemu) {
         return Err(format!("its QEMU {} is older than the source's {}", mine.qemu, host.qemu));
     }
-    let from_record = std::mem::replace(
-        &mut record.life,
-        Life::Arriving {
-            from: from.into(),
-            move_id: move_id.into(),
-        },
-    );
-    if !matches!(from_record, Life::Leaving { .. }) {
-        return Err(format!("the VM is {} at the source", from_record.name()));
-    }
+    let Life::Leaving { by, .. } = record.life else {
+        return Err(format!("the VM is {} at the source", record.life.name()));
+    };
+    let move_id = by.move_id.clone();
+    record.life = Life::Arriving { from: from.into(), by };
     record.come_to(&node.name);
     let domain = record.domain();
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
@@ -381,10 +376,10 @@ pub fn import(
     }
     make_run_dir(&node.config, &domain)?;
     let libvirt = libvirt_socket(&node.config.hypervisor.uri);
-    let end = node.peers.admit(move_id, token, from, libvirt)?;
+    let end = node.peers.admit(&move_id, token, from, libvirt)?;
     let job = record.job;
     node.expect(record)?;
-    node.moves.arriving().insert(move_id.into(), Arrival { job, _end: end });
+    node.moves.arriving().insert(move_id, Arrival { job, _end: end });
     node.world.faults.pass("import.after")?;
     Ok(PeerReply::Ready { disk })
 }
@@ -486,43 +481,44 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
     }
 }
 
+/// The address of the other end of a move. After a restart there is no order any more; a node's name is mostly an address
+/// as well.
+fn address(order: Option<&MoveOrder>, node: &str, by: &MoveIdentity) -> String {
+    order
+        .filter(|o| o.move_id == by.move_id)
+        .map_or_else(|| node.to_owned(), |o| o.address.clone())
+}
+
 /// Asks libvirt here, then the other end, until one of them knows. While it is unclear nobody resumes anything.
 #[must_use]
 pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) -> Whereabouts {
     let domain = record.domain();
-    let arriving = matches!(record.life, Life::Arriving { .. });
-    let (other, address) = match (&record.life, order) {
-        (_, Some(order)) => (order.to.clone(), order.address.clone()),
-        (Life::Leaving { to, .. }, None) => (to.clone(), to.clone()),
-        (Life::Arriving { from, .. }, _) => (from.clone(), from.clone()),
+    let (other, by, question) = match &record.life {
+        Life::Leaving { to, by, .. } => (to, by, MoveQuestion::HasCome),
+        Life::Arriving { from, by } => (from, by, MoveQuestion::Stays),
         _ => return Whereabouts::AtSource,
+    };
+    let (here, there) = match question {
+        MoveQuestion::HasCome => (Whereabouts::AtSource, Whereabouts::AtDestination),
+        MoveQuestion::Stays => (Whereabouts::AtDestination, Whereabouts::AtSource),
+    };
+    let address = address(order, other, by);
+    let request = PeerRequest::RunsHere {
+        job: record.job,
+        by: by.clone(),
+        question,
     };
     loop {
         match node.world.hypervisor.info(&domain) {
             // The migration may still be running on behalf of an agent that died: wait for its end.
             Ok(Some(_)) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => {}
-            Ok(Some(i)) if runs(&i) => {
-                return if arriving {
-                    Whereabouts::AtDestination
-                } else {
-                    Whereabouts::AtSource
-                };
-            }
+            Ok(Some(i)) if runs(&i) => return here,
             // A paused copy proves nothing: a source whose libvirt lost the answer of the Finish phase has one, too.
-            Ok(here) => match node
-                .peers
-                .request(&other, &address, &PeerRequest::RunsHere { job: record.job }, CONFIRM_WITHIN)
-            {
-                Ok(PeerReply::RunsHere(true)) => {
-                    return if arriving {
-                        Whereabouts::AtSource
-                    } else {
-                        Whereabouts::AtDestination
-                    };
-                }
-                Ok(PeerReply::RunsHere(false)) if here.is_none() => return Whereabouts::Nowhere,
-                Ok(PeerReply::RunsHere(false)) if !arriving => return Whereabouts::AtSource,
-                Ok(_) => {}
+            Ok(copy) => match node.peers.request(other, &address, &request, CONFIRM_WITHIN) {
+                Ok(PeerReply::RunsHere(true)) => return there,
+                Ok(PeerReply::RunsHere(false)) if copy.is_none() => return Whereabouts::Nowhere,
+                Ok(PeerReply::RunsHere(false)) if question == MoveQuestion::HasCome => return Whereabouts::AtSource,
+                Ok(said) => log::info!("job {}: it is not clear yet who has the guest; {other} says {said:?}", record.job),
                 Err(e) => log::warn!("job {}: {other} does not say whether it has the guest: {e}", record.job),
             },
             Err(e) => log::warn!("job {}: libvirt does not say whether it has the guest: {e}", record.job),
@@ -538,49 +534,57 @@ fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
     info.state == crate::hypervisor::DomainState::Running
 }
 
-/// Whether libvirt has the guest running here.
+/// Answers the other end of a move.
 ///
 /// # Errors
-/// When libvirt does not say: that is no "no".
-pub fn runs_here(node: &Node, job: u32) -> Result<bool, String> {
-    let info = node
-        .world
-        .hypervisor
-        .info(&crate::core::record::domain_name(job, 0))
-        .map_err(|e| e.to_string())?;
-    Ok(info.is_some_and(|i| runs(&i)))
+/// Why it cannot be told yet; when libvirt does not say, that is no "no".
+pub fn has_guest(node: &Node, job: u32, by: &MoveIdentity, question: MoveQuestion) -> Result<bool, String> {
+    let silent = || format!("the owner of job {job}'s VM does not answer");
+    let Some(owner) = node.owner(job) else {
+        let record = node.record(job);
+        if node.owner(job).is_some() {
+            return Err(format!("a VM of job {job} has just come"));
+        }
+        return record.map_or(Ok(question.answer_without_record()), |r| question.answer(&r, by, false));
+    };
+    let record = node.ask(&owner, Request::Record).ok_or_else(silent)?;
+    let info = node.world.hypervisor.info(&record.domain()).map_err(|e| e.to_string())?;
+    let asked = |reply| Request::Asked {
+        by: by.clone(),
+        question,
+        runs: info.is_some_and(|i| runs(&i)),
+        reply,
+    };
+    node.ask(&owner, asked).ok_or_else(silent)?
 }
 
 /// Source: tells the destination that the move was given up.
-pub fn abandon(node: &Node, job: u32, order: &MoveOrder) {
+pub fn abandon(node: &Node, job: u32, to: &str, by: MoveIdentity, order: Option<&MoveOrder>) {
     node.moves.leaving().remove(&job);
-    let request = PeerRequest::Abandon {
-        move_id: order.move_id.clone(),
-        job,
-    };
-    if let Err(e) = node.peers.request(&order.to, &order.address, &request, CONFIRM_WITHIN) {
-        log::warn!("job {job}: {} was not told that the move is off: {e}", order.to);
+    let address = address(order, to, &by);
+    if let Err(e) = node.peers.request(to, &address, &PeerRequest::Abandon { job, by }, CONFIRM_WITHIN) {
+        log::warn!("job {job}: {to} was not told that the move is off: {e}");
     }
 }
 
 /// Source: passes offsets, history and kept output on to the destination.
 ///
 /// # Errors
-/// Why it did not confirm.
-pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[Kept]) -> Result<(), String> {
+/// Why it did not confirm, and whether it ever will.
+pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[Kept]) -> Result<(), HandOverError> {
     node.world.faults.pass("hand-over.before")?;
     node.moves.leaving().remove(&record.job);
-    let (to, address, move_id) = match (order, &record.life) {
-        (Some(o), _) => (o.to.clone(), o.address.clone(), o.move_id.clone()),
-        (None, Life::Leaving { to, move_id, .. }) => (to.clone(), to.clone(), move_id.clone()),
-        _ => return Err("the order of the move was lost".into()),
+    let Life::Leaving { to, by, .. } = &record.life else {
+        return Err(HandOverError::NotNow(format!("the VM is {}", record.life.name())));
     };
+    let address = address(order, to, by);
     let deadline = Instant::now() + Duration::from_secs(30);
     let ask = |request: &PeerRequest| loop {
-        match node.peers.request(&to, &address, request, CONFIRM_WITHIN) {
+        match node.peers.request(to, &address, request, CONFIRM_WITHIN) {
             Ok(PeerReply::Ok) => return Ok(()),
-            Ok(other) => return Err(format!("{to}: {other:?}")),
-            Err(e) if Instant::now() > deadline => return Err(e),
+            Ok(PeerReply::NotThisMove(why)) => return Err(HandOverError::NotThisMove(why)),
+            Ok(other) => return Err(HandOverError::NotNow(format!("{to}: {other:?}"))),
+            Err(e) if Instant::now() > deadline => return Err(HandOverError::NotNow(e)),
             Err(e) => {
                 log::warn!("job {}: {to}: {e}; trying again", record.job);
                 node.world.clock.sleep(Duration::from_millis(500));
@@ -591,6 +595,7 @@ pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: 
         for (i, piece) in bytes.chunks(KEPT_PIECE).enumerate() {
             ask(&PeerRequest::Kept {
                 job: record.job,
+                by: by.clone(),
                 program: *program,
                 stream: *stream,
                 offset: offset + (i * KEPT_PIECE) as u64,
@@ -599,10 +604,10 @@ pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: 
         }
     }
     ask(&PeerRequest::TakeOver {
-        move_id,
         job: record.job,
+        by: by.clone(),
         programs: record.programs.clone(),
         moves: record.moves.clone(),
     })?;
-    node.world.faults.pass("hand-over.after")
+    Ok(node.world.faults.pass("hand-over.after")?)
 }

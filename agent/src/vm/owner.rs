@@ -20,7 +20,7 @@ use super::{
     saving, supersede, view,
 };
 use crate::{
-    core::{Allocation, Effect, Event, Failure, Life, Record, SessionNews, Vm},
+    core::{Allocation, Effect, Event, Failure, HandOverError, KeptOutput, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
     node::Node,
@@ -60,6 +60,10 @@ struct Owner {
     releases: Vec<Sender<Result<(), String>>>,
     order: Option<MoveOrder>,
     move_reply: Option<Sender<Result<MoveView, String>>>,
+    /// Who waits for an answer to what the source of a move hands over; it comes with the same event.
+    source: Option<Sender<Result<(), HandOverError>>>,
+    /// Who waits for an answer to what the other end of a move asks; likewise.
+    asked: Option<Sender<Result<bool, String>>>,
     hand_over: Option<HandOver>,
     next_request: u64,
     /// Slurm's restart count as the shims report it.
@@ -116,6 +120,8 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             releases: Vec::new(),
             order: None,
             move_reply: None,
+            source: None,
+            asked: None,
             hand_over: None,
             next_request: 1,
             restart: 0,
@@ -238,18 +244,23 @@ impl Owner {
                     }
                 }
             }
-            Request::Kept {
-                program,
-                stream,
-                offset,
-                bytes,
-            } => self.programs.take_spool(program, stream, offset, &bytes),
-            Request::TookOver { programs, moves, reply } => {
-                for p in &programs {
-                    self.programs.adopt(p);
-                }
-                self.core(Event::TookOver { programs, moves });
-                let _ = reply.send(());
+            Request::Saved(output) => self.effect(Effect::Keep(output)),
+            Request::Kept { by, output, reply } => {
+                self.source = Some(reply);
+                self.core(Event::Kept { by, output });
+            }
+            Request::TookOver {
+                by,
+                programs,
+                moves,
+                reply,
+            } => {
+                self.source = Some(reply);
+                self.core(Event::TookOver { by, programs, moves });
+            }
+            Request::Asked { by, question, runs, reply } => {
+                self.asked = Some(reply);
+                self.core(Event::Asked { by, question, runs });
             }
             Request::Progress(reply) => {
                 let text = matches!(self.vm.record.life, Life::Leaving { .. } | Life::Saving { .. })
@@ -635,16 +646,29 @@ impl Owner {
             Effect::AskJob => worker(job, "job", move || {
                 let _ = tx.send(Request::Core(Event::JobIs(node.job_here(job))));
             }),
-            Effect::AbandonDestination { to, move_id } => {
-                // After a restart there is no order any more; a node's name is mostly an address as well.
-                let order = self.order.clone().unwrap_or_else(|| MoveOrder {
-                    move_id,
-                    address: to.clone(),
-                    to,
-                    cause: String::new(),
-                    deadline_ms: None,
-                });
-                worker(job, "abandon", move || moving::abandon(&node, record.job, &order));
+            Effect::AbandonDestination { to, by } => {
+                let order = self.order.clone();
+                worker(job, "abandon", move || moving::abandon(&node, job, &to, by, order.as_ref()));
+            }
+            Effect::Adopt(programs) => programs.iter().for_each(|p| self.programs.adopt(p)),
+            Effect::Keep(output) => {
+                let KeptOutput {
+                    program,
+                    stream,
+                    offset,
+                    bytes,
+                } = output;
+                self.programs.take_spool(program, stream, offset, &bytes);
+            }
+            Effect::AnswerSource(answer) => {
+                if let Some(reply) = self.source.take() {
+                    let _ = reply.send(answer);
+                }
+            }
+            Effect::AnswerAsked(answer) => {
+                if let Some(reply) = self.asked.take() {
+                    let _ = reply.send(answer);
+                }
             }
             Effect::HandOver => self.begin_hand_over(false),
             Effect::WriteSave => {
@@ -668,12 +692,12 @@ impl Owner {
             Effect::Restore => worker(job, "restore", move || {
                 let done = saving::restore(&node, &record).map(|(done, kept)| {
                     for (program, stream, offset, bytes) in kept {
-                        let _ = tx.send(Request::Kept {
+                        let _ = tx.send(Request::Saved(KeptOutput {
                             program,
                             stream,
                             offset,
                             bytes,
-                        });
+                        }));
                     }
                     Box::new(done)
                 });

@@ -1,11 +1,12 @@
 //! Moves that fail: the VM goes on at its source or by the next way of the chain; never two copies, never none.
 mod common;
 
-use std::time::Instant;
+use std::{process::Stdio, time::Instant};
 
 use common::{
     Said,
     moves::{Count, Mover, OneCopy, lab},
+    wait, wait_with,
 };
 use xtask::{Lab, Options};
 
@@ -109,6 +110,63 @@ fn with_the_line_cut_in_mid_stream_it_goes_by_the_next_way() {
     m.wait_healthy();
     m.nothing_left();
     lab.down().expect("down");
+}
+
+#[test]
+fn a_source_that_loses_power_in_mid_copy_leaves_the_run_that_began_meanwhile_alone() {
+    let lab = up("power");
+    let m = Mover::new(&lab, "power", 2);
+    m.set("n1", "node", "move_bandwidth_mib_s = 2");
+    let count = Count {
+        numbers: 250,
+        memory_mib: 128,
+        rewrite_mib: 1,
+    };
+    let job = m.count(count, "out", "-w n1");
+    // The more the first run has written, the more of the second one's output its offsets would swallow.
+    m.wait_lines("out", 150);
+    let first = boot_of(&m, "out").expect("a line");
+    let mut migrate = lab
+        .command("ctl", "root", &["svm", "migrate", &job.to_string(), "n2"])
+        .expect("a command");
+    let mut migrate = migrate.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("svm");
+    m.as_soon_as_on("n2", &format!("virsh list --all --name | grep -qx slurm-{job}-0"), "true");
+    assert_eq!(m.vm_state(job), "leaving");
+    lab.power("n1", false).expect("off");
+    let off = Instant::now();
+    m.lab
+        .node("ctl", &["scontrol", "update", "nodename=n1", "state=down", "reason=power"]);
+    m.lab
+        .node("ctl", &["scontrol", "update", &format!("jobid={job}"), "reqnodelist=n2"]);
+    wait("the second run's output", || {
+        (m.lines("out") >= 3 && boot_of(&m, "out").is_some_and(|boot| boot != first)).then_some(())
+    });
+    assert_eq!(m.t.job(job)["NodeList"], "n2");
+    println!("the second run writes {:.1} s after the power loss", off.elapsed().as_secs_f32());
+    lab.power("n1", true).expect("on");
+    m.wait_fault("n1", &format!("job {job}: the guest is "));
+    let lines = m.lines("out");
+    assert!(lines < 150, "n1 came back too late to do harm: {lines} lines");
+    m.completed(job, 1);
+    m.check("out", count.numbers);
+    println!("{:?}", migrate.wait().expect("svm ends"));
+    let log = lab.log_tail("n1", "slurm-vmd", 400).unwrap_or_default();
+    assert!(log.contains(&format!("job {job}: the guest is Nowhere")), "{log}");
+    m.wait_healthy();
+    // What libvirt made for a QEMU that died with its node is libvirt's own.
+    let mut left = Vec::new();
+    wait_with("nothing to be left", &mut left, |left| {
+        *left = m.t.left_of(job);
+        left.retain(|l| !l.contains("/var/lib/libvirt/qemu/domain-"));
+        left.is_empty()
+    });
+    lab.down().expect("down");
+}
+
+/// The guest that wrote the first line.
+fn boot_of(m: &Mover, out: &str) -> Option<String> {
+    let text = m.t.text(out);
+    text.lines().next()?.split(' ').nth(2).map(str::to_owned)
 }
 
 #[test]

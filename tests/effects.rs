@@ -114,6 +114,11 @@ const RULES: &[Rule] = &[
             LIBVIRT,
             SLURM,
             PEER,
+            SERVER,
+            (
+                "limits.rs",
+                "how long a client waits for its turn; the accounts themselves are told the time",
+            ),
             ("guest/transport.rs", "deadline of a read"),
             ("controller/", "bounds on waiting for Slurm and agents; decisions go by Clock"),
             ("node.rs", "bounds on waiting for an owner; decisions go by Clock"),

@@ -5,6 +5,7 @@
 //! each VM on a thread of its own, [`core`] decides, [`effects`], [`hypervisor`], [`slurm`], [`guest`] and [`peer`] act.
 #![deny(unsafe_code)]
 
+pub mod accounts;
 pub mod cli;
 pub mod cluster;
 pub mod config;
@@ -14,6 +15,7 @@ pub mod effects;
 pub mod guest;
 pub mod health;
 pub mod hypervisor;
+pub mod limits;
 pub mod logging;
 pub mod node;
 pub mod peer;

@@ -32,8 +32,55 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// A VM as the registry knows it.
 #[derive(Debug)]
 enum Entry {
-    Live(Sender<Request>),
+    Live(Live),
     Over(Box<Record>),
+}
+
+/// A VM with an owner. Whose it is stands beside the way to him, so that nobody has to wait for him to learn it.
+#[derive(Debug, Clone)]
+struct Live {
+    tx: Sender<Request>,
+    user: UserEntry,
+}
+
+/// What becomes of a session that was asked for.
+#[derive(Debug)]
+pub enum Admission {
+    /// The VM's owner has it.
+    Attached,
+    /// All there is to say to it was said.
+    Answered,
+    /// The VM has left and its job follows; the shim is ended with it.
+    Left,
+}
+
+/// Why a session is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Exit code of the shim.
+    pub outcome: u8,
+    /// One line for the user.
+    pub why: String,
+}
+
+impl Refused {
+    /// The user may not, or asks for what cannot be.
+    #[must_use]
+    pub fn request(why: impl Into<String>) -> Self {
+        Self {
+            outcome: slurm_vm_api::outcome::REFUSED,
+            why: why.into(),
+        }
+    }
+
+    /// It may go better elsewhere.
+    #[must_use]
+    pub fn node(why: impl Into<String>) -> Self {
+        Self {
+            outcome: slurm_vm_api::outcome::NODE_FAULT,
+            why: why.into(),
+        }
+    }
 }
 
 /// A script that ended within its grace time.
@@ -204,6 +251,7 @@ impl Node {
                 "job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})",
                 record.life.name()
             );
+            let user = record.user.clone();
             let tx = vm::spawn(
                 self.clone(),
                 Birth::Recovered {
@@ -212,7 +260,7 @@ impl Node {
                     job_here,
                 },
             );
-            self.vms().insert(job, Entry::Live(tx));
+            self.vms().insert(job, Entry::Live(Live { tx, user }));
         }
         for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {
             log::warn!("domain {} is ours and in no record: ending it", d.name);
@@ -267,8 +315,8 @@ impl Node {
         for _ in 0..2 {
             let mut vms = self.vms();
             let run = match vms.get(&job) {
-                Some(Entry::Live(tx)) => {
-                    let tx = tx.clone();
+                Some(Entry::Live(live)) => {
+                    let (tx, owned_by) = (live.tx.clone(), live.user.uid);
                     drop(vms);
                     let (reply, answer) = bounded(1);
                     let record = self.ask(&tx, Request::Record);
@@ -278,6 +326,12 @@ impl Node {
                         let run = record.run + 1;
                         std::thread::spawn(move || node.ensure_after(job, user, spec));
                         return Ok(run);
+                    }
+                    if owned_by != user.uid {
+                        return Err(format!(
+                            "job {job} of uid {} meets a VM of uid {owned_by}'s job of that number",
+                            user.uid
+                        ));
                     }
                     if tx.send(Request::JobHere(reply)).is_ok()
                         && let Ok(run) = answer.recv_timeout(ANSWER)
@@ -289,9 +343,9 @@ impl Node {
                 Some(Entry::Over(last)) => last.run + 1,
                 None => 1,
             };
-            let birth = self.birth(job, run, user, spec);
+            let birth = self.birth(job, run, user.clone(), spec);
             let tx = vm::spawn(self.clone(), birth);
-            vms.insert(job, Entry::Live(tx));
+            vms.insert(job, Entry::Live(Live { tx, user }));
             return Ok(run);
         }
         Err(format!("the owner of job {job}'s VM does not answer"))
@@ -376,9 +430,9 @@ impl Node {
         if let Some(Entry::Live(_)) = vms.get(&record.job) {
             return Err(format!("job {} has a VM here already", record.job));
         }
-        let job = record.job;
+        let (job, user) = (record.job, record.user.clone());
         let tx = vm::spawn(self.clone(), Birth::Expected(record));
-        vms.insert(job, Entry::Live(tx));
+        vms.insert(job, Entry::Live(Live { tx, user }));
         Ok(())
     }
 
@@ -388,7 +442,7 @@ impl Node {
     /// Names the domain that could not be ended.
     pub fn release(&self, job: u32, wait: Duration) -> Result<(), String> {
         let tx = match self.vms().get(&job) {
-            Some(Entry::Live(tx)) => tx.clone(),
+            Some(Entry::Live(Live { tx, .. })) => tx.clone(),
             _ => return Ok(()),
         };
         let (reply, answer) = bounded(1);
@@ -411,74 +465,66 @@ impl Node {
         }
     }
 
-    /// A shim wants its program run. A job that the prolog did not announce (the agent was down then) is looked up in
-    /// Slurm first: the shim's word alone is not believed.
-    pub fn attach(self: &Arc<Self>, attach: Attach, peer_uid: u32) {
+    /// A shim wants its program run. Who it is, is `peer_uid`, which the kernel attests; whose the job is, is in the registry, or
+    /// Slurm says it. The shim's own word on its user and groups counts for nothing. `turn` is called before Slurm is asked.
+    ///
+    /// # Errors
+    /// Why the session is refused; the VM's owner never hears of it then.
+    pub fn attach<T>(
+        self: &Arc<Self>,
+        mut attach: Attach,
+        peer_uid: u32,
+        turn: impl FnOnce() -> Result<T, Refused>,
+    ) -> Result<Admission, Refused> {
         let job = attach.open.job;
-        let refuse = |outcome: u8, why: String| {
-            let _ = attach.to.send(Frame::Control(ToShim::Failed {
-                outcome: outcome.into(),
-                why,
-            }));
-        };
         if attach.open.step == slurm_vm_api::session::BATCH_STEP
             && attach.open.restart > 0
-            && let Some(ended) = self.completion(job, attach.open.user.uid)
+            && let Some(ended) = self.completion(job, peer_uid)
         {
-            let _ = attach.to.send(Frame::Control(ToShim::Started {
+            attach.to.send(Frame::Control(ToShim::Started {
                 from: vec![],
                 resumed: true,
             }));
-            let _ = attach.to.send(Frame::Control(ToShim::Exited(ended)));
+            attach.to.send(Frame::Control(ToShim::Exited(ended)));
             self.forget_completion(job);
-            return;
+            return Ok(Admission::Answered);
         }
         let mut over = None;
         let known = match self.vms().get(&job) {
-            Some(Entry::Live(tx)) => Some(tx.clone()),
+            Some(Entry::Live(live)) if live.user.uid != peer_uid && peer_uid != 0 => {
+                return Err(Refused::request(format!("job {job} is not yours")));
+            }
+            Some(Entry::Live(live)) => Some(live.clone()),
             Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
                 over = Some(last.clone());
                 None
             }
             _ => None,
         };
-        // Of an earlier run nothing is told any more.
-        if let Some(last) = over.filter(|last| !self.is_of_an_earlier_run(last)) {
-            if let Some((outcome, why)) = over_verdict(&last) {
-                refuse(outcome, why);
-                return;
-            }
-            if matches!(last.life, Life::Gone { .. } | Life::Saved { .. }) {
-                // The VM is elsewhere and its job follows: another one here would be a second. The shim comes again until then.
-                let line = format!("the VM is {}, its job follows", last.life.name());
-                let _ = attach.to.send(Frame::Control(ToShim::Progress(line)));
-                return;
-            }
-        }
-        let tx = match known {
-            Some(tx) => {
-                let owner = self.ask(&tx, Request::Record).map(|r| r.user.uid);
-                if owner.is_some_and(|uid| uid != peer_uid) && peer_uid != 0 {
-                    refuse(slurm_vm_api::outcome::REFUSED, format!("job {job} is not yours"));
-                    return;
+        let live = if let Some(live) = known {
+            live
+        } else {
+            let _turn = turn()?;
+            // Of an earlier run nothing is told any more.
+            if let Some(last) = over.filter(|last| !self.is_of_an_earlier_run(last)) {
+                if let Some((outcome, why)) = over_verdict(&last) {
+                    return Err(Refused { outcome, why });
                 }
-                tx
-            }
-            None => match self.ensure_from_slurm(job, peer_uid, &attach) {
-                Ok(tx) => tx,
-                Err(why) => {
-                    refuse(slurm_vm_api::outcome::NODE_FAULT, why);
-                    return;
+                if matches!(last.life, Life::Gone { .. } | Life::Saved { .. }) {
+                    // The VM is elsewhere and its job follows: another one here would be a second.
+                    let line = format!("the VM is {}, its job follows", last.life.name());
+                    attach.to.send(Frame::Control(ToShim::Progress(line)));
+                    return Ok(Admission::Left);
                 }
-            },
+            }
+            self.ensure_from_slurm(job, peer_uid, &attach)?
         };
-        let to = attach.to.clone();
-        if tx.send(Request::Attach(Box::new(attach))).is_err() {
-            let _ = to.send(Frame::Control(ToShim::Failed {
-                outcome: slurm_vm_api::outcome::NODE_FAULT.into(),
-                why: "the VM's owner has ended".into(),
-            }));
-        }
+        attach.open.groups = crate::accounts::groups(&live.user);
+        attach.open.user = live.user;
+        live.tx
+            .send(Request::Attach(Box::new(attach)))
+            .map(|()| Admission::Attached)
+            .map_err(|_| Refused::node("the VM's owner has ended"))
     }
 
     /// The VM ended before the job's present run began.
@@ -488,31 +534,27 @@ impl Node {
         matches!((last.ended_ms, start_ms), (Some(ended), Some(start)) if ended < start)
     }
 
-    fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Sender<Request>, String> {
+    /// A job that the prolog did not announce (the agent was down then) is looked up in Slurm: the shim's word alone is not believed.
+    fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Live, Refused> {
         let info = self
             .world
             .slurm
             .job(job)
-            .map_err(|e| format!("cannot ask Slurm about job {job}: {e}"))?;
-        let info = info.ok_or_else(|| format!("Slurm knows no job {job}"))?;
+            .map_err(|e| Refused::node(format!("cannot ask Slurm about job {job}: {e}")))?;
+        let info = info.ok_or_else(|| Refused::node(format!("Slurm knows no job {job}")))?;
         if info.brief.uid != uid && uid != 0 {
-            return Err(format!("job {job} is not yours"));
+            return Err(Refused::request(format!("job {job} is not yours")));
         }
         if !info.brief.nodes.contains(&self.name) {
-            return Err(format!("job {job} does not run on {}", self.name));
+            return Err(Refused::node(format!("job {job} does not run on {}", self.name)));
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
-        self.ensure(
-            job,
-            UserEntry {
-                uid: info.brief.uid,
-                ..attach.open.user.clone()
-            },
-            attach.open.spec.clone(),
-        )?;
+        let user = crate::accounts::entry(info.brief.uid, info.gid);
+        self.ensure(job, user, attach.open.spec.clone()).map_err(Refused::node)?;
         match self.vms().get(&job) {
-            Some(Entry::Live(tx)) => Ok(tx.clone()),
-            _ => Err(format!("the VM of job {job} ended at once")),
+            Some(Entry::Live(live)) if live.user.uid == info.brief.uid => Ok(live.clone()),
+            Some(Entry::Live(_)) => Err(Refused::request(format!("job {job} is not yours"))),
+            _ => Err(Refused::node(format!("the VM of job {job} ended at once"))),
         }
     }
 
@@ -520,7 +562,16 @@ impl Node {
     #[must_use]
     pub fn owner(&self, job: u32) -> Option<Sender<Request>> {
         match self.vms().get(&job) {
-            Some(Entry::Live(tx)) => Some(tx.clone()),
+            Some(Entry::Live(Live { tx, .. })) => Some(tx.clone()),
+            _ => None,
+        }
+    }
+
+    /// The way to the owner of a VM of this user's job; root has the way to all.
+    #[must_use]
+    pub fn owner_for(&self, job: u32, peer_uid: u32) -> Option<Sender<Request>> {
+        match self.vms().get(&job) {
+            Some(Entry::Live(Live { tx, user })) if user.uid == peer_uid || peer_uid == 0 => Some(tx.clone()),
             _ => None,
         }
     }
@@ -536,7 +587,7 @@ impl Node {
     #[must_use]
     pub fn view(self: &Arc<Self>, job: u32) -> Option<VmView> {
         let tx = match self.vms().get(&job)? {
-            Entry::Live(tx) => tx.clone(),
+            Entry::Live(Live { tx, .. }) => tx.clone(),
             Entry::Over(record) => return Some(view::of(self, record)),
         };
         self.ask(&tx, Request::View)
@@ -546,7 +597,7 @@ impl Node {
     #[must_use]
     pub fn record(&self, job: u32) -> Option<Record> {
         let tx = match self.vms().get(&job)? {
-            Entry::Live(tx) => tx.clone(),
+            Entry::Live(Live { tx, .. }) => tx.clone(),
             Entry::Over(record) => return Some((**record).clone()),
         };
         self.ask(&tx, Request::Record)
@@ -772,7 +823,7 @@ impl Node {
         let owners: Vec<Sender<Request>> = self
             .vms()
             .values()
-            .filter_map(|e| if let Entry::Live(tx) = e { Some(tx.clone()) } else { None })
+            .filter_map(|e| if let Entry::Live(live) = e { Some(live.tx.clone()) } else { None })
             .collect();
         for tx in owners {
             let Some(record) = self.ask(&tx, Request::Record) else { continue };

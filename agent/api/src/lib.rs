@@ -7,6 +7,7 @@ pub mod constraint;
 pub mod frame;
 pub mod guest;
 pub mod hooks;
+pub mod message;
 pub mod outcome;
 pub mod overhead;
 pub mod query;

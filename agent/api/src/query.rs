@@ -5,10 +5,13 @@
 //! that has the VM. Users see their own jobs, root and SlurmUser all.
 use serde::{Deserialize, Serialize};
 
+/// The version of these questions.
+pub const ASK_VERSION: u32 = 1;
+
 /// A question as it stands on the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AskLine {
-    /// Version, 1.
+    /// [`ASK_VERSION`]
     pub v: u32,
     /// The question.
     pub ask: Ask,

@@ -333,12 +333,34 @@ pub fn write_frame<C: Serialize>(to: &mut impl Write, frame: &Frame<C>) -> io::R
     to.write_all(&buffer)
 }
 
+/// What a frame is, as far as its head tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A control message.
+    Control,
+    /// Bytes of a stream.
+    Data,
+    /// Environment, arguments or script.
+    Blob,
+}
+
 /// Reads one frame; `None` at a clean end between frames.
 ///
 /// # Errors
 /// Those of the reader; `InvalidData` for an unknown kind, bad JSON or a frame above [`MAX_BODY`] (checked before
 /// anything is allocated).
 pub fn read_frame<C: for<'a> Deserialize<'a>>(from: &mut impl Read) -> io::Result<Option<Frame<C>>> {
+    read_frame_if(from, |_, _| Ok(()))
+}
+
+/// As [`read_frame`]; `may` hears of the kind and the size of a frame before memory is taken for it, and can refuse.
+///
+/// # Errors
+/// As [`read_frame`], and what `may` says.
+pub fn read_frame_if<C: for<'a> Deserialize<'a>>(
+    from: &mut impl Read,
+    may: impl FnOnce(Kind, usize) -> io::Result<()>,
+) -> io::Result<Option<Frame<C>>> {
     let bad = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
     let mut head = [0u8; 5];
     let mut have = 0;
@@ -355,6 +377,14 @@ pub fn read_frame<C: for<'a> Deserialize<'a>>(from: &mut impl Read) -> io::Resul
     if length == 0 || length > MAX_BODY + 1 {
         return Err(bad(format!("a frame of {length} bytes is over the limit of {MAX_BODY}")));
     }
+    may(
+        match head[4] {
+            KIND_CONTROL => Kind::Control,
+            KIND_STDIN | KIND_STDOUT | KIND_STDERR => Kind::Data,
+            _ => Kind::Blob,
+        },
+        length - 1,
+    )?;
     let mut body = vec![0u8; length - 1];
     from.read_exact(&mut body)?;
     let data = |stream, mut body: Vec<u8>| -> io::Result<Frame<C>> {
@@ -412,6 +442,19 @@ mod tests {
             assert_eq!(read_frame::<ToAgent>(&mut from).unwrap().as_ref(), Some(f));
         }
         assert_eq!(read_frame::<ToAgent>(&mut from).unwrap(), None);
+    }
+
+    #[test]
+    fn a_frame_can_be_refused_by_its_head_before_its_body_is_there() {
+        let mut wire = Vec::new();
+        write_frame::<ToAgent>(&mut wire, &Frame::Script(vec![0; 1000])).unwrap();
+        let mut seen = None;
+        let refuse = |kind, bytes| {
+            seen = Some((kind, bytes));
+            Err(io::ErrorKind::OutOfMemory.into())
+        };
+        let e = read_frame_if::<ToAgent>(&mut &wire[..5], refuse).unwrap_err();
+        assert_eq!((e.kind(), seen), (io::ErrorKind::OutOfMemory, Some((Kind::Blob, 1000))));
     }
 
     #[test]

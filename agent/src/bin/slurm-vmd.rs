@@ -56,6 +56,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         ));
     }
     let config = Arc::new(config);
+    raise_descriptors();
     for dir in [
         &config.state_dir,
         &config.run_dir,
@@ -143,6 +144,15 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         },
     );
     Ok(())
+}
+
+/// Takes as many descriptors as the service may have: each client needs one.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(e) = raised {
+        log::warn!("the number of descriptors cannot be raised: {e}");
+    }
 }
 
 /// Makes a directory that only root may list and only QEMU's group may pass.

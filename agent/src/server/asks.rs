@@ -3,40 +3,52 @@ use std::{
     io::{self, BufWriter, Write},
     os::unix::net::UnixStream,
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
-use slurm_vm_api::query::{Answer, Ask, AskLine, VmView};
+use slurm_vm_api::query::{Answer, Ask, VmView};
 
 use super::Roles;
-use crate::node::Node;
+use crate::{
+    limits::{Budget, Held},
+    node::Node,
+};
 
 /// How often a followed log is looked at.
 const FOLLOW: Duration = Duration::from_millis(200);
 
-/// Answers one question.
-pub fn serve(stream: &UnixStream, roles: &Roles, uid: u32, line: &str) -> io::Result<()> {
+/// Answers one question, or says why it is none. A user has few of them under way, and where Slurm is behind them they have a pace.
+pub fn serve(stream: &UnixStream, roles: &Roles, budget: &Arc<Budget>, uid: u32, asked: Result<Ask, String>) -> io::Result<()> {
     let mut out = BufWriter::new(stream);
     let mut say = |answer: Answer| -> io::Result<()> {
         serde_json::to_writer(&mut out, &answer)?;
         out.write_all(b"\n")?;
         out.flush()
     };
-    let ask = match serde_json::from_str::<AskLine>(line) {
-        Ok(AskLine { v: 1, ask }) => ask,
-        Ok(AskLine { v, .. }) => {
-            return say(Answer::Refused(format!(
-                "version {v} of the questions is not known here: update svm and the agent together"
-            )));
-        }
-        Err(e) => return say(Answer::Refused(format!("the question is not understood: {e}"))),
+    let ask = match asked {
+        Ok(ask) => ask,
+        Err(why) => return say(Answer::Refused(why)),
     };
-    let end = match answer(&ask, roles, uid, &mut say) {
+    let end = match admitted(roles, budget, uid).and_then(|_question| answer(&ask, roles, uid, &mut say)) {
         Ok(()) => Answer::Done,
         Err(Refusal::Says(why)) => Answer::Refused(why),
         Err(Refusal::Io(e)) => return Err(e),
     };
     say(end)
+}
+
+/// A place among the user's questions; held until it is answered.
+fn admitted(roles: &Roles, budget: &Arc<Budget>, uid: u32) -> Result<Option<Held>, Refusal> {
+    if roles.is_operator(uid) {
+        return Ok(None);
+    }
+    let question = budget.question(uid).map_err(|e| e.to_string())?;
+    if roles.controller.is_some() {
+        // Only its beginning has a pace: to follow a move may take hours.
+        drop(budget.turn(uid).map_err(|e| e.to_string())?);
+    }
+    Ok(Some(question))
 }
 
 /// Why there is no answer.

@@ -1,5 +1,6 @@
 //! The agent's UNIX socket: prolog and epilog hooks, shims, `svm`. One thread accepts, one thread serves each
-//! connection; who is at the other end is taken from SO_PEERCRED (unix(7)), never from what it says.
+//! connection; who is at the other end is taken from SO_PEERCRED (unix(7)), never from what it says. How much of it a user
+//! can have stands in [`crate::limits`]: whoever is over it is closed at once, and a client of ours tries again.
 pub mod asks;
 mod session;
 
@@ -13,27 +14,25 @@ use std::{
         },
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use slurm_vm_api::{
     hooks::{self, HookReply, HookRequest},
-    session::{OPENING, UserEntry},
+    message::{Message, Misread},
+    session::OPENING,
 };
 
 pub use asks::{log_text, prefixed};
 
-use crate::{controller::Controller, node::Node};
-
-/// Connections served at a time; more are closed at once.
-const MAX_CONNECTIONS: usize = 4096;
-/// How long a client may take to say what it wants.
-const FIRST_WORDS: Duration = Duration::from_secs(10);
+use crate::{
+    controller::Controller,
+    limits::{ANSWER_WITHIN, Bounds, Budget, FIRST_WORDS},
+    node::Node,
+};
 
 /// What the socket serves.
 #[derive(Debug, Clone)]
@@ -72,55 +71,128 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Accepts until the listener fails; each connection gets a thread.
+/// Accepts until the listener fails; each connection gets a thread, within what its user may have.
 pub fn serve(listener: &UnixListener, roles: &Roles) {
-    let open = Arc::new(AtomicUsize::new(0));
+    let (descriptors, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    let bounds = Bounds::for_descriptors(descriptors);
+    if bounds != Bounds::default() {
+        log::warn!(
+            "{descriptors} descriptors are enough for {} connections of users, not for {}: give the service more (LimitNOFILE)",
+            bounds.connections,
+            Bounds::default().connections
+        );
+    }
+    let budget = Budget::new(bounds);
+    let mut complaints = Complaints::default();
     for stream in listener.incoming() {
         let stream = match stream {
             Ok(stream) => stream,
             Err(e) => {
-                log::warn!("accept: {e}");
+                complaints.say(&format!("accept: {e}"));
+                // No descriptor is free, most likely: waiting clients stay in the listener's queue.
                 thread::sleep(Duration::from_millis(100));
                 continue;
             }
         };
-        if open.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
-            open.fetch_sub(1, Ordering::SeqCst);
-            log::warn!("more than {MAX_CONNECTIONS} connections: one is refused");
-            continue;
-        }
-        let (roles, count) = (roles.clone(), open.clone());
+        let uid = match getsockopt(&stream.as_fd(), PeerCredentials) {
+            Ok(peer) => peer.uid(),
+            Err(e) => {
+                complaints.say(&format!("a client's uid is not told: {e}"));
+                continue;
+            }
+        };
+        let place = match budget.connection(uid, roles.is_operator(uid)) {
+            Ok(place) => place,
+            Err(e) => {
+                complaints.say(&format!("a connection of uid {uid} is closed: {e}"));
+                continue;
+            }
+        };
+        let (roles, budget) = (roles.clone(), budget.clone());
         let spawned = thread::Builder::new().name("client".into()).spawn(move || {
-            if let Err(e) = client(stream, &roles) {
+            let _place = place;
+            if let Err(e) = client(stream, &roles, &budget, uid) {
                 log::debug!("client: {e}");
             }
-            count.fetch_sub(1, Ordering::SeqCst);
         });
-        if spawned.is_err() {
-            open.fetch_sub(1, Ordering::SeqCst);
+        if let Err(e) = spawned {
+            complaints.say(&format!("a connection of uid {uid} is closed: {e}"));
         }
     }
 }
 
-fn client(mut stream: UnixStream, roles: &Roles) -> io::Result<()> {
-    let uid = nix::sys::socket::getsockopt(&stream.as_fd(), nix::sys::socket::sockopt::PeerCredentials)?.uid();
-    stream.set_read_timeout(Some(FIRST_WORDS))?;
-    let mut first = [0u8; 1];
-    stream.read_exact(&mut first)?;
-    if first[0] == OPENING {
-        return session::serve(&stream, roles, uid);
-    }
-    let mut line = String::from_utf8_lossy(&first).into_owned();
-    let mut reader = BufReader::new(stream.try_clone()?).take(hooks::MAX_LINE as u64);
-    reader.read_line(&mut line)?;
-    if line.contains("\"hook\"") {
-        let reply = match hooks::message_from_line(&line) {
-            Ok(message) => hook(message.hook, roles, uid),
-            Err(why) => HookReply::refused(why),
+/// Lines that a client can cause: one in ten seconds, with the number of those that were left out.
+#[derive(Default)]
+struct Complaints {
+    last: Option<Instant>,
+    left_out: u64,
+}
+
+impl Complaints {
+    fn say(&mut self, line: &str) {
+        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(10)) {
+            self.left_out += 1;
+            return;
+        }
+        let more = std::mem::take(&mut self.left_out);
+        let more = if more > 0 {
+            format!(" (and {more} like it before)")
+        } else {
+            String::new()
         };
-        return io::Write::write_all(&mut stream, hooks::to_line(&reply).as_bytes());
+        log::warn!("{line}{more}");
+        self.last = Some(Instant::now());
     }
-    asks::serve(&stream, roles, uid, &line)
+}
+
+/// A connection that is read until a point in time and not beyond, however slowly the bytes come.
+struct Until<'a> {
+    stream: &'a UnixStream,
+    end: Option<Instant>,
+}
+
+impl<'a> Until<'a> {
+    fn new(stream: &'a UnixStream, end: Instant) -> Self {
+        Self { stream, end: Some(end) }
+    }
+
+    /// From here on it may take as long as it takes.
+    fn without_end(&mut self) -> io::Result<()> {
+        self.end = None;
+        self.stream.set_read_timeout(None)
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(end) = self.end {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(buffer)
+    }
+}
+
+fn client(stream: UnixStream, roles: &Roles, budget: &Arc<Budget>, uid: u32) -> io::Result<()> {
+    let mut words = Until::new(&stream, Instant::now() + FIRST_WORDS);
+    let mut first = [0u8; 1];
+    words.read_exact(&mut first)?;
+    if first[0] == OPENING {
+        return session::serve(&Arc::new(stream), roles, budget, uid);
+    }
+    let mut line = first.to_vec();
+    BufReader::new(words).take(hooks::MAX_LINE as u64).read_until(b'\n', &mut line)?;
+    stream.set_write_timeout(Some(ANSWER_WITHIN))?;
+    let reply = match Message::read(&String::from_utf8_lossy(&line)) {
+        Ok(Message::Hook(request)) => hook(request, roles, uid),
+        Err(Misread::Hook(why)) => HookReply::refused(why),
+        Ok(Message::Ask(ask)) => return asks::serve(&stream, roles, budget, uid, Ok(ask)),
+        Err(Misread::Ask(why)) => return asks::serve(&stream, roles, budget, uid, Err(why)),
+    };
+    io::Write::write_all(&mut &stream, hooks::to_line(&reply).as_bytes())
 }
 
 /// Prolog and epilog: root only.
@@ -140,14 +212,7 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
             restart,
         } => {
             log::info!("job {job}: prolog (restart {restart}, uid {uid}, image {})", spec.image);
-            let name = nix::unistd::User::from_uid(uid.into()).ok().flatten();
-            let user = UserEntry {
-                name: name.as_ref().map_or_else(|| uid.to_string(), |u| u.name.clone()),
-                uid,
-                gid,
-                home: name.as_ref().map_or_else(String::new, |u| u.dir.to_string_lossy().into_owned()),
-                shell: name.map_or_else(String::new, |u| u.shell.to_string_lossy().into_owned()),
-            };
+            let user = crate::accounts::entry(uid, gid);
             if restart == 0 {
                 // Of another job that had this number.
                 node.forget_completion(job);

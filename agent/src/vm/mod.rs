@@ -6,7 +6,9 @@
 //! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
 mod cause;
 pub mod converge;
+mod explain;
 pub mod moving;
+pub mod outbox;
 mod owner;
 pub mod prepare;
 pub mod programs;
@@ -18,9 +20,10 @@ pub mod view;
 use crossbeam_channel::Sender;
 use slurm_vm_api::{
     query::{MoveView, VmView},
-    session::{Frame, ToAgent},
+    session::{Cause, Frame, ToAgent},
 };
 
+use outbox::Pass;
 pub use owner::{Birth, spawn};
 pub use programs::Attach;
 
@@ -41,12 +44,16 @@ pub enum Request {
         session: u64,
         /// The frame.
         frame: Frame<ToAgent>,
+        /// The session's reader goes on when it is dropped.
+        pass: Pass,
     },
     /// A session's connection ended.
     Detach {
         /// The session.
         session: u64,
     },
+    /// Slurm has said what a SIGTERM means.
+    Explained(Cause),
     /// What `svm` shows.
     View(Sender<VmView>),
     /// The record as it is, for moves and recovery.

@@ -14,6 +14,7 @@ use slurm_vm_api::{
 
 use super::{
     Request, cause,
+    explain::Explain,
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
@@ -23,6 +24,7 @@ use crate::{
     core::{Allocation, Effect, Event, Failure, HandOverError, KeptOutput, Life, Record, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
+    limits::ORDERS_PER_VM,
     node::Node,
 };
 
@@ -70,6 +72,10 @@ struct Owner {
     restart: u32,
     /// What set the save off that is under way.
     save_cause: String,
+    /// Who waits to be told what a SIGTERM means.
+    explain: Explain,
+    /// Orders that the guest has not carried out.
+    orders: usize,
     /// The job is being preempted.
     in_grace: bool,
     /// Its shims were told to end so that the job starts over: what the program does now is for nobody.
@@ -125,6 +131,8 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             hand_over: None,
             next_request: 1,
             restart: 0,
+            explain: Explain::default(),
+            orders: 0,
             in_grace: false,
             parted: false,
             save_cause: String::new(),
@@ -162,6 +170,7 @@ impl Owner {
                     self.end_hand_over();
                 }
                 self.core(Event::Tick);
+                self.ask_cause();
             }
             if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
                 self.programs.forget_spools();
@@ -198,9 +207,16 @@ impl Owner {
                 self.core(Event::Release);
             }
             Request::Attach(a) => self.attach(*a),
-            Request::FromShim { session, frame } => self.on_shim(session, frame),
+            Request::FromShim { session, frame, pass: _ } => self.on_shim(session, frame),
+            Request::Explained(cause) => {
+                for session in self.explain.answered() {
+                    self.tell_cause(session, cause);
+                }
+                self.ask_cause();
+            }
             Request::Detach { session } => {
                 self.programs.detach(session);
+                self.explain.forget(session);
                 self.waiting_attach.retain(|a| a.session != session);
                 self.vm.record.programs = self.programs.records();
                 self.hand_over_done(session);
@@ -287,17 +303,17 @@ impl Owner {
                     .filter(|_| a.open.step == slurm_vm_api::session::BATCH_STEP)
                 {
                     // Slurm >= 24.05 requeues a job that ended within its grace time: it is not run again.
-                    let _ = a.to.send(Frame::Control(ToShim::Started {
+                    a.to.send(Frame::Control(ToShim::Started {
                         from: vec![],
                         resumed: true,
                     }));
-                    let _ = a.to.send(Frame::Control(ToShim::Exited(ended)));
+                    a.to.send(Frame::Control(ToShim::Exited(ended)));
                     return;
                 }
                 let (outcome, why) = why
                     .verdict()
                     .unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
-                let _ = a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
+                a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
             }
             Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } => {
                 let session = a.session;
@@ -310,7 +326,7 @@ impl Owner {
                 self.send_guest(requests);
             }
             _ => {
-                let _ = a.to.send(Frame::Control(ToShim::Progress(format!(
+                a.to.send(Frame::Control(ToShim::Progress(format!(
                     "the VM is {}",
                     self.vm.record.life.name()
                 ))));
@@ -321,8 +337,9 @@ impl Owner {
 
     fn on_shim(&mut self, session: u64, frame: Frame<ToAgent>) {
         let Some((program, batch)) = self.programs.of_session(session) else {
-            // The program has not been started yet: only signals matter, and TERM needs an answer.
-            if matches!(frame, Frame::Control(ToAgent::WhyTerm)) {
+            // The program has not been started yet: only signals matter, and TERM needs an answer. A stranger gets none.
+            let waits = self.waiting_attach.iter().any(|a| a.session == session);
+            if waits && matches!(frame, Frame::Control(ToAgent::WhyTerm)) {
                 self.explain_term(session);
             }
             return;
@@ -352,7 +369,9 @@ impl Owner {
                 self.explain_term(session);
                 vec![]
             }
+            Frame::Control(ToAgent::Notice) if self.in_grace => vec![],
             Frame::Control(ToAgent::Notice) => {
+                self.in_grace = true;
                 self.journal("Slurm's preemption notice arrived");
                 self.node.notice(self.vm.record.job);
                 vec![]
@@ -384,23 +403,34 @@ impl Owner {
             }
         );
         if left || stopped_for_requeue {
-            self.programs
-                .tell_session(session, ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
+            self.tell_cause(session, if left { Cause::Moved } else { Cause::Requeued });
             return;
         }
-        let (node, job) = (self.node.clone(), record.job);
-        let restarts = self.restart;
-        let to = self.programs.sender(session);
-        let domain = self.domain.clone();
+        self.explain.wanted_by(session);
+        self.ask_cause();
+    }
+
+    fn tell_cause(&self, session: u64, cause: Cause) {
+        let waiting = self.waiting_attach.iter().find(|a| a.session == session).map(|a| a.to.clone());
+        if let Some(to) = waiting.or_else(|| self.programs.sender(session)) {
+            to.send(Frame::Control(ToShim::Cause(cause)));
+        }
+    }
+
+    /// Asks Slurm on a thread of its own, if somebody waits for it and it is time.
+    fn ask_cause(&mut self) {
+        if !self.explain.due(Instant::now()) {
+            return;
+        }
+        let (node, job) = (self.node.clone(), self.vm.record.job);
+        let (restarts, domain, tx) = (self.restart, self.domain.clone(), self.tx.clone());
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
             node.world
                 .store
                 .journal(&domain, node.world.clock.now_ms(), &format!("SIGTERM: {cause:?}"));
-            if let Some(to) = to {
-                let _ = to.send(Frame::Control(ToShim::Cause(cause)));
-            }
+            let _ = tx.send(Request::Explained(cause));
         });
     }
 
@@ -460,6 +490,7 @@ impl Owner {
                 self.sync_programs();
             }
             LinkEvent::ClockWas { behind_ns } => self.clock_was(behind_ns),
+            LinkEvent::Done { .. } => self.orders = self.orders.saturating_sub(1),
             LinkEvent::StdinAck { program, offset } => self.programs.stdin_taken(program, offset),
             other => log::debug!("job {}: guest link: {other:?}", self.vm.record.job),
         }
@@ -490,6 +521,7 @@ impl Owner {
         if let Some((link, _)) = self.link.take() {
             link.stop();
         }
+        self.orders = 0;
         self.programs.link_gone();
     }
 
@@ -500,8 +532,19 @@ impl Owner {
     }
 
     fn send_guest(&mut self, requests: Vec<ToGuest>) {
-        let Some((link, _)) = &self.link else { return };
+        if self.link.is_none() {
+            return;
+        }
         for r in requests {
+            let order = matches!(r, ToGuest::Signal { .. } | ToGuest::Resize { .. });
+            if order && self.orders >= ORDERS_PER_VM {
+                log::debug!(
+                    "job {}: {} orders wait for the guest: {r:?} is dropped",
+                    self.vm.record.job,
+                    self.orders
+                );
+                continue;
+            }
             let request = match r {
                 ToGuest::Start { program, spec, script } => LinkRequest::Start { program, spec, script },
                 ToGuest::Resume { program, stream, from } => LinkRequest::Resume { program, stream, from },
@@ -511,12 +554,15 @@ impl Owner {
                 ToGuest::Signal { program, signo, scope } => self.action(Action::Signal { program, signo, scope }),
                 ToGuest::Resize { program, rows, cols } => self.action(Action::Resize { program, rows, cols }),
             };
-            link.send(request);
+            if let Some((link, _)) = &self.link {
+                link.send(request);
+            }
             self.next_request += 1;
         }
     }
 
-    fn action(&self, action: Action) -> LinkRequest {
+    fn action(&mut self, action: Action) -> LinkRequest {
+        self.orders += 1;
         LinkRequest::Do {
             token: self.next_request,
             action,
@@ -720,8 +766,11 @@ impl Owner {
             }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
-                if let Some((link, _)) = &self.link {
-                    link.send(self.action(Action::SetClock { unix_ns }));
+                if self.link.is_some() {
+                    let request = self.action(Action::SetClock { unix_ns });
+                    if let Some((link, _)) = &self.link {
+                        link.send(request);
+                    }
                     self.next_request += 1;
                 }
             }
@@ -732,7 +781,7 @@ impl Owner {
         match news {
             SessionNews::Progress(line) => {
                 for a in &self.waiting_attach {
-                    let _ = a.to.send(Frame::Control(ToShim::Progress(line.clone())));
+                    a.to.send(Frame::Control(ToShim::Progress(line.clone())));
                 }
             }
             SessionNews::Ready => {
@@ -745,7 +794,7 @@ impl Owner {
                     let message = ToShim::Failed { outcome, why };
                     self.programs.fail_unfinished(&message);
                     for a in self.waiting_attach.drain(..) {
-                        let _ = a.to.send(Frame::Control(message.clone()));
+                        a.to.send(Frame::Control(message.clone()));
                     }
                 }
             }

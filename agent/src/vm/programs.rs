@@ -7,17 +7,16 @@
 //! stall; the spool shares the fate of the VM on this node and is therefore not synced. Runs on the VM's owner thread.
 use std::{collections::HashMap, path::PathBuf};
 
-use crossbeam_channel::Sender;
 use slurm_vm_api::{
     guest::{self, ExitStatus},
     session::{self, Ended, Frame, Open, Sink, Stream, StreamStart, ToShim},
 };
 
-use super::spool::Spool;
-use crate::core::{ProgramRecord, record::program_key};
-
-/// Frames towards a shim; the writer thread at the other end is gone when sending fails.
-pub type ToSession = Sender<Frame<ToShim>>;
+use super::{outbox::ToSession, spool::Spool};
+use crate::{
+    core::{ProgramRecord, record::program_key},
+    limits::Held,
+};
 
 /// How many bytes of a spool are under way to a shim at a time.
 const PUMP_WINDOW: u64 = 256 << 10;
@@ -38,8 +37,28 @@ pub struct Attach {
     pub arguments: Vec<u8>,
     /// The batch script's text.
     pub script: Option<Vec<u8>>,
+    /// What those take of its user's account; kept until the guest has them.
+    pub held: Option<Held>,
     /// Towards the shim.
     pub to: ToSession,
+}
+
+/// What a program is started with, until it has been.
+#[derive(Debug)]
+struct Start {
+    spec: Box<guest::StartSpec>,
+    script: Option<Vec<u8>>,
+    _held: Option<Held>,
+}
+
+impl Start {
+    fn of(a: Attach) -> Self {
+        Self {
+            spec: Box::new(start_spec(&a)),
+            script: a.script,
+            _held: a.held,
+        }
+    }
 }
 
 /// What is to be sent to the guest.
@@ -140,7 +159,7 @@ struct Program {
     batch: bool,
     started: bool,
     session: Option<u64>,
-    start: Option<(Box<guest::StartSpec>, Option<Vec<u8>>)>,
+    start: Option<Start>,
     /// For the message when it cannot be started.
     argv0: String,
     outputs: [Output; 2],
@@ -304,7 +323,7 @@ impl Programs {
             }
             // A shim that comes back over the same file keeps its own idea of it; a new one learns the old one's.
             if a.open.resume.is_empty() && !p.started {
-                p.start = Some((Box::new(start_spec(&a)), a.script));
+                p.start = Some(Start::of(a));
             }
         } else {
             let id = self.next_id;
@@ -338,7 +357,7 @@ impl Programs {
                 started: false,
                 session: Some(a.session),
                 argv0: String::from_utf8_lossy(a.arguments.split(|b| *b == 0).next().unwrap_or_default()).into_owned(),
-                start: Some((Box::new(start_spec(&a)), a.script)),
+                start: Some(Start::of(a)),
                 ended: None,
                 note: None,
                 told_start: false,
@@ -358,11 +377,11 @@ impl Programs {
             return;
         }
         for p in self.list.iter().filter(|p| !p.started) {
-            if let Some((spec, script)) = &p.start {
+            if let Some(start) = &p.start {
                 requests.push(ToGuest::Start {
                     program: p.record.id,
-                    spec: spec.clone(),
-                    script: script.clone(),
+                    spec: start.spec.clone(),
+                    script: start.script.clone(),
                 });
             }
         }
@@ -495,7 +514,7 @@ impl Programs {
         match session {
             Some(to) if o.spool.is_empty() && p.told_start => {
                 for chunk in fresh.chunks(session::MAX_DATA) {
-                    let _ = to.send(Frame::Data {
+                    to.send(Frame::Data {
                         stream: to_session(i),
                         offset: o.received,
                         bytes: chunk.to_vec(),
@@ -557,6 +576,8 @@ impl Programs {
         };
         if let Some(p) = self.list.iter_mut().find(|p| p.session == Some(session)) {
             let o = &mut p.outputs[i];
+            // What has not been sent to it, it cannot have written.
+            let offset = offset.min(o.pumped);
             if offset > o.wrote {
                 o.wrote = offset;
                 if o.spool.is_empty() {
@@ -593,14 +614,14 @@ impl Programs {
     /// Tells all shims.
     pub fn tell_all(&self, message: &ToShim) {
         for to in self.sessions.values() {
-            let _ = to.send(Frame::Control(message.clone()));
+            to.send(Frame::Control(message.clone()));
         }
     }
 
     /// Tells one shim.
     pub fn tell_session(&self, session: u64, message: ToShim) {
         if let Some(to) = self.sessions.get(&session) {
-            let _ = to.send(Frame::Control(message));
+            to.send(Frame::Control(message));
         }
     }
 
@@ -664,7 +685,7 @@ impl Programs {
 
     fn tell(&self, p: &Program, message: ToShim) {
         if let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) {
-            let _ = to.send(Frame::Control(message));
+            to.send(Frame::Control(message));
         }
     }
 
@@ -686,7 +707,7 @@ impl Programs {
                         sink: sinks[i].clone(),
                     })
                     .collect();
-                let _ = to.send(Frame::Control(ToShim::Started { from, resumed }));
+                to.send(Frame::Control(ToShim::Started { from, resumed }));
                 p.told_start = true;
             }
             if !p.told_start {
@@ -698,7 +719,7 @@ impl Programs {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
                         Ok(bytes) if !bytes.is_empty() => {
                             let n = bytes.len() as u64;
-                            let _ = to.send(Frame::Data {
+                            to.send(Frame::Data {
                                 stream: to_session(i),
                                 offset: o.pumped,
                                 bytes,
@@ -721,7 +742,7 @@ impl Programs {
                 && let Some(ended) = &p.ended
                 && p.outputs.iter().all(|o| o.end.is_none_or(|end| o.pumped >= end))
             {
-                let _ = to.send(Frame::Control(ToShim::Exited(ended.clone())));
+                to.send(Frame::Control(ToShim::Exited(ended.clone())));
                 p.told_end = true;
             }
         }

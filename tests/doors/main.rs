@@ -1,0 +1,245 @@
+//! Who may do what at the agent's socket, and how much of it: each test is one way in, tried as another user.
+mod bench;
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
+};
+
+use bench::{ALICE, BOB, Bench, DEADLINE, open, resident, wait};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use slurm_vm::slurm::FakeOp;
+use slurm_vm_api::{
+    outcome,
+    query::Answer,
+    session::{Ended, Frame, OPENING, Stream, ToAgent, ToShim},
+};
+
+/// What a refused session gets, and nothing after it.
+fn is_refusal(frames: &[Frame<ToShim>]) -> bool {
+    matches!(frames, [Frame::Control(ToShim::Failed { outcome, .. })] if *outcome == i32::from(outcome::REFUSED))
+}
+
+#[test]
+fn another_users_session_is_refused_while_the_owner_of_the_vm_stands_still() {
+    let t = Bench::new();
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    let mut alice = t.session(ALICE, open(job, ALICE), "while :; do echo secret; sleep 0.1; done");
+    alice.read_until("secret\n");
+    // A second program of hers is put on record: the owner stands at the gate.
+    t.ledger.shut(true);
+    let mut step = open(job, ALICE);
+    (step.step, step.kind) = (0, slurm_vm_api::session::StepKind::Step);
+    let _step = t.session(ALICE, step, "sleep 100");
+    wait("the owner to stand still", || t.ledger.somebody_waits().then_some(()));
+    let begun = Instant::now();
+    let mut claims = open(job, BOB);
+    claims.user.uid = BOB;
+    let bob = t.session(BOB, claims, "id");
+    let answer = thread::spawn(move || bob.rest(Duration::from_secs(25)));
+    while !answer.is_finished() && begun.elapsed() < Duration::from_secs(15) {
+        thread::sleep(Duration::from_millis(50));
+    }
+    t.ledger.shut(false);
+    let (frames, closed) = answer.join().unwrap();
+    assert!(is_refusal(&frames), "{frames:?}");
+    assert!(closed, "the refused session stays open");
+    // Hers goes on.
+    alice.read_until("secret\nsecret\n");
+}
+
+/// What `id` says of a program whose shim asks for root's group.
+fn ids(t: &Bench, job: u32) -> String {
+    t.guest(job);
+    let mut claims = open(job, 1);
+    claims.user.gid = 0;
+    claims.user.name = "root".into();
+    claims.user.home = "/root".into();
+    claims.groups = vec![0, 42];
+    let mut client = t.session(1, claims, "echo $(id -u):$(id -g):$(id -G):$HOME; echo end; sleep 100");
+    client.read_until("end\n")
+}
+
+#[test]
+fn a_program_runs_with_the_ids_of_slurms_job_and_the_groups_of_the_hosts_database() {
+    let t = Bench::new();
+    let announced = t.job(1);
+    assert!(t.prolog(announced, 1, 1).ok);
+    assert!(ids(&t, announced).starts_with("1:1:1:"), "{}", ids(&t, announced));
+    // The prolog's message did not come: Slurm is asked.
+    let job = t.job(1);
+    let mut waits = t.session(1, open(job, 1), "true");
+    while !matches!(waits.next(), Some(Frame::Control(ToShim::Progress(_)))) {}
+    drop(waits);
+    assert!(ids(&t, job).starts_with("1:1:1:"), "{}", ids(&t, job));
+}
+
+#[test]
+fn ten_thousand_words_of_a_refused_session_ask_slurm_nothing() {
+    let t = Bench::new();
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    let mut alice = t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000");
+    alice.read_until("begun\n");
+    let mut bob = t.session(BOB, open(job, BOB), "id");
+    assert!(matches!(bob.next(), Some(Frame::Control(ToShim::Failed { .. }))));
+    let before = t.slurm.calls(FakeOp::Job);
+    for _ in 0..10_000 {
+        if !bob.send(&Frame::Control(ToAgent::WhyTerm)) {
+            break;
+        }
+    }
+    let (frames, closed) = bob.rest(Duration::from_secs(10));
+    let asked = t.slurm.calls(FakeOp::Job) - before;
+    assert!(
+        frames.is_empty() && closed && asked == 0,
+        "{asked} questions, closed: {closed}, {frames:?}"
+    );
+}
+
+#[test]
+fn ten_thousand_words_of_one_session_are_few_questions_to_slurm() {
+    let t = Bench::new();
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    let mut alice = t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000");
+    alice.read_until("begun\n");
+    let (before, begun) = (t.slurm.calls(FakeOp::Job), Instant::now());
+    for _ in 0..10_000 {
+        assert!(alice.send(&Frame::Control(ToAgent::WhyTerm)));
+    }
+    while !matches!(alice.next().expect("an answer"), Frame::Control(ToShim::Cause(_))) {}
+    // The owner has taken all words when it has done what came behind them.
+    assert!(alice.send(&Frame::Control(ToAgent::Signal { signo: 9 })));
+    let mut causes = 1;
+    loop {
+        match alice.next() {
+            Some(Frame::Control(ToShim::Cause(_))) => causes += 1,
+            Some(Frame::Control(ToShim::Exited(how))) => {
+                assert_eq!(how, Ended::Signal(9));
+                break;
+            }
+            Some(_) => {}
+            None => panic!("closed"),
+        }
+    }
+    let (asked, seconds) = (t.slurm.calls(FakeOp::Job) - before, begun.elapsed().as_secs());
+    assert!(
+        causes > 0 && asked <= 3 + seconds,
+        "{asked} questions in {seconds} s, {causes} answers"
+    );
+}
+
+/// As systemd starts a daemon when nobody says otherwise.
+fn few_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 1024, hard).unwrap();
+}
+
+#[test]
+fn two_thousand_dripping_connections_of_one_user_keep_nobody_else_out() {
+    few_descriptors();
+    let t = Bench::alone();
+    let mut dripping = t.perl(BOB, &["drip", "2000"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(dripping.stdout.take().unwrap()).lines().map_while(Result::ok);
+    println!("{}", said.next().expect("connections"));
+    // In the midst of it: a job of hers starts, runs and ends.
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    let alice = t.session(ALICE, open(job, ALICE), "echo begun; sleep 1; echo done");
+    let (frames, closed) = alice.rest(Duration::from_secs(30));
+    let exited = |f: &Frame<ToShim>| *f == Frame::Control(ToShim::Exited(Ended::Code(0)));
+    assert!(frames.iter().any(exited), "closed: {closed}, {frames:?}");
+    let release = slurm_vm_api::hooks::HookRequest::Release {
+        job,
+        uid: ALICE,
+        wait_s: 20,
+    };
+    assert!(t.hook(release).ok);
+    // And who drips is cut, byte by byte or not.
+    let until = Instant::now() + DEADLINE;
+    let mut last = String::new();
+    while let Some(line) = said.next()
+        && Instant::now() < until
+    {
+        last = line;
+    }
+    let _ = dripping.kill();
+    let _ = dripping.wait();
+    assert!(last.starts_with("open 0 "), "{last}");
+}
+
+#[test]
+fn what_unopened_sessions_send_takes_bounded_memory() {
+    let t = Bench::alone();
+    let before = resident();
+    let blob = vec![b'x'; 8 << 20];
+    let mut clients = Vec::new();
+    for _ in 0..30 {
+        let mut client = t.client(BOB);
+        client.say(&[OPENING]);
+        clients.push(client);
+    }
+    for client in &mut clients {
+        for frame in [
+            Frame::Environment(blob.clone()),
+            Frame::Arguments(blob.clone()),
+            Frame::Script(blob.clone()),
+        ] {
+            if !client.send(&frame) {
+                break;
+            }
+        }
+    }
+    drop(blob);
+    // Another user's session is opened all the same.
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000").read_until("begun\n");
+    let grown = resident().saturating_sub(before) >> 20;
+    assert!(grown < 150, "{grown} MiB more than before");
+}
+
+#[test]
+fn a_shim_that_acknowledges_and_does_not_read_takes_bounded_memory() {
+    let t = Bench::alone();
+    let job = t.job(ALICE);
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    t.guest(job);
+    let mut alice = t.session(ALICE, open(job, ALICE), "echo begun; yes");
+    alice.read_until("begun\n");
+    let (before, begun) = (resident(), Instant::now());
+    let (mut offset, mut most) = (0, 0);
+    let mut alive = true;
+    while alive && begun.elapsed() < Duration::from_secs(10) {
+        offset += 4 << 10;
+        alive = alice.send(&Frame::Control(ToAgent::Wrote {
+            stream: Stream::Stdout,
+            offset,
+        }));
+        most = most.max(resident().saturating_sub(before) >> 20);
+        // Not faster than its program writes: the guest takes no word for more than it has sent.
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(most < 16, "{most} MiB more than before, {} MiB acknowledged", offset >> 20);
+    assert!(!alive, "it is still served after {} MiB", offset >> 20);
+}
+
+#[test]
+fn a_question_that_names_a_node_called_hook_is_a_question() {
+    let t = Bench::new();
+    let ask = r#"{"v":1,"ask":{"migrate":{"job":7,"to":"hook"}}}"#;
+    let reply = t.line(&format!("{ask}\n"));
+    let Ok(Answer::Refused(why)) = serde_json::from_str(&reply) else {
+        panic!("{reply}")
+    };
+    assert!(why.contains("controller"), "{why}");
+}

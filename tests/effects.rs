@@ -56,6 +56,8 @@ const RULES: &[Rule] = &[
             SERVER,
             DAEMON,
             ("effects/store.rs", "behind the trait Store"),
+            ("effects/trusted.rs", "behind the trait Files"),
+            ("vm/private.rs", "owners and modes of what the other modules here make"),
             ("effects/files.rs", "behind the trait Files"),
             ("slurm/commands.rs", "behind the trait Slurm: where its commands are"),
             ("config.rs", "the configuration is read once, before anything else"),

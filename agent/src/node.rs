@@ -21,7 +21,7 @@ use crate::{
     cluster::Peers,
     config::{Config, DomainTypeChoice},
     core::{End, Life, Record, record::domain_name},
-    effects::World,
+    effects::{World, trusted::Distrust},
     hypervisor::{DomainEvent, DomainType, StopReason},
     vm::{self, Attach, Birth, Request, view},
 };
@@ -726,7 +726,8 @@ impl Node {
 
     /// How a job's script ended within the grace time of an earlier run.
     fn completion(&self, job: u32, uid: u32) -> Option<slurm_vm_api::session::Ended> {
-        let bytes = self.world.files.read(&self.completion_path(job)).ok()?;
+        let bytes = self.world.files.read_trusted(&self.completion_path(job));
+        let bytes = bytes.inspect_err(Distrust::complain).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
         (done.uid == uid).then_some(done.ended)
     }

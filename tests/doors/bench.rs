@@ -138,6 +138,7 @@ impl Bench {
         config.node_name = Some("n1".into());
         config.state_dir = dir.path().join("state");
         config.run_dir = dir.path().join("run");
+        config.shared_dir = Some(dir.path().join("shared"));
         config.socket = dir.path().join("agent/agent.sock");
         fs::create_dir_all(config.run_dir.join("jobs")).unwrap();
         fs::create_dir_all(config.run_dir.join("vm")).unwrap();

@@ -2,7 +2,10 @@
 mod bench;
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
+    os::unix::fs::chown,
+    path::Path,
     process::Stdio,
     thread,
     time::{Duration, Instant},
@@ -10,11 +13,15 @@ use std::{
 
 use bench::{ALICE, BOB, Bench, DEADLINE, open, resident, wait};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use slurm_vm::slurm::FakeOp;
+use slurm_vm::{
+    core::{Life, Record},
+    slurm::FakeOp,
+};
 use slurm_vm_api::{
     outcome,
     query::Answer,
     session::{Ended, Frame, OPENING, Stream, ToAgent, ToShim},
+    spec::VmSpec,
 };
 
 /// What a refused session gets, and nothing after it.
@@ -242,4 +249,42 @@ fn a_question_that_names_a_node_called_hook_is_a_question() {
         panic!("{reply}")
     };
     assert!(why.contains("controller"), "{why}");
+}
+
+/// A file on shared storage as another user could have put it there.
+fn forge(path: &Path, json: &serde_json::Value) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, json.to_string()).unwrap();
+    chown(path, Some(BOB), Some(BOB)).unwrap();
+}
+
+#[test]
+fn saves_and_ends_that_another_user_could_have_forged_are_not_believed() {
+    let t = Bench::new();
+    let shared = t.node.config.shared_dir.clone().unwrap();
+    let job = t.job(ALICE);
+    let save = shared.join(format!("saves/slurm-{job}-0.5"));
+    let spec = VmSpec::for_image("tiny").unwrap();
+    let mut record = Record::new("cluster".into(), "n1".into(), job, open(job, ALICE).user, spec);
+    record.life = Life::Restoring { from: save.clone() };
+    record.generation = 5;
+    forge(
+        &save.join("manifest.json"),
+        &serde_json::json!({"v": 1, "record": record, "chain": [], "kept": []}),
+    );
+    assert!(t.prolog(job, ALICE, ALICE).ok);
+    let mut last = None;
+    wait("the VM to boot anew", || {
+        let record = t.node.record(job).unwrap();
+        assert_eq!(record.generation, 1, "{record:?}");
+        last = Some(record.life);
+        matches!(last, Some(Life::Booting { .. })).then_some(())
+    });
+    // That its script has ended, and is not to run again.
+    let job = t.job(ALICE);
+    forge(
+        &shared.join(format!("done/{job}.json")),
+        &serde_json::json!({"v": 1, "uid": ALICE, "ended": {"code": 0}}),
+    );
+    assert_eq!(t.prolog(job, ALICE, ALICE).run, Some(1));
 }

@@ -6,7 +6,7 @@ use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
     config::{self, Config},
     controller::Controller,
-    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
+    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore, trusted},
     hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
     logging,
     node::Node,
@@ -14,6 +14,7 @@ use slurm_vm::{
     server::{self, Roles},
     slurm::{Slurm, SlurmCommands, SlurmSettings},
     text::chain,
+    vm::private,
 };
 
 /// The agent of slurm-vm: runs the virtual machines of this node's jobs, and the cluster's moves where it is the controller.
@@ -45,6 +46,12 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), String> {
     let config = Config::load(&arguments.config).map_err(|e| chain(&e))?;
+    if config.node.enabled
+        && let Some(shared) = &config.shared_dir
+    {
+        // Not there yet is no fault: it may be mounted later.
+        trusted::directory(shared).or_else(|e| if e.is_absent() { Ok(()) } else { Err(format!("shared_dir: {e}")) })?;
+    }
     if arguments.check {
         println!("{}: good", arguments.config.display());
         return Ok(());
@@ -57,14 +64,9 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     }
     let config = Arc::new(config);
     raise_descriptors();
-    for dir in [
-        &config.state_dir,
-        &config.run_dir,
-        &config.run_dir.join("jobs"),
-        &config.run_dir.join("vm"),
-    ] {
-        std::fs::create_dir_all(dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-    }
+    // What the agent makes is nobody else's, except where it says so.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    make_directories(&config)?;
     let slurm: Arc<dyn Slurm> = Arc::new(SlurmCommands::new(SlurmSettings {
         conf: config.slurm_conf.clone(),
         ..SlurmSettings::default()
@@ -74,7 +76,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         files: Arc::new(slurm_vm::effects::SystemFiles),
         clock: Arc::new(SystemClock),
         store: Arc::new(DirStore::new(&config.state_dir).map_err(|e| chain(&e))?),
-        disks: Arc::new(QemuImg::default()),
+        disks: Arc::new(QemuImg::for_user(&config.peer.qemu_user)),
         hypervisor,
         slurm: slurm.clone(),
         faults: Faults::from_environment()?,
@@ -94,14 +96,16 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         None
     };
     if let Some(node) = &node {
-        // Overlays and saves hold users' data: only root and QEMU's group get past these directories.
+        // Overlays and saves hold users' data: only root and QEMU's user get past these directories.
         let mut private = vec![config.state_dir.join("vms")];
         if let Some(shared) = &config.shared_dir {
             private.extend([shared.join("overlays"), shared.join("saves")]);
         }
         for dir in private {
-            keep_private(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+            private::passage(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
         }
+        let done = config.shared_dir.as_ref().unwrap_or(&config.state_dir).join("done");
+        private::directory(&done, 0o700).map_err(|e| format!("cannot make {}: {e}", done.display()))?;
         let events = world.hypervisor.events();
         let watcher = node.clone();
         thread::Builder::new()
@@ -155,12 +159,23 @@ fn raise_descriptors() {
     }
 }
 
-/// Makes a directory that only root may list and only QEMU's group may pass.
-fn keep_private(dir: &std::path::Path, qemu_user: &str) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::create_dir_all(dir)?;
-    if let Some(user) = nix::unistd::User::from_name(qemu_user)? {
-        std::os::unix::fs::chown(dir, None, Some(user.gid.as_raw()))?;
+/// Makes the directories that others than root must reach, with the modes for that.
+fn make_directories(config: &Config) -> Result<(), String> {
+    let run = &config.run_dir;
+    // The plugin looks for sockets and markers as the user; QEMU passes to the directories that are its own.
+    for (dir, mode) in [
+        (run.clone(), 0o755),
+        (run.join("jobs"), 0o755),
+        (run.join("vm"), 0o711),
+        (run.join("move"), 0o711),
+    ] {
+        private::directory(&dir, mode).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     }
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o710))
+    // These are the administrator's where they are there.
+    for dir in [Some(&config.state_dir), config.shared_dir.as_ref()].into_iter().flatten() {
+        if !dir.is_dir() {
+            private::directory(dir, 0o711).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+        }
+    }
+    Ok(())
 }

@@ -78,8 +78,21 @@ pub trait Disks: Send + Sync + fmt::Debug {
 /// The real ones.
 #[derive(Debug, Default)]
 pub struct QemuImg {
+    /// Whom overlays are given to.
+    owner: Option<String>,
     /// By path: what identified the file, and what was found.
     known: Mutex<HashMap<PathBuf, (FileIdentity, Base)>>,
+}
+
+impl QemuImg {
+    /// Overlays are this user's alone: QEMU's.
+    #[must_use]
+    pub fn for_user(name: &str) -> Self {
+        Self {
+            owner: Some(name.into()),
+            ..Self::default()
+        }
+    }
 }
 
 type FileIdentity = (u64, u64, u64, i64, i64);
@@ -196,10 +209,12 @@ impl Disks for QemuImg {
             overlay.as_os_str(),
         ])
         .map_err(|e| node(e.to_string()))?;
-        if out.status.success() {
-            Ok(())
-        } else {
-            Err(node(last_line(&out.stderr)))
+        if !out.status.success() {
+            return Err(node(last_line(&out.stderr)));
+        }
+        match &self.owner {
+            Some(owner) => crate::vm::private::give(overlay, owner).map_err(|e| node(e.to_string())),
+            None => Ok(()),
         }
     }
 

@@ -3,9 +3,12 @@
 use std::{
     collections::BTreeMap,
     fmt, fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
+
+use super::trusted::{self, Distrust};
 
 /// Small files. Calls block for as long as the file system does.
 pub trait Files: Send + Sync + fmt::Debug {
@@ -14,7 +17,18 @@ pub trait Files: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the file system, `NotFound` among them.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
-    /// Writes a file so that a reader sees the old or the new one, also after a power cut; makes the directories above it.
+    /// A whole file that is believed because only root can have written it.
+    ///
+    /// # Errors
+    /// [`Distrust`]; none there is one of them.
+    fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust>;
+    /// Whether what stands in a directory can be believed.
+    ///
+    /// # Errors
+    /// [`Distrust`]
+    fn trusted(&self, dir: &Path) -> Result<(), Distrust>;
+    /// Writes a file so that a reader sees the old or the new one, also after a power cut; makes the directories above it, for root
+    /// alone.
     ///
     /// # Errors
     /// Those of the file system.
@@ -55,9 +69,17 @@ impl Files for SystemFiles {
         fs::read(path)
     }
 
+    fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust> {
+        trusted::read(path)
+    }
+
+    fn trusted(&self, dir: &Path) -> Result<(), Distrust> {
+        trusted::directory(dir)
+    }
+
     fn write_durably(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
         super::store::write_durably(path, bytes)
     }
@@ -90,6 +112,14 @@ impl MemoryFiles {
 impl Files for MemoryFiles {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         self.files().get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust> {
+        self.read(path).map_err(|source| Distrust::Io { path: path.into(), source })
+    }
+
+    fn trusted(&self, _: &Path) -> Result<(), Distrust> {
+        Ok(())
     }
 
     fn write_durably(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -5,6 +5,7 @@ pub mod disks;
 pub mod faults;
 pub mod files;
 pub mod store;
+pub mod trusted;
 
 use std::{fmt, sync::Arc, time::Duration};
 

@@ -4,6 +4,7 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -79,17 +80,12 @@ impl DirStore {
     /// # Errors
     /// When the directory cannot be made.
     pub fn new(state_dir: &Path) -> Result<Self, StoreError> {
-        use std::os::unix::fs::DirBuilderExt;
         let vms = state_dir.join("vms");
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o711)
-            .create(&vms)
-            .map_err(|source| StoreError::Io {
-                act: "make",
-                path: vms.clone(),
-                source,
-            })?;
+        crate::vm::private::directory(&vms, 0o711).map_err(|source| StoreError::Io {
+            act: "make",
+            path: vms.clone(),
+            source,
+        })?;
         Ok(Self { vms })
     }
 }
@@ -101,7 +97,12 @@ impl DirStore {
 pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_data()?;
     fs::rename(&temporary, path)?;
@@ -139,12 +140,7 @@ impl Store for DirStore {
             source,
         };
         if !dir.is_dir() {
-            use std::os::unix::fs::DirBuilderExt;
-            fs::DirBuilder::new()
-                .mode(0o711)
-                .create(&dir)
-                .or_else(|e| if dir.is_dir() { Ok(()) } else { Err(e) })
-                .map_err(io)?;
+            crate::vm::private::directory(&dir, 0o711).map_err(io)?;
             File::open(&self.vms).and_then(|d| d.sync_all()).map_err(io)?;
         }
         let mut bytes = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;
@@ -167,7 +163,7 @@ impl Store for DirStore {
     fn journal(&self, domain: &str, now_ms: u64, line: &str) {
         let path = self.vm_dir(domain).join("journal.log");
         let write = || -> io::Result<()> {
-            let mut file = OpenOptions::new().append(true).create(true).open(&path)?;
+            let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
             file.write_all(format!("{} {line}\n", crate::text::utc(now_ms)).as_bytes())
         };
         if let Err(e) = write() {

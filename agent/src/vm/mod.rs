@@ -11,6 +11,7 @@ pub mod moving;
 pub mod outbox;
 mod owner;
 pub mod prepare;
+pub mod private;
 pub mod programs;
 pub mod saving;
 mod spool;

@@ -18,7 +18,6 @@
 use std::{
     collections::HashMap,
     fs,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
@@ -29,7 +28,7 @@ use slurm_vm_api::query::MoveView;
 use super::{
     Request,
     converge::{self, Watch},
-    prepare,
+    prepare, private,
     programs::Kept,
 };
 use crate::{
@@ -99,18 +98,13 @@ const CONFIRM_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes of kept output in one message (hexadecimal doubles them).
 const KEPT_PIECE: usize = 512 << 10;
 
-/// Makes the directory of a VM's sockets, which QEMU's user must be able to enter.
+/// Makes the directory of a VM's sockets, which is QEMU's user's alone.
 ///
 /// # Errors
 /// A fragment that names the directory.
 pub fn make_run_dir(config: &Config, domain: &str) -> Result<(), String> {
     let dir = prepare::run_dir(config, domain);
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(&dir)
-        .and_then(|()| fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)))
-        .map_err(|e| format!("cannot make {}: {e}", dir.display()))
+    private::sockets(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))
 }
 
 /// Ends the domain, removes what belongs to the VM, and looks again.
@@ -358,7 +352,7 @@ pub fn import(
             if bytes + (256 << 20) > free {
                 return Err(format!("{} MiB are free for an overlay of {} MiB", free >> 20, bytes >> 20));
             }
-            fs::create_dir_all(node.world.store.vm_dir(&domain)).map_err(|e| e.to_string())?;
+            private::directory(&node.world.store.vm_dir(&domain), 0o711).map_err(|e| e.to_string())?;
             node.world.disks.make_overlay(&mine, &base, &format).map_err(|e| e.to_string())?;
             mine
         } else {

@@ -15,10 +15,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
-use super::{moving::make_run_dir, prepare, programs::Kept};
+use super::{moving::make_run_dir, prepare, private, programs::Kept};
 use crate::{
     core::{Life, Record, record::domain_name},
-    effects::store::write_durably,
+    effects::{store::write_durably, trusted::Distrust},
     hypervisor::{Disk, DiskCache, DiskFormat, SaveFormat, repoint},
     node::Node,
 };
@@ -54,6 +54,9 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
     let dir = directory(node, record).ok_or("there is no shared storage (shared_dir)")?;
     let shared = node.config.shared_dir.as_ref().ok_or("there is no shared storage (shared_dir)")?;
     let need = node.world.hypervisor.memory_in_use(&record.domain()).map_err(|e| e.to_string())?;
+    // What others could forge, no node restores.
+    let saves = shared.join("saves");
+    node.world.files.trusted(&saves).map_err(|e| e.to_string())?;
     let free = node.world.disks.free_bytes(shared).map_err(|e| e.to_string())?;
     if need + (64 << 20) > free {
         return Err(format!(
@@ -77,7 +80,7 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
     };
     let begun = Instant::now();
     let _ = fs::remove_dir_all(dir);
-    fs::create_dir_all(dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+    private::passage(dir, &node.config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     let memory = dir.join("memory");
     let domain = record.domain();
     let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
@@ -116,6 +119,8 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
         let saved = dir.join("overlay.qcow2");
         fs::rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
+        // libvirt has given it back to root; it is read again under a fresh layer.
+        private::give(&saved, &node.config.peer.qemu_user).map_err(|e| format!("{}: {e}", saved.display()))?;
         bytes += node.world.disks.used_bytes(&saved);
         files.push(saved);
     }
@@ -162,7 +167,8 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
     Ok(done)
 }
 
-/// The save of a job that waits on shared storage, as a record that is to be restored. Only what root wrote is believed.
+/// The save of a job that waits on shared storage, as a record that is to be restored. Only what root wrote is believed, and
+/// what others could have written is not looked at.
 #[must_use]
 pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
     let saves = node.config.shared_dir.as_ref()?.join("saves");
@@ -172,7 +178,9 @@ pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
         if !entry.file_name().to_string_lossy().starts_with(&prefix) {
             continue;
         }
-        let Some(m) = read(&entry.path().join(MANIFEST)) else { continue };
+        let Some(m) = read(node, &entry.path().join(MANIFEST)) else {
+            continue;
+        };
         if m.record.job == job && m.record.user.uid == uid && found.as_ref().is_none_or(|f| f.generation < m.record.generation) {
             found = Some(m.record);
         }
@@ -180,8 +188,8 @@ pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
     found
 }
 
-fn read(path: &Path) -> Option<Manifest> {
-    let bytes = fs::read(path).ok()?;
+fn read(node: &Node, path: &Path) -> Option<Manifest> {
+    let bytes = node.world.files.read_trusted(path).inspect_err(Distrust::complain).ok()?;
     match serde_json::from_slice::<Manifest>(&bytes) {
         Ok(m) if m.v == 1 => Some(m),
         Ok(m) => {
@@ -215,8 +223,8 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
     if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
         return Err(format!("it was saved under {theirs}, this node runs guests with {mine}"));
     }
-    let manifest = read(&dir.join(MANIFEST))
-        .or_else(|| read(&dir.join(USED)))
+    let manifest = read(node, &dir.join(MANIFEST))
+        .or_else(|| read(node, &dir.join(USED)))
         .ok_or_else(|| format!("{} has no manifest", dir.display()))?;
     let domain = record.domain();
     make_run_dir(&node.config, &domain)?;
@@ -298,7 +306,7 @@ pub fn saved_by(node: &Node) -> Vec<(u32, Option<u32>)> {
     };
     let mut jobs = Vec::new();
     for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
-        if let Some(m) = read(&entry.path().join(MANIFEST)).filter(|m| m.record.node == node.name) {
+        if let Some(m) = read(node, &entry.path().join(MANIFEST)).filter(|m| m.record.node == node.name) {
             jobs.push((m.record.job, Some(m.record.user.uid)));
         }
     }

@@ -24,6 +24,9 @@ use slurm_vm_api::{
     spec::VmSpec,
 };
 
+/// A program that goes on until nobody reads it: the guest's helper ends with the test, and takes no program along.
+const IDLE: &str = "while sleep 1; do echo; done";
+
 /// What a refused session gets, and nothing after it.
 fn is_refusal(frames: &[Frame<ToShim>]) -> bool {
     matches!(frames, [Frame::Control(ToShim::Failed { outcome, .. })] if *outcome == i32::from(outcome::REFUSED))
@@ -41,7 +44,7 @@ fn another_users_session_is_refused_while_the_owner_of_the_vm_stands_still() {
     t.ledger.shut(true);
     let mut step = open(job, ALICE);
     (step.step, step.kind) = (0, slurm_vm_api::session::StepKind::Step);
-    let _step = t.session(ALICE, step, "sleep 100");
+    let _step = t.session(ALICE, step, IDLE);
     wait("the owner to stand still", || t.ledger.somebody_waits().then_some(()));
     let begun = Instant::now();
     let mut claims = open(job, BOB);
@@ -67,7 +70,7 @@ fn ids(t: &Bench, job: u32) -> String {
     claims.user.name = "root".into();
     claims.user.home = "/root".into();
     claims.groups = vec![0, 42];
-    let mut client = t.session(1, claims, "echo $(id -u):$(id -g):$(id -G):$HOME; echo end; sleep 100");
+    let mut client = t.session(1, claims, &format!("echo $(id -u):$(id -g):$(id -G):$HOME; echo end; {IDLE}"));
     client.read_until("end\n")
 }
 
@@ -91,7 +94,7 @@ fn ten_thousand_words_of_a_refused_session_ask_slurm_nothing() {
     let job = t.job(ALICE);
     assert!(t.prolog(job, ALICE, ALICE).ok);
     t.guest(job);
-    let mut alice = t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000");
+    let mut alice = t.session(ALICE, open(job, ALICE), &format!("echo begun; {IDLE}"));
     alice.read_until("begun\n");
     let mut bob = t.session(BOB, open(job, BOB), "id");
     assert!(matches!(bob.next(), Some(Frame::Control(ToShim::Failed { .. }))));
@@ -115,7 +118,7 @@ fn ten_thousand_words_of_one_session_are_few_questions_to_slurm() {
     let job = t.job(ALICE);
     assert!(t.prolog(job, ALICE, ALICE).ok);
     t.guest(job);
-    let mut alice = t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000");
+    let mut alice = t.session(ALICE, open(job, ALICE), &format!("echo begun; {IDLE}"));
     alice.read_until("begun\n");
     let (before, begun) = (t.slurm.calls(FakeOp::Job), Instant::now());
     for _ in 0..10_000 {
@@ -210,7 +213,8 @@ fn what_unopened_sessions_send_takes_bounded_memory() {
     let job = t.job(ALICE);
     assert!(t.prolog(job, ALICE, ALICE).ok);
     t.guest(job);
-    t.session(ALICE, open(job, ALICE), "echo begun; sleep 1000").read_until("begun\n");
+    t.session(ALICE, open(job, ALICE), &format!("echo begun; {IDLE}"))
+        .read_until("begun\n");
     let grown = resident().saturating_sub(before) >> 20;
     assert!(grown < 150, "{grown} MiB more than before");
 }

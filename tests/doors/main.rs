@@ -192,21 +192,24 @@ fn what_unopened_sessions_send_takes_bounded_memory() {
     let before = resident();
     let blob = vec![b'x'; 8 << 20];
     let mut clients = Vec::new();
-    for _ in 0..30 {
-        let mut client = t.client(BOB);
-        client.say(&[OPENING]);
-        clients.push(client);
-    }
-    for client in &mut clients {
-        for frame in [
-            Frame::Environment(blob.clone()),
-            Frame::Arguments(blob.clone()),
-            Frame::Script(blob.clone()),
-        ] {
-            if !client.send(&frame) {
-                break;
+    let mut grown = Vec::new();
+    // Each round as much as all that one user may have, many times over; the allocator keeps some of what was given back.
+    for _ in 0..3 {
+        for _ in 0..30 {
+            let mut client = t.client(BOB);
+            client.say(&[OPENING]);
+            for frame in [
+                Frame::Environment(blob.clone()),
+                Frame::Arguments(blob.clone()),
+                Frame::Script(blob.clone()),
+            ] {
+                if !client.send(&frame) {
+                    break;
+                }
             }
+            clients.push(client);
         }
+        grown.push(resident().saturating_sub(before) >> 20);
     }
     drop(blob);
     // Another user's session is opened all the same.
@@ -215,8 +218,7 @@ fn what_unopened_sessions_send_takes_bounded_memory() {
     t.guest(job);
     t.session(ALICE, open(job, ALICE), &format!("echo begun; {IDLE}"))
         .read_until("begun\n");
-    let grown = resident().saturating_sub(before) >> 20;
-    assert!(grown < 150, "{grown} MiB more than before");
+    assert!(grown[0] < 400 && grown[2] < grown[0] + 100, "MiB more than before: {grown:?}");
 }
 
 #[test]

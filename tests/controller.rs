@@ -219,7 +219,7 @@ fn three_broken_nodes_in_a_row_leave_a_last_try_and_a_running_program_a_clean_sl
         let broken = stage.fault(job);
         let info = stage.wait(job, "the release", released);
         assert_eq!(info.exclude_nodes, [broken], "only the last one is kept out");
-        assert_eq!(info.requeue, k < 3, "after {k} broken nodes");
+        assert_eq!(info.brief.requeue, k < 3, "after {k} broken nodes");
     }
     stage.tick();
     let node = stage.wait(job, "the last try", |i| i.brief.state == JobState::Running).brief.nodes[0].clone();
@@ -233,13 +233,13 @@ fn three_broken_nodes_in_a_row_leave_a_last_try_and_a_running_program_a_clean_sl
         ..VmView::default()
     };
     stage.agents.vms.lock().unwrap().insert(node, vec![vm]);
-    stage.wait(job, "Requeue=1", |i| i.requeue);
+    stage.wait(job, "Requeue=1", |i| i.brief.requeue);
     stage.agents.vms.lock().unwrap().clear();
     // Slurm's restart count is not what counts.
     for _ in 1..=2 {
         stage.fault(job);
         let info = stage.wait(job, "the release", released);
-        assert!(info.requeue, "{} restarts", info.brief.restarts);
+        assert!(info.brief.requeue, "{} restarts", info.brief.restarts);
     }
 }
 
@@ -256,7 +256,7 @@ fn a_node_list_that_is_to_be_put_back_outlives_the_controller() {
     stage.slurm.requeuehold(job).unwrap();
     let node = stage.job(job).brief.nodes.first().cloned().unwrap_or_else(|| "n1".into());
     stage.slurm.epilog_done(job, &node);
-    stage.wait(job, "the node list", |i| i.req_nodes == ["n2"]);
+    stage.wait(job, "the node list", |i| i.brief.req_nodes == ["n2"]);
     let until = Instant::now() + DEADLINE;
     while std::fs::read_to_string(state.path().join("jobs.json")).unwrap().contains("n2") {
         assert!(Instant::now() < until, "the note stays");
@@ -336,7 +336,7 @@ fn each_moved_once_to_a_free_node(stage: &mut Stage, low: &[u32], high: u32) {
     assert_eq!(moved.len(), low.len(), "{moved:?}");
     for (job, to) in &moved {
         assert!(["n5", "n6", "n7", "n8"].contains(&to.as_str()), "{moved:?}");
-        assert_eq!(stage.job(*job).brief.nodes, [to.clone()]);
+        assert_eq!(stage.job(*job).brief.nodes, std::slice::from_ref(to));
         assert_eq!(stage.job(*job).brief.restarts, 1);
     }
     stage.play("no reservation to be left", |s| s.slurm.reservations().unwrap().is_empty());

@@ -73,7 +73,7 @@ impl Cluster {
             ("domains", self.world.domains()),
             ("overlays", self.overlays.len()),
             ("saves", self.saves.len()),
-            ("moves", self.controller.moves.len()),
+            ("moves", self.controller.moves()),
             ("epilogs", self.epilogs.len()),
             ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
         ];

@@ -6,7 +6,7 @@ use std::{
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
-    core::{Allocation, Effect, Event, HandOverError, Life, MoveIdentity, Plan, Record, Vm},
+    core::{Allocation, Effect, Event, HandOverError, Life, MoveIdentity, Plan, Record, Vm, relocation::Event as MoveEvent},
     hypervisor::{
         Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
@@ -15,7 +15,11 @@ use slurm_vm::{
 };
 use slurm_vm_api::query::MoveView;
 
-use crate::{check::kind, controller::Controller, random::Random};
+use crate::{
+    check::kind,
+    controller::{Controller, Later},
+    random::Random,
+};
 
 /// Where time begins.
 const BEGIN_MS: u64 = 1_000_000;
@@ -117,6 +121,12 @@ pub enum Message {
         id: u64,
         order: Order,
     },
+    /// Something for the controller.
+    Controller {
+        epoch: u64,
+        job: u32,
+        what: Later,
+    },
     Answer {
         id: u64,
         epoch: u64,
@@ -160,7 +170,6 @@ pub enum Order {
     MoveOut { to: String },
     Save,
     Cancel,
-    GiveUp,
     Release,
 }
 
@@ -514,16 +523,9 @@ impl Cluster {
         if self.random.permille(8)
             && let (Some(job), Some(node)) = (self.random.pick(&jobs).copied(), self.random.pick(&names).cloned())
         {
-            let order = if self.random.permille(800) { Order::Cancel } else { Order::GiveUp };
-            let id = self.id();
-            self.say(&format!("{order:?} {job} on {node}"));
-            if matches!(order, Order::GiveUp) {
-                if self.job_here(&node, job) != Some(true) {
-                    return;
-                }
-                let _ = self.slurm.requeue(job);
-            }
-            self.at(10, Message::Order { node, job, id, order });
+            let _ = node;
+            self.say(&format!("svm migrate --cancel {job}"));
+            self.move_event(job, MoveEvent::GiveUp("it was cancelled".into()));
         }
         if self.mood == Mood::Calm {
             return;
@@ -758,6 +760,7 @@ impl Cluster {
                 );
             }
             Message::Order { node, job, id, order } => self.order(&node, job, id, order),
+            Message::Controller { epoch, job, what } => self.controller_hears(epoch, job, what),
             Message::Answer { id, epoch, outcome } => self.controller.answered(id, epoch, outcome),
         }
     }

@@ -717,7 +717,6 @@ impl Cluster {
                 );
             }
             Order::Cancel => self.core(node, job, Event::CancelMove),
-            Order::GiveUp => self.core(node, job, Event::GiveUp),
             Order::Release => {
                 self.core(node, job, Event::Release);
                 self.answer(id, Ok(()));

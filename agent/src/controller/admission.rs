@@ -2,7 +2,7 @@
 //!
 //! A move ends with Slurm putting the job back into the queue. A job that it would not put back stays where it is: its VM
 //! elsewhere and the job still here would tear it in two.
-use crate::slurm::{JobInfo, JobState};
+use crate::slurm::{JobBrief, JobState};
 
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,20 +17,19 @@ pub(super) enum Admission {
 
 /// Of a job as Slurm has it now. `last_try`: the controller itself has made it not requeueable for the time being, after it
 /// had met broken nodes.
-pub(super) fn of(info: &JobInfo, last_try: bool) -> Admission {
+pub(super) fn of(brief: &JobBrief, last_try: bool) -> Admission {
     let never = |why: &str| Admission::Never(why.to_owned());
     let not_now = |why: &str| Admission::NotNow(why.to_owned());
-    let brief = &info.brief;
     if !brief.batch {
         return never("it is not a batch job, and Slurm puts only those back into the queue");
     }
-    if info.het.is_some() {
+    if brief.het.is_some() {
         return never("it is a part of a heterogeneous job, of which Slurm puts all parts back into the queue or none");
     }
-    if !info.requeue && last_try {
+    if !brief.requeue && last_try {
         return never("it has met broken nodes, and Slurm may not put it back into the queue before its program runs");
     }
-    if !info.requeue {
+    if !brief.requeue {
         return never("it is not requeueable (--no-requeue), so that Slurm could not start it anywhere else");
     }
     match &brief.state {
@@ -43,35 +42,35 @@ pub(super) fn of(info: &JobInfo, last_try: bool) -> Admission {
 
 #[cfg(test)]
 mod tests {
-    use super::super::placement::tests::info;
+    use super::super::placement::tests::running;
     use super::*;
 
     #[test]
     fn only_a_running_requeueable_batch_job_may_move() {
-        let fine = info(7, "low");
+        let fine = running(7, "low");
         assert_eq!(of(&fine, false), Admission::May);
-        let with = |change: &dyn Fn(&mut JobInfo)| {
-            let mut job = info(7, "low");
+        let with = |change: &dyn Fn(&mut JobBrief)| {
+            let mut job = running(7, "low");
             change(&mut job);
             job
         };
         for (job, last_try, expected) in [
-            (with(&|j| j.brief.batch = false), false, "not a batch job"),
+            (with(&|j| j.batch = false), false, "not a batch job"),
             (with(&|j| j.requeue = false), false, "--no-requeue"),
             (with(&|j| j.requeue = false), true, "met broken nodes"),
             (with(&|j| j.het = Some((6, 1))), false, "heterogeneous"),
-            (with(&|j| j.brief.state = JobState::Suspended), false, "suspended"),
-            (with(&|j| j.brief.state = JobState::Configuring), false, "being started"),
-            (with(&|j| j.brief.state = JobState::Completing), false, "does not run"),
+            (with(&|j| j.state = JobState::Suspended), false, "suspended"),
+            (with(&|j| j.state = JobState::Configuring), false, "being started"),
+            (with(&|j| j.state = JobState::Completing), false, "does not run"),
         ] {
             let why = match of(&job, last_try) {
                 Admission::May => panic!("{expected}: it may"),
                 Admission::NotNow(why) => {
-                    assert!(job.requeue && job.brief.batch, "{why}");
+                    assert!(job.requeue && job.batch, "{why}");
                     why
                 }
                 Admission::Never(why) => {
-                    assert_eq!(job.brief.state, JobState::Running, "{why}");
+                    assert_eq!(job.state, JobState::Running, "{why}");
                     why
                 }
             };

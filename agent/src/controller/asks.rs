@@ -3,9 +3,10 @@ use std::{io, sync::Arc, time::Duration};
 
 use slurm_vm_api::query::{Answer, Ask, Totals, VmView};
 
-use super::{Controller, health, moves, verdict};
+use super::{Controller, health, verdict};
 use crate::{
     cluster::{PeerReply, PeerRequest},
+    core::relocation::{Event, Step},
     server::{asks::Refusal, prefixed},
 };
 
@@ -61,20 +62,12 @@ impl Controller {
                 self.follow_move(&view, say)?;
             }
             Ask::CancelMigration { job } => {
-                let view = self.find(*job, &may_see)?;
-                let from = self
-                    .cluster()
-                    .moves
-                    .get(job)
-                    .map(|m| m.from.clone())
-                    .ok_or_else(|| format!("job {job} is not moving"))?;
-                match self
-                    .peers
-                    .request(&from, &self.address(&from), &PeerRequest::CancelMove { job: view.job }, PEER)
-                {
-                    Ok(PeerReply::Ok) => {}
-                    Ok(PeerReply::Refused(why)) => return Err(why.into()),
-                    other => return Err(format!("{from}: {other:?}").into()),
+                self.find(*job, &may_see)?;
+                let step = self.cluster().moves.get(job).map(|m| m.step);
+                match step {
+                    Some(Step::Planned) => self.relocations.tell(*job, Event::GiveUp("it was cancelled".into())),
+                    Some(_) => return Err(format!("the VM of job {job} has moved already").into()),
+                    None => return Err(format!("job {job} is not moving").into()),
                 }
             }
             Ask::Check => {
@@ -103,7 +96,7 @@ impl Controller {
                 };
             };
             let line = match m.step {
-                moves::Step::Planned => {
+                Step::Planned => {
                     let progress = self
                         .peers
                         .request(&m.from, &self.address(&m.from), &PeerRequest::Progress { job }, PEER);
@@ -113,9 +106,9 @@ impl Controller {
                         _ => "looking for a node".to_owned(),
                     }
                 }
-                moves::Step::Moved => "the guest runs there; the job is put back into the queue".to_owned(),
-                moves::Step::Requeued | moves::Step::Released => "the job is on its way to its VM".to_owned(),
-                moves::Step::Landed => "the job is back with its VM".to_owned(),
+                Step::Moved => "the guest runs there; the job is put back into the queue".to_owned(),
+                Step::Requeued | Step::Released => "the job is on its way to its VM".to_owned(),
+                Step::Landed => "the job is back with its VM".to_owned(),
             };
             if line != last {
                 say(Answer::Text(format!("job {job}: {line}\n")))?;

@@ -43,7 +43,7 @@ impl Controller {
             };
             let users: Vec<String> = info.exclude_nodes.iter().filter(|n| !notes.excluded.contains(n)).cloned().collect();
             let want = usize::try_from(info.num_nodes).unwrap_or(usize::MAX);
-            let Some(list) = excluded(broken.as_deref(), &users, &info.req_nodes, want, &nodes) else {
+            let Some(list) = excluded(broken.as_deref(), &users, &info.brief.req_nodes, want, &nodes) else {
                 log::debug!("job {job}: waits for a node that is well");
                 continue;
             };

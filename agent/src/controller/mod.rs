@@ -10,11 +10,11 @@ mod asks;
 mod check;
 mod faulty;
 mod health;
-mod moves;
 mod notes;
+mod orders;
 pub mod placement;
 mod places;
-mod settle;
+pub mod relocate;
 mod verdict;
 mod watch;
 
@@ -25,13 +25,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use moves::{JobMove, Step};
 use notes::Notes;
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
 use crate::{
     cluster::{PeerReply, PeerRequest, Peers},
     config::Config,
+    core::relocation::JobMove,
     effects::World,
     slurm::{JobBrief, NodeInfo},
 };
@@ -87,6 +87,8 @@ pub struct Controller {
     cluster: Mutex<Cluster>,
     notes: Mutex<Notes>,
     places: places::Places,
+    orders: orders::Orders,
+    relocations: relocate::Relocations,
 }
 
 /// An agent that has not answered for so long is sick.
@@ -109,6 +111,8 @@ impl Controller {
             cluster: Mutex::new(Cluster::default()),
             notes: Mutex::new(notes),
             places: places::Places::default(),
+            orders: orders::Orders::start(),
+            relocations: relocate::Relocations::default(),
         })
     }
 
@@ -128,6 +132,8 @@ impl Controller {
         let mut failing = false;
         let mut swept: Option<Instant> = None;
         self.load_claims();
+        self.refresh_facts();
+        self.start_relocations();
         self.recover_moves();
         let controller = self.clone();
         if let Err(e) = thread::Builder::new().name("places".into()).spawn(move || controller.run_places()) {
@@ -149,7 +155,16 @@ impl Controller {
                 }
                 Err(_) => {}
             }
-            self.world.clock.sleep(poll.saturating_sub(begun.elapsed()));
+            // Moves that wait for Slurm look a little oftener, by one command for all of them.
+            while let Some(left) = poll.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) {
+                self.world.clock.sleep(left.min(poll / 3 + Duration::from_millis(1)));
+                if begun.elapsed() < poll
+                    && self.relocations.wait_for_slurm()
+                    && let Ok(jobs) = self.world.slurm.jobs_poll()
+                {
+                    self.relocations.poll(Arc::new(jobs));
+                }
+            }
         }
     }
 
@@ -182,16 +197,25 @@ impl Controller {
             cluster.jobs.clone_from(&jobs);
             drop(cluster);
             self.note_claims(&jobs);
+            self.relocations.poll(Arc::new(jobs));
             self.notes().retain(|job| known.contains(&job));
         }
         for (name, address) in new {
             self.watch(name, address);
         }
+        self.refresh_facts();
         self.keep_features(&vm_nodes);
         self.retry_faulty();
         self.settle_faulty();
         self.start_moves();
         Ok(())
+    }
+
+    /// So that nobody else has to wait for Slurm to know them.
+    fn refresh_facts(&self) {
+        if let Err(e) = self.facts() {
+            log::debug!("Slurm's configuration is not known: {e}");
+        }
     }
 
     /// Keeps asking one node's agent, on a thread of its own.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io::ErrorKind, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use crate::effects::Files;
+use crate::{core::relocation::TimeAccount, effects::Files};
 
 /// What is remembered of one job.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,8 @@ pub struct JobNotes {
     pub excluded: Vec<String>,
     /// The node list of its user, to be put back when it waits again.
     pub req_nodes: Vec<String>,
+    /// What its moves have used of its time limit.
+    pub time: Option<TimeAccount>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]

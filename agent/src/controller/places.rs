@@ -1,7 +1,7 @@
 //! Gives VMs their places: draws the picture for [`super::placement`], reserves what it chose, and looks again.
 //!
 //! One thread (`places`) does this for all moves, so that all VMs of a moment are placed together and no two rounds overlap.
-//! A move asks with [`Controller::find_place`] and waits. A destination node has one reservation ([`reservation_of`]) for all
+//! A move asks with [`Controller::ask_place`], and the answer comes to it as an event. A destination node has one reservation ([`reservation_of`]) for all
 //! VMs that land there; it goes with the last of them. What an earlier life of the controller left is swept.
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,13 +9,13 @@ use std::{
     time::Duration,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::{
     Controller, health,
-    moves::{JobMove, Step},
-    placement::{self, Arrival, Claims, Picture, PreemptRule, Resources, Want, by_node, is_ours, reservation_of},
+    placement::{self, Arrival, Claims, Picture, PreemptRule, Want, by_node, is_ours, reservation_of},
 };
+use crate::core::relocation::{Event, JobMove, Resources};
 use crate::slurm::{JobBrief, JobInfo, JobRequest, JobUpdate, NodeInfo, ReservationInfo, ReservationNodes, ReservationSpec, SlurmError};
 
 /// Those of one poll come within this time of each other.
@@ -33,13 +33,23 @@ const MOST_ASKED: usize = 16;
 #[derive(Debug)]
 struct Asked {
     want: Want,
-    reply: Sender<Result<String, String>>,
+    give_up_ms: Option<u64>,
+}
+
+/// A move that is in a node's reservation.
+#[derive(Debug, Clone)]
+struct Hold {
+    node: String,
+    user: String,
+    needs: Resources,
 }
 
 /// What the room keeps between two rounds.
 #[derive(Debug)]
 pub(super) struct Places {
     asked: Mutex<BTreeMap<u32, Asked>>,
+    /// Who is in which reservation.
+    holds: Mutex<BTreeMap<u32, Hold>>,
     wake: Sender<()>,
     woken: Receiver<()>,
     /// Held while reservations are made or removed, never while something is awaited.
@@ -50,7 +60,7 @@ pub(super) struct Places {
 #[derive(Debug, Default)]
 struct Memory {
     claims: Claims,
-    rule: Option<(u64, PreemptRule)>,
+    facts: Option<(u64, SlurmFacts)>,
     /// Nodes that waiting jobs must not have.
     exclude: BTreeMap<u32, Vec<String>>,
 }
@@ -60,12 +70,26 @@ impl Default for Places {
         let (wake, woken) = bounded(1);
         Self {
             asked: Mutex::default(),
+            holds: Mutex::default(),
             wake,
             woken,
             reserving: Mutex::default(),
             memory: Mutex::default(),
         }
     }
+}
+
+/// What of Slurm's configuration decides about moves.
+#[derive(Debug, Clone)]
+pub(super) struct SlurmFacts {
+    /// Who may preempt whom.
+    pub(super) rule: PreemptRule,
+    /// A job whose script ends in its grace time is requeued by Slurm itself.
+    pub(super) requeues_early_exit: bool,
+    /// Partitions whose jobs are requeued when they are preempted.
+    pub(super) requeue_partitions: Vec<String>,
+    /// Priorities are the order of submission only, so that one can be set.
+    pub(super) sets_priority: bool,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -122,39 +146,22 @@ pub(super) fn needs(info: &JobInfo) -> Resources {
 }
 
 impl Controller {
-    /// A node for a move's VM, reserved for it; blocks until the next round has decided, `give_up` at the latest.
-    ///
-    /// # Errors
-    /// Why there is none, as a fragment.
-    pub(super) fn find_place(&self, m: &JobMove, info: &JobInfo, give_up_ms: Option<u64>) -> Result<String, String> {
+    /// A node for a move's VM, reserved for it; answered with [`Event::Placed`], at `give_up_ms` at the latest.
+    pub(super) fn ask_place(&self, m: &JobMove, give_up_ms: Option<u64>) {
         let want = Want {
             job: m.job,
             user: m.user.clone(),
             from: m.from.clone(),
-            partition: info.brief.partition.clone(),
+            partition: m.partition.clone(),
             qos: None,
-            constraint: info.brief.features.clone(),
-            exclude: info.exclude_nodes.clone(),
-            needs: needs(info),
+            constraint: m.constraint.clone(),
+            exclude: m.exclude.clone(),
+            needs: m.needs,
             wanted: m.to.clone().filter(|_| m.to_asked),
             deadline_ms: m.deadline_ms,
         };
-        let (reply, answer) = bounded(1);
-        locked(&self.places.asked).insert(m.job, Asked { want, reply });
+        locked(&self.places.asked).insert(m.job, Asked { want, give_up_ms });
         let _ = self.places.wake.try_send(());
-        loop {
-            match answer.recv_timeout(AGAIN) {
-                Ok(answer) => return answer,
-                Err(RecvTimeoutError::Timeout) if give_up_ms.is_none_or(|t| self.world.clock.now_ms() < t) => {}
-                Err(_) => {
-                    locked(&self.places.asked).remove(&m.job);
-                    // It may have been answered in this very moment.
-                    return answer
-                        .try_recv()
-                        .unwrap_or_else(|_| Err("Slurm did not say in time where there is room".into()));
-                }
-            }
-        }
     }
 
     /// Runs for as long as the process does.
@@ -169,6 +176,20 @@ impl Controller {
                 log::warn!("no places can be given out yet: {e}");
                 self.world.clock.sleep(AGAIN);
             }
+            self.give_up_late();
+        }
+    }
+
+    /// Those whose time is over are told so.
+    fn give_up_late(&self) {
+        let now_ms = self.world.clock.now_ms();
+        let late: Vec<u32> = locked(&self.places.asked)
+            .iter()
+            .filter(|(_, a)| a.give_up_ms.is_some_and(|t| now_ms >= t))
+            .map(|(job, _)| *job)
+            .collect();
+        for job in late {
+            self.answer_place(job, Err("Slurm did not say in time where there is room".into()));
         }
     }
 
@@ -189,7 +210,7 @@ impl Controller {
             let mut taken = Vec::new();
             for (job, choice) in decided {
                 match choice {
-                    Ok(node) => match self.take_place(job, &node) {
+                    Ok(node) => match wants.iter().find(|w| w.job == job).map_or(Ok(()), |w| self.take_place(w, &node)) {
                         Ok(()) => taken.push((job, node)),
                         Err(e) => {
                             log::info!("job {job}: {node} cannot be reserved: {e}");
@@ -240,9 +261,9 @@ impl Controller {
         for (job, node) in taken {
             if needed.contains(job) && look < LOOKS {
                 log::info!("job {job}: {node} is needed by a job that goes before: it is given back");
-                self.leave_place(*job);
+                self.give_back(*job);
             } else if needed.contains(job) {
-                self.leave_place(*job);
+                self.give_back(*job);
                 self.answer_place(*job, Err(format!("{node} is needed by a job that goes before")));
             } else {
                 self.answer_place(*job, Ok(node.clone()));
@@ -251,14 +272,15 @@ impl Controller {
     }
 
     fn answer_place(&self, job: u32, answer: Result<String, String>) {
-        if let Some(asked) = locked(&self.places.asked).remove(&job) {
-            let placed = answer.is_ok();
-            // Its move has given up waiting.
-            if asked.reply.send(answer).is_err() && placed {
-                self.leave_place(job);
-            }
-        } else if answer.is_ok() {
-            self.leave_place(job);
+        if locked(&self.places.asked).remove(&job).is_some() {
+            self.relocations.tell(job, Event::Placed(answer));
+        }
+    }
+
+    /// A place that nobody has been told of yet.
+    fn give_back(&self, job: u32) {
+        if let Err(e) = self.leave_place(job) {
+            log::info!("job {job}: {e}");
         }
     }
 
@@ -283,26 +305,20 @@ impl Controller {
         let requests: BTreeMap<u32, JobRequest> = slurm.requests()?.into_iter().map(|r| (r.id, r)).collect();
         let nodes = slurm.nodes()?;
         let reservations = slurm.reservations()?;
-        let rule = self.preempt_rule()?;
+        let rule = self.facts()?.rule;
         let exclude = self.excluded_by(&jobs);
         let now_ms = self.world.clock.now_ms();
-        let (well, arrivals) = {
+        let well = {
             let cluster = self.cluster();
-            let well = nodes
-                .iter()
-                .filter(|n| health::of(&cluster, &n.name).healthy)
-                .map(|n| n.name.clone())
-                .collect();
-            let arrival = |m: &JobMove| {
-                let node = m.held.clone().filter(|_| m.step != Step::Landed)?;
-                let needs = requests.get(&m.job).map_or(m.needs, |r| Resources {
-                    cpus: r.cpus,
-                    mem_mib: r.mem_mib,
-                });
-                Some(Arrival { job: m.job, node, needs })
-            };
-            (well, cluster.moves.values().filter_map(arrival).collect())
+            let names = nodes.iter().map(|n| n.name.clone());
+            names.filter(|n| health::of(&cluster, n).healthy).collect()
         };
+        let arrival = |(job, hold): (&u32, &Hold)| Arrival {
+            job: *job,
+            node: hold.node.clone(),
+            needs: hold.needs,
+        };
+        let arrivals = locked(&self.places.holds).iter().map(arrival).collect();
         let mut seen = Seen {
             nodes,
             jobs,
@@ -319,13 +335,16 @@ impl Controller {
         Ok(seen)
     }
 
-    /// Who may preempt whom; asked for anew now and then.
-    fn preempt_rule(&self) -> Result<PreemptRule, SlurmError> {
+    /// What of Slurm's configuration decides about moves; asked for anew now and then.
+    ///
+    /// # Errors
+    /// Those of Slurm.
+    pub(super) fn facts(&self) -> Result<SlurmFacts, SlurmError> {
         let now_ms = self.world.clock.now_ms();
-        if let Some((at, rule)) = &locked(&self.places.memory).rule
+        if let Some((at, facts)) = &locked(&self.places.memory).facts
             && now_ms.saturating_sub(*at) < RULE_KEPT_MS
         {
-            return Ok(rule.clone());
+            return Ok(facts.clone());
         }
         let slurm = &self.world.slurm;
         let config = slurm.config()?;
@@ -333,15 +352,27 @@ impl Controller {
             slurm
                 .qos()
                 .inspect_err(|e| {
-                    log::warn!("accounting does not say which QOS may preempt which ({e}): each is taken to preempt the others")
+                    log::warn!("accounting does not say which QOS may preempt which ({e}): each is taken to preempt the others");
                 })
                 .ok()
         } else {
             None
         };
-        let rule = PreemptRule::of(&config.preempt_type, &slurm.partitions()?, qos);
-        locked(&self.places.memory).rule = Some((now_ms, rule.clone()));
-        Ok(rule)
+        let partitions = slurm.partitions()?;
+        let requeues = partitions.iter().filter(|p| p.preempt_mode == "REQUEUE");
+        let facts = SlurmFacts {
+            rule: PreemptRule::of(&config.preempt_type, &partitions, qos),
+            requeues_early_exit: config.release() >= Some((24, 5)) && config.preempt_type == "preempt/partition_prio",
+            requeue_partitions: requeues.map(|p| p.name.clone()).collect(),
+            sets_priority: config.priority_type == "priority/basic",
+        };
+        locked(&self.places.memory).facts = Some((now_ms, facts.clone()));
+        Ok(facts)
+    }
+
+    /// What was last known of it; asks nobody.
+    pub(super) fn slurm_facts(&self) -> Option<SlurmFacts> {
+        locked(&self.places.memory).facts.as_ref().map(|(_, facts)| facts.clone())
     }
 
     /// Nodes that waiting jobs must not have: squeue has no column for them that all releases know, so each job is asked for once.
@@ -413,80 +444,93 @@ impl Controller {
 
     /// Users of the moves that hold a node.
     fn users_of(&self, node: &str) -> Vec<String> {
-        let cluster = self.cluster();
-        let users: BTreeSet<&String> = cluster
-            .moves
-            .values()
-            .filter(|m| m.held.as_deref() == Some(node))
-            .map(|m| &m.user)
-            .collect();
+        let holds = locked(&self.places.holds);
+        let users: BTreeSet<&String> = holds.values().filter(|h| h.node == node).map(|h| &h.user).collect();
         users.into_iter().cloned().collect()
     }
 
-    /// Puts a move into a node's reservation, which is made if there is none.
-    pub(super) fn take_place(&self, job: u32, node: &str) -> Result<(), String> {
-        let _reserving = locked(&self.places.reserving);
-        let name = reservation_of(node);
-        match self.cluster().moves.get_mut(&job) {
-            Some(m) => m.held = Some(node.to_owned()),
-            None => return Err("its move has ended".into()),
-        }
-        let slurm = &self.world.slurm;
-        let users = self.users_of(node);
-        let reserve = || -> Result<(), SlurmError> {
-            match slurm.reservation(&name)? {
-                Some(there) if users.iter().all(|u| there.users.contains(u)) => Ok(()),
-                Some(there) => {
-                    let more = users.iter().filter(|u| !there.users.contains(u));
-                    let all: Vec<String> = there.users.iter().chain(more).cloned().collect();
-                    slurm.set_reservation_users(&name, &all)
-                }
-                None => slurm
-                    .create_reservation(&ReservationSpec {
-                        name: name.clone(),
-                        nodes: ReservationNodes::Named(vec![node.to_owned()]),
-                        partition: None,
-                        features: None,
-                        users: users.clone(),
-                    })
-                    .map(drop),
-            }
+    fn is_held(&self, node: &str) -> bool {
+        locked(&self.places.holds).values().any(|h| h.node == node)
+    }
+
+    /// A move of an earlier life of the controller is in this node's reservation.
+    pub(super) fn hold_again(&self, m: &JobMove, node: &str) {
+        let hold = Hold {
+            node: node.to_owned(),
+            user: m.user.clone(),
+            needs: m.needs,
         };
-        reserve().map_err(|e| {
-            if let Some(m) = self.cluster().moves.get_mut(&job) {
-                m.held = None;
-            }
+        locked(&self.places.holds).insert(m.job, hold);
+    }
+
+    /// Puts a move into a node's reservation, which is made if there is none.
+    fn take_place(&self, want: &Want, node: &str) -> Result<(), String> {
+        let _reserving = locked(&self.places.reserving);
+        let hold = Hold {
+            node: node.to_owned(),
+            user: want.user.clone(),
+            needs: want.needs,
+        };
+        locked(&self.places.holds).insert(want.job, hold);
+        self.reserve(node).map_err(|e| {
+            locked(&self.places.holds).remove(&want.job);
             e.to_string()
         })
     }
 
-    /// Takes a move out of its node's reservation, which goes with the last one. The job itself may still be in it: then
-    /// Slurm refuses, and it is tried again. Blocks for 20 s at most.
-    pub(super) fn leave_place(&self, job: u32) {
-        let held = self.cluster().moves.get_mut(&job).and_then(|m| m.held.take());
-        let Some(node) = held else { return };
-        let name = reservation_of(&node);
-        let until_ms = self.world.clock.now_ms() + 20_000;
-        loop {
-            self.out_of_reservation(job, &name);
-            let removed = {
-                let _reserving = locked(&self.places.reserving);
-                let used = self.cluster().moves.values().any(|m| m.held.as_deref() == Some(node.as_str()));
-                if used {
-                    Ok(false)
-                } else {
-                    self.world.slurm.delete_reservation(&name)
-                }
-            };
-            match removed {
-                Ok(_) => return,
-                Err(e) if self.world.clock.now_ms() > until_ms => {
-                    log::warn!("reservation {name} cannot be removed yet: {e}");
-                    return;
-                }
-                Err(_) => self.world.clock.sleep(Duration::from_millis(250)),
+    /// Makes a node's reservation as those who hold it need it.
+    fn reserve(&self, node: &str) -> Result<(), SlurmError> {
+        let slurm = &self.world.slurm;
+        let name = reservation_of(node);
+        let users = self.users_of(node);
+        match slurm.reservation(&name)? {
+            Some(there) if users.iter().all(|u| there.users.contains(u)) => Ok(()),
+            Some(there) => {
+                let more = users.iter().filter(|u| !there.users.contains(u));
+                let all: Vec<String> = there.users.iter().chain(more).cloned().collect();
+                slurm.set_reservation_users(&name, &all)
             }
+            None => slurm
+                .create_reservation(&ReservationSpec {
+                    name: name.clone(),
+                    nodes: ReservationNodes::Named(vec![node.to_owned()]),
+                    partition: None,
+                    features: None,
+                    users,
+                })
+                .map(drop),
         }
+    }
+
+    /// A slurmctld that was killed may have forgotten the reservation.
+    pub(super) fn keep_place(&self, job: u32, node: &str) -> Result<(), String> {
+        let _reserving = locked(&self.places.reserving);
+        if locked(&self.places.holds).get(&job).is_none_or(|h| h.node != node) {
+            return Err(format!("{node} is not held any more"));
+        }
+        self.reserve(node).map_err(|e| e.to_string())
+    }
+
+    /// Takes a move out of its node's reservation, which goes with the last one.
+    ///
+    /// # Errors
+    /// While Slurm refuses or does not answer: to be tried again.
+    pub(super) fn leave_place(&self, job: u32) -> Result<(), String> {
+        let Some(hold) = locked(&self.places.holds).get(&job).cloned() else {
+            return Ok(());
+        };
+        let name = reservation_of(&hold.node);
+        self.out_of_reservation(job, &name);
+        let _reserving = locked(&self.places.reserving);
+        locked(&self.places.holds).remove(&job);
+        if self.is_held(&hold.node) {
+            return Ok(());
+        }
+        if let Err(e) = self.world.slurm.delete_reservation(&name) {
+            locked(&self.places.holds).insert(job, hold);
+            return Err(format!("reservation {name} cannot be removed yet: {e}"));
+        }
+        Ok(())
     }
 
     /// A reservation that a job uses or asks for cannot be deleted.

@@ -25,7 +25,7 @@ pub(super) fn complete(c: &Controller, view: &VmView) -> Option<String> {
     let on_nodes = info.brief.state.is_on_nodes();
     let facts = Facts {
         batch: info.brief.batch,
-        requeue: info.requeue || c.notes().of(view.job).last_try,
+        requeue: info.brief.requeue || c.notes().of(view.job).last_try,
         nodes: if on_nodes { info.brief.nodes.len() } else { 1 },
         grace_s: mode.filter(|p| by_partition && p.preempt_mode != "OFF").map(|p| p.grace_s),
         partition: &info.brief.partition,

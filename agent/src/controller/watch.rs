@@ -10,12 +10,12 @@ use slurm_vm_api::{query::VmView, spec::PreemptWay};
 use super::{
     Controller,
     admission::{self, Admission},
-    moves::{JobMove, Step},
-    placement::Resources,
+    places,
 };
 use crate::{
     cluster::{PeerReply, PeerRequest},
-    slurm::{JobBrief, JobUpdate},
+    core::relocation::{Event, JobMove, MOVE_VERSION, Step},
+    slurm::{JobBrief, JobInfo, JobUpdate},
 };
 
 /// After a failed move off a node that is drained, a job is left alone for so long, unless it is preempted.
@@ -45,6 +45,7 @@ impl Controller {
         };
         self.give_way();
         self.put_node_lists_back();
+        self.put_limits_back();
         for j in jobs {
             let Some(from) = j
                 .batch_host
@@ -115,27 +116,47 @@ impl Controller {
         }
     }
 
+    /// A job that waits for a run that no move has led to starts over, with its whole time.
+    fn put_limits_back(&self) {
+        let all = self.notes().all();
+        for (job, notes) in all {
+            let Some(time) = notes.time else { continue };
+            let starts_over = {
+                let cluster = self.cluster();
+                let waits = |j: &&JobBrief| j.id == job && j.state.is_waiting() && j.restarts > time.restarts;
+                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| waits(&j))
+            };
+            if !starts_over {
+                continue;
+            }
+            let update = JobUpdate {
+                time_limit_min: Some(time.full_min),
+                ..JobUpdate::default()
+            };
+            match self.world.slurm.update_job(job, &update) {
+                Ok(()) => {
+                    log::info!("job {job}: starts over, with its whole time limit");
+                    self.notes().change(job, |n| n.time = None);
+                }
+                Err(e) => log::debug!("job {job}: its time limit is not put back yet: {e}"),
+            }
+        }
+    }
+
     /// A move without a deadline makes way for the preemption of its job, which has one.
     fn give_way(&self) {
-        let late: Vec<(u32, String)> = {
+        let late: Vec<u32> = {
             let cluster = self.cluster();
             let moves = &cluster.moves;
             let in_grace = cluster.jobs.iter().filter(|j| j.in_grace()).filter_map(|j| moves.get(&j.id));
             in_grace
                 .filter(|m| m.step == Step::Planned && m.deadline_ms.is_none())
-                .map(|m| (m.job, m.from.clone()))
+                .map(|m| m.job)
                 .collect()
         };
-        for (job, from) in late {
+        for job in late {
             log::info!("job {job}: preempted in the middle of a move: that move is given up");
-            if let Err(e) = self.peers.request(
-                &from,
-                &self.address(&from),
-                &PeerRequest::CancelMove { job },
-                Duration::from_secs(3),
-            ) {
-                log::warn!("job {job}: {from}: {e}");
-            }
+            self.relocations.tell(job, Event::GiveUp("its job is being preempted".into()));
         }
     }
 
@@ -165,25 +186,35 @@ impl Controller {
             "drain" => ways.retain(|w| matches!(w, PreemptWay::Live | PreemptWay::Save)),
             _ => {}
         }
-        self.admit(j, &from, cause)?;
+        let info = self.admit(j, &from, cause)?;
         let m = JobMove {
-            v: 1,
+            v: MOVE_VERSION,
             job: j.id,
             user: j.user.clone(),
             cause: cause.into(),
             step: Step::Planned,
             from,
             to_asked: to.is_some(),
-            held: None,
-            needs: Resources::default(),
             to,
+            held: None,
+            needs: places::needs(&info),
+            nodes: u32::try_from(info.brief.nodes.len()).unwrap_or(u32::MAX),
             ways,
             deadline_ms,
             reserve_ms,
+            time_before: self.notes().of(j.id).time,
             limit_min: None,
             left_min: None,
-            priority: Some(j.priority).filter(|p| *p > 0),
+            used_s: 0,
+            // Setting a priority sets the user's nice value to 0: a job that has one keeps that instead.
+            priority: Some(j.priority).filter(|p| *p > 0 && info.nice == Some(0)),
             restarts: j.restarts,
+            moved_ms: None,
+            settling_ms: None,
+            lost: false,
+            constraint: info.brief.features.clone(),
+            exclude: info.exclude_nodes.clone(),
+            partition: info.brief.partition.clone(),
             notes: vec![],
             done: None,
             moving: false,
@@ -196,11 +227,11 @@ impl Controller {
     }
 
     /// Nothing is begun whose last step Slurm would refuse. What keeps a job where it is, is said once for each of its runs.
-    fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<(), String> {
+    fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<JobInfo, String> {
         let info = self.world.slurm.job(j.id).map_err(|e| e.to_string())?;
         let info = info.ok_or_else(|| format!("Slurm knows no job {}", j.id))?;
-        let Admission::Never(why) = admission::of(&info, self.notes().of(j.id).last_try) else {
-            return Ok(());
+        let Admission::Never(why) = admission::of(&info.brief, self.notes().of(j.id).last_try) else {
+            return Ok(info);
         };
         let told = self.cluster().stays.insert(j.id, j.restarts) == Some(j.restarts);
         if !told && cause != "asked" {
@@ -238,7 +269,7 @@ impl Controller {
             .map_err(|e| e.to_string())?
             .filter(|i| i.brief.state.is_on_nodes())
             .ok_or_else(|| format!("job {job} does not run"))?;
-        if let Admission::NotNow(why) | Admission::Never(why) = admission::of(&info, self.notes().of(job).last_try) {
+        if let Admission::NotNow(why) | Admission::Never(why) = admission::of(&info.brief, self.notes().of(job).last_try) {
             return Err(format!("job {job} cannot move: {why}"));
         }
         let from = info

@@ -19,6 +19,7 @@ mod life;
 mod machine;
 pub mod record;
 mod recovery;
+pub mod relocation;
 
 pub use event::{Effect, Event, Failure, KeptOutput, SessionNews, Whereabouts};
 pub use identity::{ArrivedBy, HandOverError, MoveIdentity, MoveQuestion};

@@ -101,6 +101,18 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
         return Err(bad("squeue line"));
     };
     let batch = flag(batch).ok_or_else(|| bad("BatchFlag"))?;
+    let array = if array_task == "N/A" || array_task.is_empty() {
+        None
+    } else {
+        Some((array_job.parse().map_err(|_| bad("ArrayJobID"))?, array_task.to_owned()))
+    };
+    let het = match (some(het_job), some(het_offset)) {
+        (Some(job), Some(offset)) if job != "0" => Some((
+            job.parse().map_err(|_| bad("HetJobID"))?,
+            offset.parse().map_err(|_| bad("HetJobOffset"))?,
+        )),
+        _ => None,
+    };
     let brief = JobBrief {
         id: id.parse().map_err(|_| bad("JobID"))?,
         uid: uid.parse().map_err(|_| bad("UserID"))?,
@@ -118,31 +130,19 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
         reservation: some(reservation),
         reason: reason.to_owned(),
         features: some(feature),
-    };
-    let array = if array_task == "N/A" || array_task.is_empty() {
-        None
-    } else {
-        Some((array_job.parse().map_err(|_| bad("ArrayJobID"))?, array_task.to_owned()))
-    };
-    let het = match (some(het_job), some(het_offset)) {
-        (Some(job), Some(offset)) if job != "0" => Some((
-            job.parse().map_err(|_| bad("HetJobID"))?,
-            offset.parse().map_err(|_| bad("HetJobOffset"))?,
-        )),
-        _ => None,
+        array,
+        het,
+        requeue: flag(requeue).ok_or_else(|| bad("Requeue"))?,
+        time_limit_min: minutes(limit).ok_or_else(|| bad("TimeLimit"))?,
+        req_nodes: hosts(req_nodes)?,
     };
     Ok(JobInfo {
         brief,
-        array,
-        het,
         gid: gid.parse().map_err(|_| bad("GroupID"))?,
         group: group.to_owned(),
-        requeue: flag(requeue).ok_or_else(|| bad("Requeue"))?,
         exit: exit_code(exit).ok_or_else(|| bad("exit_code"))?,
-        time_limit_min: minutes(limit).ok_or_else(|| bad("TimeLimit"))?,
         num_nodes: number(num_nodes).ok_or_else(|| bad("NumNodes"))?,
         num_cpus: number(num_cpus).ok_or_else(|| bad("NumCPUs"))?,
-        req_nodes: hosts(req_nodes)?,
         exclude_nodes: Vec::new(),
         nice: None,
         allocs: Vec::new(),
@@ -152,7 +152,7 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
 
 /// How `scontrol show job` must be asked so that it prints this one record: the plain number of an array's or a heterogeneous job's first part prints all parts.
 pub(super) fn exact_name(job: &JobInfo) -> String {
-    match (&job.array, job.het) {
+    match (&job.brief.array, job.brief.het) {
         (Some((array, task)), _) if task.bytes().all(|b| b.is_ascii_digit()) => format!("{array}_{task}"),
         (_, Some((leader, offset))) => format!("{leader}+{offset}"),
         _ => job.brief.id.to_string(),

@@ -93,14 +93,14 @@ fn a_running_job_is_read_in_full() {
             }]
         );
         assert_eq!(
-            (job.time_limit_min, job.req_nodes.as_slice()),
+            (job.brief.time_limit_min, job.brief.req_nodes.as_slice()),
             (Some(26 * 60), ["n1".to_owned()].as_slice())
         );
         assert_eq!(job.brief.features.as_deref(), Some("vm&fast"));
-        assert_eq!((job.brief.batch, job.requeue, job.brief.restarts), (true, true, 0));
+        assert_eq!((job.brief.batch, job.brief.requeue, job.brief.restarts), (true, true, 0));
         assert_eq!(job.brief.end_time.unwrap() - job.brief.start_time.unwrap(), 26 * 3600);
         assert_eq!(
-            (job.brief.preempt_time, job.brief.reservation.as_deref(), job.array.is_none()),
+            (job.brief.preempt_time, job.brief.reservation.as_deref(), job.brief.array.is_none()),
             (None, None, true)
         );
         assert_eq!(
@@ -141,7 +141,7 @@ fn waiting_jobs_have_no_nodes_and_held_ones_say_so() {
             "{}",
             s.release
         );
-        assert_eq!((job.brief.is_held(), job.time_limit_min, job.allocs.len()), (false, None, 0));
+        assert_eq!((job.brief.is_held(), job.brief.time_limit_min, job.allocs.len()), (false, None, 0));
         assert!(s.job("held", "job_held").unwrap().brief.is_held());
     }
 }
@@ -162,7 +162,7 @@ fn the_way_of_a_preempted_job_is_visible_at_each_step() {
         );
         let steered = s.job("steered", "job_steered").unwrap();
         assert_eq!(
-            (steered.brief.reservation.as_deref(), steered.time_limit_min),
+            (steered.brief.reservation.as_deref(), steered.brief.time_limit_min),
             (Some(format!("vmmig_{}", waits.id).as_str()), Some(30))
         );
         let landed = s.job("landed", "job_landed").unwrap();
@@ -174,11 +174,11 @@ fn the_way_of_a_preempted_job_is_visible_at_each_step() {
         assert_eq!(s.job("cleared", "job_cleared").unwrap().brief.reservation, None);
         let excluded = s.job("excluded", "job_excluded").unwrap();
         assert_eq!(
-            (excluded.req_nodes, excluded.exclude_nodes),
+            (excluded.brief.req_nodes, excluded.exclude_nodes),
             (vec!["n2".to_owned()], vec!["n1".to_owned()])
         );
         let unexcluded = s.job("unexcluded", "job_unexcluded").unwrap();
-        assert!(unexcluded.req_nodes.is_empty() && unexcluded.exclude_nodes.is_empty());
+        assert!(unexcluded.brief.req_nodes.is_empty() && unexcluded.exclude_nodes.is_empty());
         assert_eq!(s.job("refeatured", "job_refeatured").unwrap().brief.features.as_deref(), Some("vm"));
     }
 }
@@ -202,7 +202,7 @@ fn the_right_part_of_an_array_and_of_a_heterogeneous_job_is_picked() {
         let text = s.out("squeue_array");
         let waiting = parse::squeue(text).unwrap().remove(0);
         let task = parse::squeue(s.out("squeue_array_task")).unwrap().remove(0);
-        let (array, _) = task.array.clone().unwrap();
+        let (array, _) = task.brief.array.clone().unwrap();
         assert_eq!(
             (array, waiting.brief.id),
             (array, array),
@@ -221,7 +221,10 @@ fn the_right_part_of_an_array_and_of_a_heterogeneous_job_is_picked() {
 
         let leader = parse::squeue(s.out("squeue_het")).unwrap().remove(0).brief.id;
         let mut second = parse::pick(s.out("squeue_het"), leader + 1).unwrap().unwrap();
-        assert_eq!((second.het, parse::exact_name(&second)), (Some((leader, 1)), format!("{leader}+1")));
+        assert_eq!(
+            (second.brief.het, parse::exact_name(&second)),
+            (Some((leader, 1)), format!("{leader}+1"))
+        );
         parse::add_details(&mut second, s.out("job_het_one")).unwrap();
         assert_eq!(second.allocs[0].node, "n2");
     }
@@ -508,7 +511,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
     until("runs on the reserved node", &|| now().brief.state == JobState::Running);
     let after = now();
     assert_eq!(
-        (&after.brief.nodes, after.brief.restarts, after.time_limit_min),
+        (&after.brief.nodes, after.brief.restarts, after.brief.time_limit_min),
         (&made.nodes, victim.restarts + 1, Some(7))
     );
     assert_eq!(after.allocs[0].cpus.len(), before.allocs[0].cpus.len());
@@ -554,7 +557,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         ..JobUpdate::default()
     };
     slurm.update_job(victim.id, &nodes).unwrap();
-    assert_eq!(now().req_nodes, ["n2"]);
+    assert_eq!(now().brief.req_nodes, ["n2"]);
     let clear = JobUpdate {
         req_nodes: Some(vec![]),
         exclude_nodes: Some(vec![]),
@@ -562,7 +565,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         ..JobUpdate::default()
     };
     slurm.update_job(victim.id, &clear).unwrap();
-    assert_eq!((now().req_nodes.len(), now().brief.features.as_deref()), (0, Some("vm")));
+    assert_eq!((now().brief.req_nodes.len(), now().brief.features.as_deref()), (0, Some("vm")));
     slurm.hold(victim.id).unwrap();
     assert!(now().brief.is_held());
     slurm.cancel(victim.id, None).unwrap();

@@ -124,6 +124,16 @@ pub struct JobBrief {
     pub reservation: Option<String>,
     /// Why it waits, in Slurm's word.
     pub reason: String,
+    /// Number of the array it belongs to and its index text (`3`, or `4-9` for tasks not yet split off).
+    pub array: Option<(JobId, String)>,
+    /// Leader and offset, if it is part of a heterogeneous job.
+    pub het: Option<(JobId, u32)>,
+    /// May be requeued.
+    pub requeue: bool,
+    /// Minutes; `None` = no limit.
+    pub time_limit_min: Option<u32>,
+    /// Nodes the user demanded by name.
+    pub req_nodes: Vec<String>,
     /// The constraint.
     pub features: Option<String>,
 }
@@ -147,26 +157,16 @@ impl JobBrief {
 pub struct JobInfo {
     /// What the poll shows too.
     pub brief: JobBrief,
-    /// Number of the array it belongs to and its index text (`3`, or `4-9` for tasks not yet split off).
-    pub array: Option<(JobId, String)>,
-    /// Leader and offset, if it is part of a heterogeneous job.
-    pub het: Option<(JobId, u32)>,
     /// The submitter's group.
     pub gid: u32,
     /// The same by name.
     pub group: String,
-    /// May be requeued.
-    pub requeue: bool,
     /// Exit code and signal of the last run.
     pub exit: Option<(i32, i32)>,
-    /// Minutes; `None` = no limit.
-    pub time_limit_min: Option<u32>,
     /// Number of nodes it has or wants.
     pub num_nodes: u32,
     /// Number of CPUs it has or wants.
     pub num_cpus: u32,
-    /// Nodes the user demanded by name.
-    pub req_nodes: Vec<String>,
     /// Nodes it must not run on.
     pub exclude_nodes: Vec<String>,
     /// What the user took from its priority; `None` where Slurm did not say.

@@ -26,9 +26,9 @@ use std::{
 };
 
 pub use claims::{Claim, Claims};
-use serde::{Deserialize, Serialize};
 pub use waiters::{Waiter, could_start};
 
+use crate::core::relocation::Resources;
 use crate::slurm::{JobBrief, JobRequest, JobState, NodeInfo, PartitionInfo, QosInfo, ReservationInfo, satisfies};
 
 /// How the names of our reservations begin.
@@ -44,36 +44,6 @@ pub fn reservation_of(node: &str) -> String {
 #[must_use]
 pub fn is_ours(reservation: &str) -> bool {
     reservation.starts_with(PREFIX)
-}
-
-/// CPUs and memory of, or on, one node.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Resources {
-    /// CPUs.
-    pub cpus: u32,
-    /// MiB of memory.
-    pub mem_mib: u64,
-}
-
-impl Resources {
-    fn has(self, other: Self) -> bool {
-        self.cpus >= other.cpus && self.mem_mib >= other.mem_mib
-    }
-
-    fn plus(self, other: Self) -> Self {
-        Self {
-            cpus: self.cpus.saturating_add(other.cpus),
-            mem_mib: self.mem_mib.saturating_add(other.mem_mib),
-        }
-    }
-
-    fn less(self, other: Self) -> Self {
-        Self {
-            cpus: self.cpus.saturating_sub(other.cpus),
-            mem_mib: self.mem_mib.saturating_sub(other.mem_mib),
-        }
-    }
 }
 
 /// Which job may preempt which.
@@ -323,6 +293,9 @@ impl<'a> Picture<'a> {
     }
 }
 
+/// Nodes that are kept for waiters, with the jobs that they are kept for, and the waiters.
+type Kept<'a> = (BTreeMap<String, u32>, Vec<Waiter<'a>>);
+
 /// Places all VMs together: for each a node, or the reason why there is none, as a fragment.
 #[must_use]
 pub fn place(mut picture: Picture<'_>, wants: &[Want]) -> Vec<(u32, Result<String, String>)> {
@@ -330,7 +303,7 @@ pub fn place(mut picture: Picture<'_>, wants: &[Want]) -> Vec<(u32, Result<Strin
     // Who has least time goes first; among those of one second the largest, which fits in fewest places.
     let seconds = |w: &Want| w.deadline_ms.map_or(u64::MAX, |ms| ms / 1000);
     order.sort_by_key(|w| (seconds(w), Reverse(w.needs.cpus), w.job));
-    let mut keep: BTreeMap<(String, Option<String>), (BTreeMap<String, u32>, Vec<Waiter<'_>>)> = BTreeMap::new();
+    let mut keep: BTreeMap<(String, Option<String>), Kept<'_>> = BTreeMap::new();
     let mut placed = Vec::new();
     for want in order {
         let class = (want.partition.clone(), want.qos.clone());

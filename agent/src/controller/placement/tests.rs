@@ -20,31 +20,20 @@ pub(in crate::controller) fn brief(id: u32, partition: &str) -> JobBrief {
         reservation: None,
         reason: "Resources".into(),
         features: Some("vm".into()),
+        array: None,
+        het: None,
+        requeue: true,
+        time_limit_min: Some(60),
+        req_nodes: vec![],
     }
 }
 
-/// A requeueable batch job that runs on n1 with one CPU.
-pub(in crate::controller) fn info(id: u32, partition: &str) -> crate::slurm::JobInfo {
-    crate::slurm::JobInfo {
-        brief: JobBrief {
-            state: JobState::Running,
-            nodes: vec!["n1".into()],
-            ..brief(id, partition)
-        },
-        array: None,
-        het: None,
-        gid: 2001,
-        group: "alice".into(),
-        requeue: true,
-        exit: None,
-        time_limit_min: Some(60),
-        num_nodes: 1,
-        num_cpus: 1,
-        req_nodes: vec![],
-        exclude_nodes: vec![],
-        nice: None,
-        allocs: vec![],
-        user_text: crate::slurm::UserText::default(),
+/// A requeueable batch job that runs on n1.
+pub(in crate::controller) fn running(id: u32, partition: &str) -> JobBrief {
+    JobBrief {
+        state: JobState::Running,
+        nodes: vec!["n1".into()],
+        ..brief(id, partition)
     }
 }
 

@@ -624,6 +624,11 @@ impl Model {
                 _ => "None".into(),
             },
             features: job.features.clone(),
+            array: None,
+            het: None,
+            requeue: job.requeue,
+            time_limit_min: job.limit_min,
+            req_nodes: job.req_nodes.clone(),
         }
     }
 
@@ -663,16 +668,11 @@ impl Model {
         let job = self.jobs.get(&id)?;
         Some(JobInfo {
             brief: self.brief(id, job),
-            array: None,
-            het: None,
             gid: job.spec.uid,
             group: job.spec.user.clone(),
-            requeue: job.requeue,
             exit: job.exit,
-            time_limit_min: job.limit_min,
             num_nodes: job.spec.nodes,
             num_cpus: job.spec.nodes * job.spec.cpus_per_node,
-            req_nodes: job.req_nodes.clone(),
             exclude_nodes: job.exclude.clone(),
             nice: None,
             allocs: if job.state == JobState::Running {

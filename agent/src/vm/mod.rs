@@ -15,6 +15,7 @@ pub mod private;
 pub mod programs;
 pub mod saving;
 mod spool;
+mod start;
 pub mod supersede;
 pub mod view;
 

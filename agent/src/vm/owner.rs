@@ -18,7 +18,7 @@ use super::{
     moving::{self, MoveOrder},
     prepare,
     programs::{Attach, Programs, ToGuest},
-    saving, supersede, view,
+    saving, start, supersede, view,
 };
 use crate::{
     core::{Allocation, Effect, Event, Failure, HandOverError, KeptOutput, Life, Record, SessionNews, Vm},
@@ -609,7 +609,7 @@ impl Owner {
                 let _ = tx.send(Request::Core(Event::Prepared(done)));
             }),
             Effect::StartDomain => worker(job, "start", move || {
-                let _ = tx.send(Request::Core(Event::DomainStarted(start_domain(&node, &record))));
+                let _ = tx.send(Request::Core(Event::DomainStarted(start::domain(&node, &record))));
             }),
             Effect::OpenGuest => {
                 let socket = prepare::run_dir(&node.config, &domain).join("guest.sock");
@@ -866,46 +866,4 @@ fn worker(job: u32, what: &str, run: impl FnOnce() + Send + 'static) {
     if let Err(e) = thread::Builder::new().name(format!("{what}-{job}")).spawn(run) {
         log::error!("job {job}: cannot start a thread for {what}: {e}");
     }
-}
-
-/// Run of the job that a domain of ours belongs to.
-fn run_of(node: &Node, domain: &str) -> Option<u64> {
-    Some(node.world.hypervisor.info(domain).ok()??.metadata.run)
-}
-
-fn start_domain(node: &Node, record: &Record) -> Result<(), Failure> {
-    let fault = |e: String| Failure::Node(e);
-    node.world.faults.pass("start-domain.before").map_err(fault)?;
-    let mut spec = prepare::domain_spec(&node.config, &node.world, record)
-        .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
-    moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
-    spec.hard_limit_mib = node.hard_limit_mib(record);
-    let mut started = node.world.hypervisor.start(&spec, false);
-    if spec.hard_limit_mib.is_some()
-        && let Err(e) = &started
-        && !matches!(
-            e,
-            crate::hypervisor::HypervisorError::AlreadyExists { .. } | crate::hypervisor::HypervisorError::Connect { .. }
-        )
-    {
-        node.no_hard_limit(&e.to_string());
-        spec.hard_limit_mib = None;
-        started = node.world.hypervisor.start(&spec, false);
-    }
-    match started {
-        Ok(()) => {}
-        // The agent was restarted between the call and its record: the domain of this very run is ours.
-        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name) == Some(record.run) => {}
-        Err(crate::hypervisor::HypervisorError::AlreadyExists { .. }) if run_of(node, &spec.name).is_some() => {
-            log::warn!("job {}: {} is left from an earlier run: ending it", record.job, spec.name);
-            let again = node
-                .world
-                .hypervisor
-                .destroy(&spec.name)
-                .and_then(|_| node.world.hypervisor.start(&spec, false));
-            again.map_err(|e| Failure::Node(format!("failed to start domain {}: {e}", spec.name)))?;
-        }
-        Err(e) => return Err(Failure::Node(format!("failed to start domain {}: {e}", spec.name))),
-    }
-    node.world.faults.pass("start-domain.after").map_err(fault)
 }

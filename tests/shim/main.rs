@@ -1,6 +1,7 @@
 //! The real shim against an agent that is played by the test.
 mod agent;
 mod faults;
+mod files;
 
 use std::{
     fs::{self, File},
@@ -212,7 +213,8 @@ fn one_file_for_both_outputs_is_one_stream_and_is_emptied_on_a_first_start() {
             regular: true,
             dev: meta.dev(),
             ino: meta.ino(),
-            base: 0
+            base: 0,
+            end: None
         }
     );
     assert_eq!(meta.len(), 18, "nothing is lost before the program starts");
@@ -239,10 +241,10 @@ fn a_user_who_chose_append_keeps_what_is_there() {
 }
 
 #[test]
-fn a_resumed_program_goes_on_at_the_last_acknowledged_byte() {
+fn a_resumed_program_goes_on_at_the_last_acknowledged_byte_and_what_is_behind_it_already_is_not_written_twice() {
     let bench = Bench::new();
     let mut command = bench.batch();
-    command.stdout(bench.output_file("base:12345678-written but never acknowledged"));
+    command.stdout(bench.output_file("base:12345678-written but "));
     let shim = Shim::spawn(command);
     let mut session = bench.accept();
     let sink = Sink {
@@ -251,10 +253,13 @@ fn a_resumed_program_goes_on_at_the_last_acknowledged_byte() {
         ..session.open.stdout.clone()
     };
     session.started(8, 0, true, Some(sink));
-    session.data(Stream::Stdout, 8, b"-sent again");
+    session.data(Stream::Stdout, 8, b"-written but never acknowledged");
     session.exit(Ended::Code(0));
     assert_eq!(shim.finish().0.code(), Some(0));
-    assert_eq!(fs::read_to_string(bench.path("out")).unwrap(), "base:12345678-sent again");
+    assert_eq!(
+        fs::read_to_string(bench.path("out")).unwrap(),
+        "base:12345678-written but never acknowledged"
+    );
 }
 
 #[test]
@@ -449,7 +454,17 @@ fn after_a_hand_over_nothing_is_written_and_sigterm_ends_the_shim_even_without_a
     assert_eq!(
         session.message(),
         ToAgent::HandedOver {
-            wrote: vec![(Stream::Stdout, 5), (Stream::Stderr, 0)]
+            wrote: vec![(Stream::Stdout, 5), (Stream::Stderr, 0)],
+            sinks: vec![
+                (
+                    Stream::Stdout,
+                    Sink {
+                        end: Some(5),
+                        ..session.open.stdout.clone()
+                    }
+                ),
+                (Stream::Stderr, session.open.stderr.clone())
+            ]
         }
     );
     session.data(Stream::Stdout, 5, b"not here\n");

@@ -81,6 +81,10 @@ pub struct Sink {
     pub ino: u64,
     /// Size in bytes before the program's first byte: where offset 0 of the stream stands in the file.
     pub base: u64,
+    /// Size of the file at a hand-over at which all that the shim wrote was in it and on storage. What stands beyond is from
+    /// others. `None`: the shim did not get to say so, or has written since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<u64>,
 }
 
 /// Control frames from the shim.
@@ -89,7 +93,7 @@ pub struct Sink {
 pub enum ToAgent {
     /// Opens the session; environment, arguments and script have gone ahead as blobs.
     Open(Box<Open>),
-    /// All bytes of the stream below this offset have been written to the shim's descriptor.
+    /// All bytes of the stream below this offset have been written to the shim's descriptor; a regular file has been synced.
     Wrote {
         /// Which stream.
         stream: Stream,
@@ -112,10 +116,13 @@ pub enum ToAgent {
     Notice,
     /// The terminal's size changed.
     Resize(Terminal),
-    /// The output is on disk (fsync) and the shim writes nothing more: the answer to [`ToShim::HandOver`].
+    /// The shim writes nothing more: the answer to [`ToShim::HandOver`].
     HandedOver {
-        /// Offsets written, by stream.
+        /// Offsets written, by stream; of a regular file what is on its storage.
         wrote: Vec<(Stream, u64)>,
+        /// The files, with [`Sink::end`] where everything in them is on their storage.
+        #[serde(default)]
+        sinks: Vec<(Stream, Sink)>,
     },
 }
 

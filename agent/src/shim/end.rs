@@ -164,7 +164,7 @@ fn wait_for_term(signals: Option<&Signals>, at_most: Duration) -> bool {
 }
 
 /// One line for the node's administrator: the agent, which keeps the log otherwise, may be what is broken.
-fn journal(job: u32, text: &str) {
+pub fn journal(job: u32, text: &str) {
     const USER_ERROR: u32 = 8 + 3;
     let line = format!("<{USER_ERROR}>slurm-vm-run[{}]: job {job}: {text}", std::process::id());
     if let Ok(socket) = UnixDatagram::unbound() {

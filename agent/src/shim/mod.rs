@@ -15,7 +15,9 @@
 //! One thread, one poll(2) loop ([`relay`]). How each failure ends is in [`end`] and in docs/outcomes.md.
 pub mod context;
 pub mod contract;
+pub mod durable;
 pub mod end;
+pub mod file;
 pub mod input;
 pub mod link;
 pub mod output;

@@ -20,7 +20,7 @@ use slurm_vm_api::session::{Cause, Frame, MAX_DATA, Open, Stream, StreamStart, T
 use super::{
     context,
     contract::Task,
-    end::{End, say},
+    end::{End, journal, say},
     input::Input,
     link::{Link, agent_is_absent},
     output::{Output, Wrote},
@@ -156,7 +156,7 @@ impl Relay {
             if let Some(end) = self.end_now.take() {
                 break end;
             }
-            if self.ending.is_some() && self.outputs.iter().all(|o| o.waiting() == 0) {
+            if self.ending.is_some() && self.all_is_written() {
                 self.farewell();
                 self.speak_last_words();
                 break self.ending.take().unwrap_or(End::Quiet);
@@ -166,11 +166,30 @@ impl Relay {
         (end, self.signals, self.terminal)
     }
 
-    /// What is due by the clock: connecting, last words.
+    /// Also on storage; after a hand-over that is another node's business.
+    fn all_is_written(&mut self) -> bool {
+        self.outputs.iter_mut().for_each(Output::finish);
+        let handed_over = self.phase == Phase::HandedOver;
+        self.outputs.iter().all(|o| o.is_settled() || (handed_over && o.waiting() == 0))
+    }
+
+    /// What is due by the clock: connecting, last words, the end of patience with a file.
     fn advance(&mut self) {
         let now = Instant::now();
         if self.last_words.as_ref().is_some_and(|(at, _)| *at <= now) {
             self.speak_last_words();
+        }
+        if self.phase == Phase::Running
+            && let Some((o, error)) = self.outputs.iter().find_map(|o| {
+                let (since, error) = o.broken()?;
+                (now - since >= self.times.reconnect).then_some((o, error))
+            })
+        {
+            let stream = name(o.stream);
+            self.end_now = Some(End::Fault(format!(
+                "the file of the task's {stream} cannot be written: {}",
+                error.desc()
+            )));
         }
         if self.link.is_none() && self.ending.is_none() && self.retry_at <= now {
             match self.patience_is_over(now) {
@@ -207,6 +226,9 @@ impl Relay {
                 link.send(blob)?;
             }
             if self.phase != Phase::Opening {
+                if self.phase == Phase::Running {
+                    self.outputs.iter_mut().for_each(|o| o.sync(now));
+                }
                 self.open.resume = self.offsets();
             }
             link.send(&Frame::Control(ToAgent::Open(Box::new(self.open.clone()))))?;
@@ -230,7 +252,7 @@ impl Relay {
     }
 
     fn offsets(&self) -> Vec<(Stream, u64)> {
-        self.outputs.iter().map(|o| (o.stream, o.written())).collect()
+        self.outputs.iter().map(|o| (o.stream, o.done())).collect()
     }
 
     fn send(&mut self, message: ToAgent) {
@@ -248,7 +270,8 @@ impl Relay {
         let now = Instant::now();
         let ending = self.ending.is_some();
         let backlog = self.link.as_ref().map_or(0, Link::backlog);
-        let mut deadlines: Vec<Instant> = self.outputs.iter().filter_map(Output::retry_at).collect();
+        let writing = self.phase != Phase::HandedOver;
+        let mut deadlines: Vec<Instant> = self.outputs.iter().filter(|_| writing).filter_map(|o| o.due_at(now)).collect();
         deadlines.extend(self.last_words.as_ref().map(|(at, _)| *at));
         if self.link.is_none() && !ending {
             deadlines.push(self.retry_at);
@@ -263,7 +286,6 @@ impl Relay {
         link_events.set(PollFlags::POLLOUT, backlog > 0);
         let link_watched = self.link.as_ref().filter(|_| !link_events.is_empty());
         let input_wanted = self.live && self.phase == Phase::Running && !ending && backlog < BACKLOG && self.input.wants_poll();
-        let writing = self.phase != Phase::HandedOver;
 
         let mut fds = Vec::with_capacity(5);
         let mut who = Vec::with_capacity(5);
@@ -292,7 +314,7 @@ impl Relay {
             .filter_map(|(w, fd)| Some((w, fd.revents().filter(|r| !r.is_empty())?)))
             .collect();
         let due: Vec<usize> = (0..2)
-            .filter(|i| self.outputs[*i].retry_at().is_some_and(|at| at <= Instant::now()))
+            .filter(|i| self.outputs[*i].due_at(now).is_some_and(|at| at <= Instant::now()))
             .collect();
         for (source, events) in ready {
             match source {
@@ -309,11 +331,20 @@ impl Relay {
         if self.phase == Phase::HandedOver {
             return;
         }
-        let wrote = self.outputs[i].write();
+        let wrote = self.outputs[i].write(Instant::now());
+        self.tell_news(i);
         self.acknowledge(i);
         if wrote == Wrote::Closed && self.ending.is_none() {
             // What the program would have met at its next write.
             self.pass_on(libc::SIGPIPE);
+        }
+    }
+
+    /// For the administrator: the job's output holds the program's bytes alone.
+    fn tell_news(&mut self, i: usize) {
+        let stream = name(self.outputs[i].stream);
+        for line in self.outputs[i].take_news() {
+            journal(self.task.args.job, &format!("{stream}: {line}"));
         }
     }
 
@@ -435,7 +466,6 @@ impl Relay {
                 continue;
             };
             if first && resumed {
-                // Output that an earlier run acknowledged and that is not in the file was lost with that node's cache.
                 let _ = output.resume(start);
             } else if start.offset > output.received() {
                 output.skip_to(start.offset);
@@ -469,13 +499,15 @@ impl Relay {
 
     fn hand_over(&mut self) {
         self.phase = Phase::HandedOver;
-        for o in &mut self.outputs {
-            o.drop_queue();
-            // Told as it is: what could not be synced may be missing on the other node, which compares the file's size.
-            let _ = o.sync();
+        let now = Instant::now();
+        for i in 0..self.outputs.len() {
+            self.outputs[i].hand_over(now);
+            self.tell_news(i);
         }
-        let wrote = self.outputs.iter().map(|o| (o.stream, o.written())).collect();
-        self.send(ToAgent::HandedOver { wrote });
+        // What is not on storage is not reported: the guest still has it, and the next shim gets it again.
+        let wrote = self.offsets();
+        let sinks = self.outputs.iter().map(|o| (o.stream, o.sink.clone())).collect();
+        self.send(ToAgent::HandedOver { wrote, sinks });
     }
 
     fn take_back(&mut self) {
@@ -584,6 +616,14 @@ impl Relay {
                 break;
             }
         }
+    }
+}
+
+fn name(stream: Stream) -> &'static str {
+    match stream {
+        Stream::Stdin => "standard input",
+        Stream::Stdout => "standard output",
+        Stream::Stderr => "standard error",
     }
 }
 

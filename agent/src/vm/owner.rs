@@ -376,8 +376,9 @@ impl Owner {
                 self.node.notice(self.vm.record.job);
                 vec![]
             }
-            Frame::Control(ToAgent::HandedOver { wrote }) => {
+            Frame::Control(ToAgent::HandedOver { wrote, sinks }) => {
                 let mut requests = Vec::new();
+                self.programs.sealed(session, &sinks);
                 for (stream, offset) in wrote {
                     requests.extend(self.programs.wrote(session, stream, offset));
                 }

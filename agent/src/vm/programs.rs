@@ -299,6 +299,11 @@ impl Programs {
             }
             p.told_start = false;
             p.told_end = false;
+            if !a.open.resume.is_empty() {
+                // It has perhaps written since, for an agent that could not put that on record.
+                unseal(&mut p.record, 0);
+                unseal(&mut p.record, 1);
+            }
             for (i, stream) in OUTPUTS.into_iter().enumerate() {
                 let o = &mut p.outputs[i];
                 let from = a
@@ -513,6 +518,7 @@ impl Programs {
         let session = p.session.and_then(|s| self.sessions.get(&s));
         match session {
             Some(to) if o.spool.is_empty() && p.told_start => {
+                unseal(&mut p.record, i);
                 for chunk in fresh.chunks(session::MAX_DATA) {
                     to.send(Frame::Data {
                         stream: to_session(i),
@@ -600,6 +606,19 @@ impl Programs {
         }
         self.progress(&mut requests);
         requests
+    }
+
+    /// A shim has handed over: its files as it left them.
+    pub fn sealed(&mut self, session: u64, sinks: &[(Stream, Sink)]) {
+        if let Some(p) = self.list.iter_mut().find(|p| p.session == Some(session)) {
+            for (stream, sink) in sinks.iter().filter(|(_, s)| s.regular) {
+                match stream {
+                    Stream::Stdin => {}
+                    Stream::Stdout => p.record.stdout = Some(sink.clone()),
+                    Stream::Stderr => p.record.stderr = Some(sink.clone()),
+                }
+            }
+        }
     }
 
     /// The program of a session, and whether it is the batch script.
@@ -718,6 +737,7 @@ impl Programs {
                 while !o.spool.is_empty() && o.pumped < o.spool.end() && o.pumped < o.wrote + PUMP_WINDOW {
                     match o.spool.read(o.pumped, session::MAX_DATA) {
                         Ok(bytes) if !bytes.is_empty() => {
+                            unseal(&mut p.record, i);
                             let n = bytes.len() as u64;
                             to.send(Frame::Data {
                                 stream: to_session(i),
@@ -746,6 +766,14 @@ impl Programs {
                 p.told_end = true;
             }
         }
+    }
+}
+
+/// The shim gets bytes (again): where its file ended at a hand-over no longer tells what is its own.
+fn unseal(record: &mut ProgramRecord, stream: usize) {
+    let sink = if stream == 0 { &mut record.stdout } else { &mut record.stderr };
+    if let Some(sink) = sink {
+        sink.end = None;
     }
 }
 

@@ -171,6 +171,9 @@ impl Owner {
                 }
                 self.core(Event::Tick);
                 self.ask_cause();
+                for line in self.programs.take_complaints() {
+                    self.journal(&line);
+                }
             }
             if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
                 self.programs.forget_spools();
@@ -838,6 +841,7 @@ impl Owner {
             self.vm.record.job,
         );
         let spools = self.programs.spools();
+        let domain = self.domain.clone();
         if h.save {
             let cause = self.save_cause.clone();
             worker(job, "save", move || {
@@ -847,6 +851,11 @@ impl Owner {
         } else {
             worker(job, "hand-over", move || {
                 let done = moving::hand_over(&node, &record, order.as_ref(), &spools);
+                let bytes: usize = spools.iter().map(|(_, _, _, bytes)| bytes.len()).sum();
+                if done.is_err() && bytes > 0 {
+                    let line = format!("{bytes} bytes of output that were kept for a shim could not be handed over");
+                    node.world.store.journal(&domain, node.world.clock.now_ms(), &line);
+                }
                 let _ = tx.send(Request::Core(Event::HandedOver(done)));
             });
         }

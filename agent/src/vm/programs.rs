@@ -18,6 +18,9 @@ use crate::{
     limits::Held,
 };
 
+/// So many bytes that are kept are left in the guest's ring, too: half of it. What keeps them may be lost.
+const KEPT_IN_RING: u64 = guest::RING_BYTES as u64 / 2;
+
 /// How many bytes of a spool are under way to a shim at a time.
 const PUMP_WINDOW: u64 = 256 << 10;
 
@@ -181,6 +184,7 @@ pub struct Programs {
     guest_up: bool,
     resumed: bool,
     next_id: u32,
+    complaints: Vec<String>,
 }
 
 const OUTPUTS: [guest::Stream; 2] = [guest::Stream::Stdout, guest::Stream::Stderr];
@@ -210,6 +214,7 @@ impl Programs {
             guest_up: false,
             resumed,
             next_id: 1,
+            complaints: Vec::new(),
         };
         for r in records {
             programs.adopt(r);
@@ -431,7 +436,13 @@ impl Programs {
                 p.followed = true;
                 for s in &report.streams {
                     if let Some(i) = index(s.stream) {
-                        p.outputs[i].skip_to(s.start);
+                        let from = p.outputs[i].received;
+                        if p.outputs[i].skip_to(s.start) {
+                            self.complaints.push(format!(
+                                "program {}: bytes {from} to {} of its {:?} were acknowledged without a record of who has them",
+                                p.record.id, s.start, s.stream
+                            ));
+                        }
                         requests.push(ToGuest::Resume {
                             program: p.record.id,
                             stream: s.stream,
@@ -530,14 +541,12 @@ impl Programs {
                 o.pumped = o.received;
             }
             _ => {
-                let kept = o.spool.append(o.received, fresh);
-                o.received += kept;
-                if kept > 0 {
-                    requests.push(ToGuest::Ack {
-                        program,
-                        stream,
-                        offset: o.received,
-                    });
+                let had = o.received;
+                o.received += o.spool.append(o.received, fresh);
+                let acked = had.saturating_sub(KEPT_IN_RING).max(o.wrote);
+                let offset = o.received.saturating_sub(KEPT_IN_RING);
+                if offset > acked {
+                    requests.push(ToGuest::Ack { program, stream, offset });
                 }
             }
         }
@@ -586,13 +595,14 @@ impl Programs {
             let offset = offset.min(o.pumped);
             if offset > o.wrote {
                 o.wrote = offset;
-                if o.spool.is_empty() {
+                if o.spool.is_empty() || offset > o.received.saturating_sub(KEPT_IN_RING) {
                     requests.push(ToGuest::Ack {
                         program: p.record.id,
                         stream: OUTPUTS[i],
                         offset,
                     });
-                } else if o.wrote >= o.spool.end() {
+                }
+                if !o.spool.is_empty() && o.wrote >= o.spool.end() {
                     // Everything kept has arrived: from here on bytes pass straight through again.
                     o.spool.clear();
                     o.received = o.received.max(o.wrote);
@@ -659,14 +669,16 @@ impl Programs {
 
     /// Kept output of all programs, to travel with a move: program, stream index, offset, bytes.
     #[must_use]
-    pub fn spools(&self) -> Vec<Kept> {
+    pub fn spools(&mut self) -> Vec<Kept> {
         let mut kept = Vec::new();
         for p in &self.list {
             for (i, o) in p.outputs.iter().enumerate() {
                 match o.spool.take_all() {
                     Ok(Some((offset, bytes))) => kept.push((p.record.id, i, offset, bytes)),
                     Ok(None) => {}
-                    Err(e) => log::error!("{}: kept output of {} is lost: {e}", self.dir.display(), p.record.key),
+                    Err(e) => self
+                        .complaints
+                        .push(format!("program {}: what was kept of its output cannot be read: {e}", p.record.id)),
                 }
             }
         }
@@ -680,20 +692,50 @@ impl Programs {
         }
     }
 
-    /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets.
+    /// Takes in a piece of output that was kept at the source of a move; before [`Programs::adopt`] of its offsets. A piece may
+    /// come again, when the answer to it was lost.
     pub fn take_spool(&mut self, program: u32, stream: usize, offset: u64, bytes: &[u8]) {
-        let Some(o) = self
-            .list
-            .iter_mut()
-            .find(|p| p.record.id == program)
-            .and_then(|p| p.outputs.get_mut(stream))
-        else {
-            return;
+        let found = self.list.iter_mut().find(|p| p.record.id == program);
+        let Some(o) = found.and_then(|p| p.outputs.get_mut(stream)) else {
+            let line = format!(
+                "{} kept bytes of program {program}, which is not known here, are dropped",
+                bytes.len()
+            );
+            return self.complaints.push(line);
         };
-        if o.spool.end() != offset {
+        let mut fresh = bytes;
+        if o.spool.covers(offset) {
+            match o.spool.read(offset, bytes.len()) {
+                Ok(had) if bytes.starts_with(&had) => fresh = &bytes[had.len()..],
+                had => {
+                    let why = had.map_or_else(|e| e.to_string(), |_| "it is of another run".into());
+                    let line = format!("program {program}: what was kept of its output here is dropped: {why}");
+                    self.complaints.push(line);
+                    o.spool.clear();
+                }
+            }
+        } else if !o.spool.is_empty() {
+            self.complaints.push(format!(
+                "program {program}: what was kept of its output ends at byte {} and goes on at {offset}; the older part is dropped",
+                o.spool.end()
+            ));
             o.spool.clear();
         }
-        o.spool.append(offset, bytes);
+        let at = offset + (bytes.len() - fresh.len()) as u64;
+        if fresh.is_empty() {
+            return;
+        }
+        if let Err(e) = o.spool.take_over(at, fresh) {
+            self.complaints.push(format!(
+                "program {program}: {} kept bytes of its output found no room on the disk and are in memory: {e}",
+                fresh.len()
+            ));
+        }
+    }
+
+    /// Lines for the VM's journal.
+    pub fn take_complaints(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.complaints)
     }
 
     /// Sessions attached now.
@@ -870,10 +912,13 @@ fn start_spec(a: &Attach) -> guest::StartSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        limits::{Bounds, Budget},
+        vm::outbox::{Outbox, outbox},
+    };
 
-    fn resumed_from(wrote: u64, kept: &[u8], ring_start: u64) -> (Vec<ToGuest>, u64) {
-        let dir = tempfile::tempdir().unwrap();
-        let record = ProgramRecord {
+    fn record(wrote: u64) -> ProgramRecord {
+        ProgramRecord {
             id: 1,
             key: "batch.0".into(),
             merged: false,
@@ -882,11 +927,184 @@ mod tests {
             stderr: None,
             wrote: [wrote, 0],
             ended: None,
+        }
+    }
+
+    /// A shim of the job's batch script comes; `resume`: it has written so much.
+    fn shim(programs: &mut Programs, session: u64, resume: Option<u64>) -> Outbox {
+        let (to, from) = outbox(Budget::new(Bounds::default()).bytes(7, 0).unwrap(), || {});
+        let sink = Sink {
+            regular: true,
+            dev: 1,
+            ino: 1,
+            base: 0,
+            end: None,
         };
+        let open = Open {
+            version: session::VERSION,
+            job: 1,
+            step: session::BATCH_STEP,
+            task: 0,
+            restart: 0,
+            kind: session::StepKind::Batch,
+            spec: slurm_vm_api::spec::VmSpec::for_image("tiny").unwrap(),
+            cwd: "/".into(),
+            umask: 0,
+            groups: vec![],
+            user: session::UserEntry::default(),
+            rlimits: vec![],
+            terminal: None,
+            merge_stderr: false,
+            stdout: sink.clone(),
+            stderr: sink,
+            resume: resume.map(|at| (Stream::Stdout, at)).into_iter().collect(),
+        };
+        let (environment, arguments, script) = (vec![], vec![], None);
+        programs.attach(Attach {
+            session,
+            open,
+            environment,
+            arguments,
+            script,
+            held: None,
+            to,
+        });
+        from
+    }
+
+    /// What a shim was sent of stdout, in order and without holes from `at` on.
+    fn sent(from: &Outbox, mut at: u64) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(frame) = from.next_at_once() {
+            if let Frame::Data {
+                stream: Stream::Stdout,
+                offset,
+                bytes,
+            } = frame
+            {
+                assert_eq!(offset, at);
+                at += bytes.len() as u64;
+                all.extend(bytes);
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn kept_output_that_is_over_the_limit_or_finds_no_room_on_the_disk_is_not_dropped() {
+        for (dir_is_there, limit) in [(true, 4), (false, 1 << 20), (true, 0)] {
+            let dir = tempfile::tempdir().unwrap();
+            let spools = if dir_is_there { dir.path().into() } else { dir.path().join("none") };
+            let mut programs = Programs::new(&[record(100)], spools, limit, true);
+            programs.take_spool(1, 0, 100, b"0123456789");
+            programs.take_spool(1, 0, 110, b"abc");
+            programs.adopt(&record(100));
+            assert_eq!(programs.take_complaints().is_empty(), dir_is_there);
+            assert_eq!(
+                programs.spools(),
+                [(1, 0, 100, b"0123456789abc".to_vec())],
+                "to go on with the next move"
+            );
+            let from = shim(&mut programs, 1, None);
+            assert_eq!(sent(&from, 100), b"0123456789abc", "{dir_is_there} {limit}");
+            // Nothing more goes there: it stays in the guest.
+            assert_eq!(programs.data(1, guest::Stream::Stdout, 113, b"new").len(), 0);
+            let requests = programs.wrote(1, Stream::Stdout, 113);
+            assert!(requests.contains(&resume(113)) || requests.contains(&resume(116)), "{requests:?}");
+        }
+    }
+
+    #[test]
+    fn a_kept_piece_that_comes_twice_is_neither_doubled_nor_takes_the_place_of_what_came_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        for (offset, piece) in [(100, b"0123"), (104, b"4567"), (104, b"4567"), (100, b"0123"), (106, b"6789")] {
+            programs.take_spool(1, 0, offset, piece);
+        }
+        assert_eq!(programs.spools(), [(1, 0, 100, b"0123456789".to_vec())]);
+        assert!(programs.take_complaints().is_empty());
+        // Of another run: nothing of it is ours.
+        programs.take_spool(1, 0, 104, b"another");
+        assert_eq!(programs.spools(), [(1, 0, 104, b"another".to_vec())]);
+        assert_eq!(programs.take_complaints().len(), 1);
+    }
+
+    #[test]
+    fn what_is_kept_stays_in_the_guests_ring_while_there_is_room_so_that_a_failed_hand_over_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        let mut acked = 100;
+        let (mut at, piece) = (100, vec![b'x'; 32 << 10]);
+        for _ in 0..20 {
+            for request in programs.data(1, guest::Stream::Stdout, at, &piece) {
+                match request {
+                    ToGuest::Ack { offset, .. } => {
+                        assert!(offset > acked, "{offset} after {acked}");
+                        acked = offset;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            at += piece.len() as u64;
+            let stays = at - acked;
+            assert!(stays <= KEPT_IN_RING && (stays == KEPT_IN_RING || acked == 100), "{stays}");
+        }
+        // The next node was never told: its guest still has it.
+        let mut next = Programs::new(&[record(acked)], dir.path().join("none"), 1 << 20, true);
+        assert!(next.guest_up(&[report(acked)]).contains(&resume(acked)));
+        assert!(next.take_complaints().is_empty());
+        let mut next = Programs::new(&[record(100)], dir.path().join("none"), 1 << 20, true);
+        assert!(next.guest_up(&[report(acked)]).contains(&resume(acked)));
+        assert_eq!(next.take_complaints().len(), 1, "what is gone is said");
+    }
+
+    #[test]
+    fn the_end_of_a_file_at_a_hand_over_is_passed_on_and_forgotten_as_soon_as_the_shim_gets_more() {
+        let sealed = |p: &Programs| p.records()[0].stdout.as_ref().and_then(|s| s.end);
+        let hand_over = |p: &mut Programs, session| {
+            let sink = Sink {
+                regular: true,
+                dev: 1,
+                ino: 1,
+                base: 0,
+                end: Some(104),
+            };
+            p.sealed(session, &[(Stream::Stdout, sink)]);
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        programs.guest_up(&[report(100)]);
+        let _from = shim(&mut programs, 1, None);
+        programs.data(1, guest::Stream::Stdout, 100, b"1234");
+        programs.wrote(1, Stream::Stdout, 104);
+        hand_over(&mut programs, 1);
+        assert_eq!(sealed(&programs), Some(104));
+        // Taken back.
+        programs.data(1, guest::Stream::Stdout, 104, b"5678");
+        assert_eq!(sealed(&programs), None);
+        hand_over(&mut programs, 1);
+        let _from = shim(&mut programs, 2, Some(104));
+        assert_eq!(sealed(&programs), None, "a shim that came back may have written in between");
+        hand_over(&mut programs, 2);
+        let from = shim(&mut programs, 3, None);
+        let told = std::iter::from_fn(|| from.next_at_once()).find_map(|f| match f {
+            Frame::Control(ToShim::Started { from, .. }) => from[0].sink.clone(),
+            _ => None,
+        });
+        assert_eq!(told.and_then(|s| s.end), Some(104), "the next shim learns of it");
+    }
+
+    fn resumed_from(wrote: u64, kept: &[u8], ring_start: u64) -> (Vec<ToGuest>, u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let record = record(wrote);
         let mut programs = Programs::new(std::slice::from_ref(&record), dir.path().into(), 1 << 20, true);
         programs.take_spool(1, 0, wrote, kept);
         programs.adopt(&record);
-        let report = guest::ProgramReport {
+        (programs.guest_up(&[report(ring_start)]), programs.records()[0].wrote[0])
+    }
+
+    fn report(ring_start: u64) -> guest::ProgramReport {
+        guest::ProgramReport {
             program: 1,
             state: guest::ProgramState::Running,
             report: guest::StartReport::default(),
@@ -898,8 +1116,7 @@ mod tests {
                 eof: false,
                 ring_bytes: 4096,
             }],
-        };
-        (programs.guest_up(&[report]), programs.records()[0].wrote[0])
+        }
     }
 
     fn resume(from: u64) -> ToGuest {

@@ -1,5 +1,6 @@
 //! Output kept on disk while no shim is attached: one file per stream, bounded, named after the offset it begins at so
-//! that a restarted agent finds it again.
+//! that a restarted agent finds it again. What came with a move or a save is in no guest any more: it is kept in memory where
+//! the disk does not take it.
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -17,6 +18,8 @@ pub struct Spool {
     begin: u64,
     end: u64,
     limit: u64,
+    /// Bytes before `end` that the disk did not take.
+    memory: Vec<u8>,
 }
 
 impl Spool {
@@ -32,6 +35,7 @@ impl Spool {
             begin: 0,
             end: 0,
             limit,
+            memory: Vec::new(),
         };
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -52,7 +56,7 @@ impl Spool {
     /// Nothing is kept.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.file.is_none()
+        self.file.is_none() && self.memory.is_empty()
     }
 
     /// Offset behind the last byte kept; 0 when nothing is.
@@ -64,39 +68,52 @@ impl Spool {
     /// The byte at this offset is kept, or is the next one to come.
     #[must_use]
     pub fn covers(&self, offset: u64) -> bool {
-        self.file.is_some() && (self.begin..=self.end).contains(&offset)
+        !self.is_empty() && (self.begin..=self.end).contains(&offset)
     }
 
     /// Keeps bytes that stand at `offset`; returns how many, fewer when the limit is reached or the disk is full.
     pub fn append(&mut self, offset: u64, bytes: &[u8]) -> u64 {
+        if !self.memory.is_empty() {
+            return 0;
+        }
+        let begin = if self.is_empty() { offset } else { self.begin };
+        let room = usize::try_from(self.limit.saturating_sub(self.end.max(begin) - begin)).unwrap_or(usize::MAX);
+        self.write(offset, &bytes[..bytes.len().min(room)]).unwrap_or(0)
+    }
+
+    /// Takes over bytes that are nowhere else: also beyond the limit, which they kept to where they come from.
+    ///
+    /// # Errors
+    /// The disk did not take them; they are in memory.
+    pub fn take_over(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let written = if self.memory.is_empty() { self.write(offset, bytes) } else { Ok(0) };
+        if matches!(written, Ok(n) if n == bytes.len() as u64) {
+            return Ok(());
+        }
+        if self.is_empty() {
+            self.begin = offset;
+            self.end = offset;
+        }
+        self.memory.extend(bytes);
+        self.end += bytes.len() as u64;
+        written.map(|_| ())
+    }
+
+    /// All or nothing.
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<u64> {
         if self.file.is_none() {
             let path = self.dir.join(format!("{}{offset}", self.stem));
-            match OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path) {
-                Ok(file) => {
-                    self.file = Some(file);
-                    self.path = path;
-                    self.begin = offset;
-                    self.end = offset;
-                }
-                Err(e) => {
-                    log::warn!("cannot keep output in {}: {e}", path.display());
-                    return 0;
-                }
-            }
+            let open = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+            self.file = Some(open.inspect_err(|e| log::warn!("cannot keep output in {}: {e}", path.display()))?);
+            self.path = path;
+            self.begin = offset;
+            self.end = offset;
         }
-        let Some(file) = &self.file else { return 0 };
-        let room = usize::try_from(self.limit.saturating_sub(self.end - self.begin)).unwrap_or(usize::MAX);
-        let kept = &bytes[..bytes.len().min(room)];
-        match file.write_all_at(kept, self.end - self.begin) {
-            Ok(()) => {
-                self.end += kept.len() as u64;
-                kept.len() as u64
-            }
-            Err(e) => {
-                log::warn!("cannot keep output in {}: {e}", self.path.display());
-                0
-            }
-        }
+        let Some(file) = &self.file else { return Ok(0) };
+        file.write_all_at(bytes, self.end - self.begin)
+            .inspect_err(|e| log::warn!("cannot keep output in {}: {e}", self.path.display()))?;
+        self.end += bytes.len() as u64;
+        Ok(bytes.len() as u64)
     }
 
     /// At most `most` kept bytes from `offset` on.
@@ -104,10 +121,18 @@ impl Spool {
     /// # Errors
     /// Those of the file system.
     pub fn read(&self, offset: u64, most: usize) -> io::Result<Vec<u8>> {
-        let Some(file) = &self.file else { return Ok(Vec::new()) };
         let n = usize::try_from(self.end.saturating_sub(offset)).unwrap_or(usize::MAX).min(most);
         let mut bytes = vec![0; n];
-        file.read_exact_at(&mut bytes, offset - self.begin)?;
+        let from_disk = (self.end - self.memory.len() as u64).saturating_sub(offset);
+        let (disk, memory) = bytes.split_at_mut(usize::try_from(from_disk).unwrap_or(usize::MAX).min(n));
+        if let Some(file) = self.file.as_ref().filter(|_| !disk.is_empty()) {
+            file.read_exact_at(disk, offset - self.begin)?;
+        }
+        let at = self.memory.len()
+            - usize::try_from(self.end - offset.min(self.end))
+                .unwrap_or(usize::MAX)
+                .min(self.memory.len());
+        memory.copy_from_slice(&self.memory[at..at + memory.len()]);
         Ok(bytes)
     }
 
@@ -129,6 +154,7 @@ impl Spool {
         {
             log::warn!("cannot remove {}: {e}", self.path.display());
         }
+        self.memory.clear();
         self.begin = 0;
         self.end = 0;
     }
@@ -150,5 +176,26 @@ mod tests {
         assert_eq!(s.read(104, 4).unwrap(), b"efgh");
         s.clear();
         assert!(Spool::open(dir.path(), 3, 0, 10).is_empty());
+    }
+
+    #[test]
+    fn what_the_disk_does_not_take_is_read_behind_what_it_took() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut s = Spool::open(dir.path(), 3, 0, 10);
+        s.take_over(100, b"abcdef").unwrap();
+        // It takes nothing any more.
+        s.file = Some(File::open(&s.path).unwrap());
+        assert!(s.take_over(106, b"ghi").is_err());
+        s.take_over(109, b"jkl").unwrap();
+        assert_eq!((s.end(), s.covers(112), s.append(112, b"m")), (112, true, 0));
+        assert_eq!(s.take_all().unwrap(), Some((100, b"abcdefghijkl".to_vec())));
+        for from in 100..=112 {
+            for most in 0..14 {
+                let all = &b"abcdefghijkl"[usize::try_from(from - 100).unwrap()..];
+                assert_eq!(s.read(from, most).unwrap(), all[..most.min(all.len())], "{from} {most}");
+            }
+        }
+        s.clear();
+        assert!(s.is_empty() && s.take_all().unwrap().is_none());
     }
 }

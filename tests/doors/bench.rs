@@ -292,6 +292,7 @@ pub fn open(job: u32, uid: u32) -> Open {
         dev: 0,
         ino: 0,
         base: 0,
+        end: None,
     };
     Open {
         version: VERSION,

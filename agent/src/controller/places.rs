@@ -533,6 +533,11 @@ impl Controller {
         Ok(())
     }
 
+    /// Slurm would not remove a reservation for long: it is left to the sweep.
+    pub(super) fn forget_place(&self, job: u32) {
+        locked(&self.places.holds).remove(&job);
+    }
+
     /// A reservation that a job uses or asks for cannot be deleted.
     fn out_of_reservation(&self, job: u32, name: &str) {
         if let Ok(Some(info)) = self.world.slurm.job(job)
@@ -560,13 +565,7 @@ impl Controller {
             }
         };
         for name in left {
-            let is_used = || {
-                let cluster = self.cluster();
-                cluster
-                    .moves
-                    .values()
-                    .any(|m| m.held.as_deref().is_some_and(|n| reservation_of(n) == name))
-            };
+            let is_used = || locked(&self.places.holds).values().any(|h| reservation_of(&h.node) == name);
             let jobs: Vec<u32> = {
                 let cluster = self.cluster();
                 let in_it = cluster.jobs.iter().filter(|j| j.reservation.as_deref() == Some(name.as_str()));

@@ -479,8 +479,10 @@ impl Driver {
                     log::debug!("job {job}: {e}");
                     return Tried::Again;
                 }
-                // The sweep finds it.
-                Err(e) => log::warn!("job {job}: {e}"),
+                Err(e) => {
+                    log::warn!("job {job}: {e}");
+                    c.forget_place(job);
+                }
                 Ok(()) => {}
             }
             let _ = c.relocations.inbox.send(Inbox::PlaceLeft { job });

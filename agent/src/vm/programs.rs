@@ -228,6 +228,15 @@ impl Programs {
         if let Some(mine) = self.list.iter_mut().find(|p| p.record.id == r.id) {
             for i in 0..2 {
                 let o = &mut mine.outputs[i];
+                // A shim here that got more may have written it.
+                if o.wrote.max(o.pumped) <= r.wrote[i] {
+                    let (here, there) = if i == 0 {
+                        (&mut mine.record.stdout, &r.stdout)
+                    } else {
+                        (&mut mine.record.stderr, &r.stderr)
+                    };
+                    here.clone_from(there);
+                }
                 o.wrote = o.wrote.max(r.wrote[i]);
                 o.pumped = o.wrote;
                 o.received = o.received.max(o.wrote).max(o.spool.end());
@@ -1092,6 +1101,30 @@ mod tests {
             _ => None,
         });
         assert_eq!(told.and_then(|s| s.end), Some(104), "the next shim learns of it");
+    }
+
+    #[test]
+    fn the_node_that_takes_over_learns_the_end_of_the_file_unless_its_own_shim_has_bytes_already() {
+        let mut handed = record(104);
+        handed.stdout = Some(Sink {
+            regular: true,
+            dev: 1,
+            ino: 1,
+            base: 0,
+            end: Some(104),
+        });
+        for (late, end) in [(false, Some(104)), (true, None)] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+            let _from = late.then(|| shim(&mut programs, 1, None));
+            if late {
+                programs.guest_up(&[report(100)]);
+                programs.data(1, guest::Stream::Stdout, 100, b"12345678");
+            }
+            programs.adopt(&handed);
+            let told = programs.records()[0].stdout.as_ref().and_then(|s| s.end);
+            assert_eq!(told, end, "{late}");
+        }
     }
 
     fn resumed_from(wrote: u64, kept: &[u8], ring_start: u64) -> (Vec<ToGuest>, u64) {

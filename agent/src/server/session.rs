@@ -129,7 +129,7 @@ fn opening(reader: &mut impl io::Read, budget: &Arc<Budget>, uid: u32) -> io::Re
     let (mut environment, mut arguments, mut script) = (Vec::new(), Vec::new(), None);
     loop {
         let may = |kind, size| match kind {
-            Kind::Control if size <= OPENING_BYTES => Ok(()),
+            Kind::Control if size <= OPENING_BYTES => held.grow(size * COPIES).map_err(full),
             Kind::Blob => held.grow(size * COPIES).map_err(full),
             Kind::Control | Kind::Data => Err(too_large(kind, size)),
         };
@@ -226,5 +226,29 @@ fn until_its_end(reader: &mut impl io::Read, to: &ToSession) -> io::Result<()> {
             Some(_) => {}
             None => return Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Bounds;
+
+    #[test]
+    fn what_opens_a_session_is_charged_to_its_user_before_it_is_read() {
+        let budget = Budget::new(Bounds {
+            bytes_per_user: 1 << 20,
+            ..Bounds::default()
+        });
+        // An opening of almost a MiB, of which not a byte may be taken in.
+        let size = u32::try_from(OPENING_BYTES).unwrap();
+        let mut frame = Vec::new();
+        write_frame(&mut frame, &Frame::Control(ToAgent::WhyTerm)).unwrap();
+        let kind = frame[4];
+        let mut head = size.to_le_bytes().to_vec();
+        head.push(kind);
+        let refused = opening(&mut &head[..], &budget, 2001).map(|o| o.is_some()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::OutOfMemory, "{refused}");
+        assert_eq!(budget.bytes_of(2001), 0);
     }
 }

@@ -545,7 +545,8 @@ impl Node {
         if info.brief.uid != uid && uid != 0 {
             return Err(Refused::request(format!("job {job} is not yours")));
         }
-        if !info.brief.nodes.contains(&self.name) {
+        // A job that is over keeps its node list for a while, and no epilog would end what is made for it now.
+        if !info.brief.state.is_on_nodes() || !info.brief.nodes.contains(&self.name) {
             return Err(Refused::node(format!("job {job} does not run on {}", self.name)));
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");

@@ -294,3 +294,21 @@ fn saves_and_ends_that_another_user_could_have_forged_are_not_believed() {
     );
     assert_eq!(t.prolog(job, ALICE, ALICE).run, Some(1));
 }
+
+#[test]
+fn a_job_that_is_over_gets_no_vm_by_a_forged_session() {
+    let t = Bench::new();
+    let job = t.job(ALICE);
+    t.slurm.exited(job, 0);
+    t.slurm.epilog_done(job, "n1");
+    // Slurm shows for a while what it had where.
+    let info = t.node.world.slurm.job(job).unwrap().expect("the job");
+    assert!(info.brief.state.is_finished() && info.allocs.len() == 1, "{info:?}");
+    let session = t.session(ALICE, open(job, ALICE), "id");
+    let (frames, closed) = session.rest(Duration::from_secs(10));
+    assert!(
+        matches!(&frames[..], [Frame::Control(ToShim::Failed { why, .. })] if why.contains("does not run")),
+        "{frames:?}"
+    );
+    assert!(closed && t.node.record(job).is_none());
+}

@@ -127,6 +127,10 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failu
         .job(job)
         .map_err(|e: SlurmError| Failure::Node(format!("cannot ask Slurm for the allocation of job {job}: {e}")))?
         .ok_or_else(|| Failure::Node(format!("Slurm knows no job {job}")))?;
+    // Asked after the VM is on record: an epilog that came before this has found nothing to end.
+    if !info.brief.state.is_on_nodes() {
+        return Err(Failure::Node(format!("job {job} runs no more")));
+    }
     let here = info
         .allocs
         .iter()

@@ -675,7 +675,8 @@ impl Model {
             num_cpus: job.spec.nodes * job.spec.cpus_per_node,
             exclude_nodes: job.exclude.clone(),
             nice: None,
-            allocs: if job.state == JobState::Running {
+            // As `scontrol -d show job` has it: also of a job that is over, until slurmctld forgets it.
+            allocs: if job.state == JobState::Running || job.state.is_finished() {
                 job.allocs.clone()
             } else {
                 Vec::new()

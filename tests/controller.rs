@@ -13,7 +13,7 @@ use slurm_vm::{
     controller::Controller,
     effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::fake,
-    slurm::{FakeEvent, FakeJob, FakeOp, FakeSlurm, JobInfo, JobState, QosInfo, Slurm},
+    slurm::{FakeEvent, FakeJob, FakeOp, FakeSlurm, Fault, JobInfo, JobState, QosInfo, Slurm, SlurmError},
 };
 use slurm_vm_api::{
     query::{NodeHealth, Totals, VmView},
@@ -420,4 +420,46 @@ fn a_copy_that_is_under_way_when_the_controller_starts_is_waited_for() {
     assert_eq!(stage.agents.moved.lock().unwrap().len(), 0, "no second move");
     let others = stage.agents.others.lock().unwrap().clone();
     assert!(others.iter().all(|o| !o.contains("Save") && !o.contains("Cancel")), "{others:?}");
+}
+
+#[test]
+fn a_preemption_is_acted_on_though_slurm_did_not_answer_one_question_about_its_job() {
+    let mut stage = Stage::with_moves(2);
+    let state = tempfile::tempdir().unwrap();
+    let on_n1 = |job| FakeJob {
+        req_nodes: vec!["n1".into()],
+        ..job
+    };
+    let low = stage.slurm.submit(on_n1(FakeJob {
+        cpus_per_node: 4,
+        ..FakeJob::default()
+    }));
+    stage.play("the job to run", |s| s.job(low).brief.state == JobState::Running);
+    stage.agents.silent.lock().unwrap().insert("n1".into());
+    stage.controller(state.path());
+    let high = stage.slurm.submit(on_n1(FakeJob {
+        partition: "high".into(),
+        cpus_per_node: 4,
+        features: None,
+        ..FakeJob::default()
+    }));
+    stage.play("the job's node to be asked for its ways", |s| {
+        !s.agents.asked.lock().unwrap().is_empty()
+    });
+    stage.slurm.inject(Fault {
+        op: FakeOp::Job,
+        error: SlurmError::Unreachable {
+            message: "Socket timed out on send/recv operation".into(),
+        },
+        carried_out: false,
+        times: 1,
+    });
+    let questions = stage.slurm.calls(FakeOp::Job);
+    stage.agents.silent.lock().unwrap().clear();
+    stage.agents.spoken.notify_all();
+    stage.play("the question", |s| s.slurm.calls(FakeOp::Job) > questions);
+    stage.play("the job on n2 and the other on n1", |s| {
+        s.job(low).brief.nodes == ["n2"] && s.job(high).brief.nodes == ["n1"]
+    });
+    assert_eq!(*stage.agents.moved.lock().unwrap(), [(low, "n2".to_owned())]);
 }

@@ -21,6 +21,14 @@ use crate::{
 /// After a failed move off a node that is drained, a job is left alone for so long, unless it is preempted.
 const LEAVE_ALONE: Duration = Duration::from_secs(60);
 
+/// Whether a move may begin; that it must not is the error.
+enum Admitted {
+    /// It may; what Slurm says of the job.
+    Yes(Box<JobInfo>),
+    /// Slurm did not answer: to be asked again with the next poll.
+    NotKnown(String),
+}
+
 impl Controller {
     /// Starts the moves that the last poll calls for.
     pub(super) fn start_moves(self: &Arc<Self>) {
@@ -186,7 +194,13 @@ impl Controller {
             "drain" => ways.retain(|w| matches!(w, PreemptWay::Live | PreemptWay::Save)),
             _ => {}
         }
-        let info = self.admit(j, &from, cause)?;
+        let info = match self.admit(j, &from, cause)? {
+            Admitted::Yes(info) => *info,
+            Admitted::NotKnown(why) => {
+                self.cluster().handled.remove(&j.id);
+                return Err(why);
+            }
+        };
         let m = JobMove {
             v: MOVE_VERSION,
             job: j.id,
@@ -222,16 +236,20 @@ impl Controller {
         if self.start(m, false) {
             Ok(())
         } else {
+            // A move by hand was quicker. It gives way, and then the preemption is to be acted on all the same.
+            self.cluster().handled.remove(&j.id);
             Err(format!("job {} is moving already", j.id))
         }
     }
 
     /// Nothing is begun whose last step Slurm would refuse. What keeps a job where it is, is said once for each of its runs.
-    fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<JobInfo, String> {
-        let info = self.world.slurm.job(j.id).map_err(|e| e.to_string())?;
-        let info = info.ok_or_else(|| format!("Slurm knows no job {}", j.id))?;
+    fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<Admitted, String> {
+        let info = match self.world.slurm.job(j.id) {
+            Ok(info) => info.ok_or_else(|| format!("Slurm knows no job {}", j.id))?,
+            Err(e) => return Ok(Admitted::NotKnown(format!("Slurm does not say: {e}"))),
+        };
         let Admission::Never(why) = admission::of(&info.brief, self.notes().of(j.id).last_try) else {
-            return Ok(info);
+            return Ok(Admitted::Yes(Box::new(info)));
         };
         let told = self.cluster().stays.insert(j.id, j.restarts) == Some(j.restarts);
         if !told && cause != "asked" {

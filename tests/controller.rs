@@ -16,11 +16,21 @@ use slurm_vm::{
     slurm::{FakeEvent, FakeJob, FakeOp, FakeSlurm, Fault, JobInfo, JobState, QosInfo, Slurm, SlurmError},
 };
 use slurm_vm_api::{
-    query::{NodeHealth, Totals, VmView},
+    query::{Ask, NodeHealth, Totals, VmView},
     spec::PreemptWay,
 };
 
 const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The ledger of a drain's move from n1 to n2 that was copying.
+fn write_ledger(state: &Path, job: u32) {
+    std::fs::create_dir_all(state.join("moves")).unwrap();
+    let ledger = format!(
+        r#"{{"v":1,"job":{job},"user":"alice","cause":"drain","step":"planned","from":"n1","to":"n2","to_asked":false,"held":"n2",
+        "partition":"low","ways":["live","save","requeue"],"deadline_ms":null,"limit_min":null,"left_min":null,"restarts":0,"notes":[],"done":null,"moving":true}}"#
+    );
+    std::fs::write(state.join("moves").join(format!("{job}.json")), ledger).unwrap();
+}
 
 /// Agents that are well, with the VMs that the test gives them.
 #[derive(Debug, Default)]
@@ -33,6 +43,8 @@ struct Agents {
     /// Moves are played: job and destination, in the order in which they were asked for.
     moved: Mutex<Vec<(u32, String)>>,
     live: bool,
+    /// How long each copy takes.
+    copy_takes: Duration,
     /// What nodes say of a VM whose move's answer was lost, one word at a time; the last one again and again.
     states: Mutex<Vec<&'static str>>,
     /// All else that was asked for.
@@ -62,6 +74,7 @@ impl Peers for Agents {
             }
             PeerRequest::MoveOut { job, to, .. } if self.live => {
                 self.moved.lock().unwrap().push((*job, to.clone()));
+                thread::sleep(self.copy_takes);
                 Ok(PeerReply::Moved(Box::default()))
             }
             PeerRequest::Show { job } => {
@@ -144,7 +157,7 @@ impl Stage {
     }
 
     /// A controller with its state there. It polls until the process ends.
-    fn controller(&self, state: &Path) {
+    fn controller(&self, state: &Path) -> Arc<Controller> {
         let mut config = Config::parse("", Path::new("slurm-vm.toml")).unwrap();
         config.state_dir = state.into();
         config.controller.poll_ms = 20;
@@ -158,7 +171,9 @@ impl Stage {
             faults: Faults::default(),
         };
         let controller = Controller::new(Arc::new(config), world, self.agents.clone());
-        thread::spawn(move || controller.run());
+        let running = controller.clone();
+        thread::spawn(move || running.run());
+        controller
     }
 
     fn tick(&mut self) {
@@ -409,12 +424,7 @@ fn a_copy_that_is_under_way_when_the_controller_starts_is_waited_for() {
         ..FakeJob::default()
     });
     stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
-    std::fs::create_dir_all(state.path().join("moves")).unwrap();
-    let ledger = format!(
-        r#"{{"v":1,"job":{job},"user":"alice","cause":"drain","step":"planned","from":"n1","to":"n2","to_asked":false,"held":"n2",
-        "ways":["live","save","requeue"],"deadline_ms":null,"limit_min":null,"left_min":null,"restarts":0,"notes":[],"done":null,"moving":true}}"#
-    );
-    std::fs::write(state.path().join("moves").join(format!("{job}.json")), ledger).unwrap();
+    write_ledger(state.path(), job);
     stage.controller(state.path());
     stage.play("the job on n2", |s| s.job(job).brief.nodes == ["n2"]);
     assert_eq!(stage.agents.moved.lock().unwrap().len(), 0, "no second move");
@@ -462,4 +472,96 @@ fn a_preemption_is_acted_on_though_slurm_did_not_answer_one_question_about_its_j
         s.job(low).brief.nodes == ["n2"] && s.job(high).brief.nodes == ["n1"]
     });
     assert_eq!(*stage.agents.moved.lock().unwrap(), [(low, "n2".to_owned())]);
+}
+
+/// Slurm refuses something so often.
+fn refuse(stage: &Stage, op: FakeOp, times: u32) {
+    stage.slurm.inject(Fault {
+        op,
+        error: SlurmError::Refused {
+            message: "Requested reservation is in use".into(),
+        },
+        carried_out: false,
+        times,
+    });
+}
+
+#[test]
+fn giving_back_a_place_late_does_not_take_away_the_next_one_of_the_same_job() {
+    let mut stage = Stage::with_moves(2);
+    stage.agents = Arc::new(Agents {
+        live: true,
+        copy_takes: Duration::from_secs(2),
+        states: Mutex::new(vec!["running"]),
+        ..Agents::default()
+    });
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob {
+        req_nodes: vec!["n1".into()],
+        ..FakeJob::default()
+    });
+    stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
+    write_ledger(state.path(), job);
+    // The place of the controller's earlier life cannot be given back at once.
+    refuse(&stage, FakeOp::DeleteReservation, 4);
+    stage.controller(state.path());
+    stage.play("the copy to begin", |s| !s.agents.moved.lock().unwrap().is_empty());
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(1500) {
+        thread::sleep(Duration::from_millis(20));
+        assert!(stage.slurm.reservation("vmmig_n2").unwrap().is_some(), "a VM is being copied there");
+    }
+    stage.play("the job on n2", |s| s.job(job).brief.nodes == ["n2"]);
+    stage.play("the reservation to be gone", |s| s.slurm.reservation("vmmig_n2").unwrap().is_none());
+    let others = stage.agents.others.lock().unwrap().clone();
+    assert!(others.iter().all(|o| !o.contains("Save") && !o.contains("Release")), "{others:?}");
+}
+
+#[test]
+fn a_place_that_comes_to_a_later_move_of_the_job_which_wants_none_is_given_back() {
+    let mut stage = Stage::new(2);
+    let state = tempfile::tempdir().unwrap();
+    let on_n1 = |job| FakeJob {
+        req_nodes: vec!["n1".into()],
+        cpus_per_node: 4,
+        ..job
+    };
+    let low = stage.slurm.submit(on_n1(FakeJob::default()));
+    stage.play("the job to run", |s| s.job(low).brief.state == JobState::Running);
+    let view = VmView {
+        job: low,
+        node: "n1".into(),
+        state: "running".into(),
+        ..VmView::default()
+    };
+    stage.agents.vms.lock().unwrap().insert("n1".into(), vec![view]);
+    let controller = stage.controller(state.path());
+    let polls = stage.slurm.calls(FakeOp::Poll);
+    stage.play("some polls", |s| s.slurm.calls(FakeOp::Poll) > polls + 10);
+    // Where there is room cannot be told for a while.
+    refuse(&stage, FakeOp::Reservations, 1_000_000);
+    let (asker, ask) = (controller.clone(), Ask::Migrate { job: low, to: None });
+    thread::spawn(move || asker.answer(&ask, 0, true, &mut |_| Ok(())).is_ok());
+    stage.play("the move by hand", |s| {
+        !s.agents.asked.lock().unwrap().is_empty() && controller.cluster().moves.contains_key(&low)
+    });
+    // Preempted: that move gives way to one which only requeues, and Slurm does not do that at once.
+    stage.slurm.inject(Fault {
+        op: FakeOp::Requeue,
+        error: SlurmError::Unreachable { message: "away".into() },
+        carried_out: false,
+        times: 1_000_000,
+    });
+    stage.slurm.submit(on_n1(FakeJob {
+        partition: "high".into(),
+        features: None,
+        ..FakeJob::default()
+    }));
+    let second = || controller.cluster().moves.get(&low).is_some_and(|m| m.cause == "preemption");
+    stage.play("the move of the preemption", |s| second() && s.slurm.calls(FakeOp::Requeue) > 0);
+    stage.slurm.heal(FakeOp::Reservations);
+    let places = stage.slurm.calls(FakeOp::CreateReservation);
+    stage.play("a place", |s| s.slurm.calls(FakeOp::CreateReservation) > places);
+    stage.play("the place to be given back", |s| s.slurm.reservation("vmmig_n2").unwrap().is_none());
+    assert!(second(), "the move goes on");
 }

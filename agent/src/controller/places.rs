@@ -38,7 +38,7 @@ struct Asked {
 
 /// A move that is in a node's reservation.
 #[derive(Debug, Clone)]
-struct Hold {
+pub(super) struct Hold {
     node: String,
     user: String,
     needs: Resources,
@@ -279,7 +279,9 @@ impl Controller {
 
     /// A place that nobody has been told of yet.
     fn give_back(&self, job: u32) {
-        if let Err(e) = self.leave_place(job) {
+        if let Some(was) = self.let_go(job)
+            && let Err(e) = self.clear_place(job, &was)
+        {
             log::info!("job {job}: {e}");
         }
     }
@@ -511,31 +513,32 @@ impl Controller {
         self.reserve(node).map_err(|e| e.to_string())
     }
 
-    /// Takes a move out of its node's reservation, which goes with the last one.
+    /// From now on the move is in no node's reservation; what is left to be done in Slurm about the one that it was in is
+    /// [`Controller::clear_place`]'s.
+    pub(super) fn let_go(&self, job: u32) -> Option<Hold> {
+        locked(&self.places.holds).remove(&job)
+    }
+
+    /// Takes a job out of the reservation that its move was in, which goes with the last one. What the job has been given
+    /// since is not touched.
     ///
     /// # Errors
     /// While Slurm refuses or does not answer: to be tried again.
-    pub(super) fn leave_place(&self, job: u32) -> Result<(), String> {
-        let Some(hold) = locked(&self.places.holds).get(&job).cloned() else {
+    pub(super) fn clear_place(&self, job: u32, was: &Hold) -> Result<(), String> {
+        let has_it_again = |holds: &BTreeMap<u32, Hold>| holds.get(&job).is_some_and(|h| h.node == was.node);
+        if has_it_again(&locked(&self.places.holds)) {
             return Ok(());
-        };
-        let name = reservation_of(&hold.node);
+        }
+        let name = reservation_of(&was.node);
         self.out_of_reservation(job, &name);
         let _reserving = locked(&self.places.reserving);
-        locked(&self.places.holds).remove(&job);
-        if self.is_held(&hold.node) {
+        if self.is_held(&was.node) {
             return Ok(());
         }
-        if let Err(e) = self.world.slurm.delete_reservation(&name) {
-            locked(&self.places.holds).insert(job, hold);
-            return Err(format!("reservation {name} cannot be removed yet: {e}"));
+        match self.world.slurm.delete_reservation(&name) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("reservation {name} cannot be removed yet: {e}")),
         }
-        Ok(())
-    }
-
-    /// Slurm would not remove a reservation for long: it is left to the sweep.
-    pub(super) fn forget_place(&self, job: u32) {
-        locked(&self.places.holds).remove(&job);
     }
 
     /// A reservation that a job uses or asks for cannot be deleted.
@@ -565,7 +568,12 @@ impl Controller {
             }
         };
         for name in left {
-            let is_used = || locked(&self.places.holds).values().any(|h| reservation_of(&h.node) == name);
+            // A move that has just been given its place has not written it down yet.
+            let is_used = || {
+                let mut held = Vec::from_iter(locked(&self.places.holds).values().map(|h| h.node.clone()));
+                held.extend(self.cluster().moves.values().filter_map(|m| m.held.clone()));
+                held.iter().any(|node| reservation_of(node) == name)
+            };
             let jobs: Vec<u32> = {
                 let cluster = self.cluster();
                 let in_it = cluster.jobs.iter().filter(|j| j.reservation.as_deref() == Some(name.as_str()));
@@ -610,4 +618,75 @@ impl Controller {
 fn with_qos(want: Want, seen: &Seen) -> Want {
     let qos = seen.requests.get(&want.job).and_then(|r| r.qos.clone());
     Want { qos, ..want }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, path::PathBuf, sync::Arc};
+
+    use super::*;
+    use crate::{
+        cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
+        config::Config,
+        effects::{Faults, MemoryFiles, SystemClock, World, disks::QemuImg, store::DirStore},
+        hypervisor::fake,
+        slurm::{FakeSlurm, Slurm},
+    };
+
+    /// Nobody answers.
+    #[derive(Debug)]
+    struct NoPeers;
+
+    impl Peers for NoPeers {
+        fn request(&self, _: &str, _: &str, _: &PeerRequest, _: Duration) -> Result<PeerReply, String> {
+            Err("not played".into())
+        }
+
+        fn token(&self) -> Result<String, String> {
+            Err("not played".into())
+        }
+
+        fn open_relay(&self, _: &str, _: &str, _: &str, _: &str) -> Result<Box<dyn OpenEnd>, String> {
+            Err("not played".into())
+        }
+
+        fn admit(&self, _: &str, _: &str, _: &str, _: PathBuf) -> Result<Box<dyn OpenEnd>, String> {
+            Err("not played".into())
+        }
+    }
+
+    #[test]
+    fn a_place_that_was_just_given_is_not_swept_before_its_move_has_written_it_down() {
+        let state = tempfile::tempdir().unwrap();
+        let slurm = Arc::new(FakeSlurm::with_nodes(2));
+        let mut config = Config::parse("", Path::new("slurm-vm.toml")).unwrap();
+        config.state_dir = state.path().into();
+        let world = World {
+            clock: Arc::new(SystemClock),
+            store: Arc::new(DirStore::new(state.path()).unwrap()),
+            files: Arc::new(MemoryFiles::default()),
+            disks: Arc::new(QemuImg::default()),
+            hypervisor: Arc::new(fake::World::new().node("ctl")),
+            slurm: slurm.clone(),
+            faults: Faults::default(),
+        };
+        let c = Controller::new(Arc::new(config), world, Arc::new(NoPeers));
+        let want = Want {
+            job: 7,
+            user: "alice".into(),
+            from: "n1".into(),
+            partition: "low".into(),
+            qos: None,
+            constraint: None,
+            exclude: vec![],
+            needs: Resources { cpus: 1, mem_mib: 512 },
+            wanted: None,
+            deadline_ms: None,
+        };
+        c.take_place(&want, "n2").unwrap();
+        c.sweep_reservations();
+        assert!(slurm.reservation("vmmig_n2").unwrap().is_some(), "a VM is on its way there");
+        c.give_back(7);
+        assert!(slurm.reservation("vmmig_n2").unwrap().is_none(), "nobody is on the way there");
+    }
 }

@@ -230,11 +230,16 @@ impl Driver {
                 }
             }
             Inbox::Event { job, event } => {
-                if self.active.contains_key(&job) {
-                    self.event(job, event);
-                } else if let Event::Placed(Ok(_)) = event {
-                    // Its move has ended meanwhile.
-                    self.leave_place(job);
+                let given = if let Event::Placed(Ok(node)) = &event {
+                    Some(node.clone())
+                } else {
+                    None
+                };
+                self.event(job, event);
+                // Its move has ended meanwhile, or wants none any more.
+                let has = |a: &Active| a.end.is_none() && (a.r.record.held == given || !a.blocked.is_empty());
+                if given.is_some() && !self.active.get(&job).is_some_and(has) {
+                    self.leave_place(job, false);
                 }
             }
             Inbox::PlaceLeft { job } => {
@@ -389,7 +394,7 @@ impl Driver {
                 if let Some(active) = self.active.get_mut(&job) {
                     active.leaving = true;
                 }
-                self.leave_place(job);
+                self.leave_place(job, true);
             }
             Effect::KeepPlace => {
                 let c = self.c.clone();
@@ -448,6 +453,9 @@ impl Driver {
 
     fn end(&mut self, job: u32, outcome: Result<String, String>) {
         let Some(active) = self.active.remove(&job) else { return };
+        if active.later.iter().any(|e| matches!(e, Event::Placed(Ok(_)))) {
+            self.leave_place(job, false);
+        }
         if outcome.is_ok() && active.r.record.moved_ms.is_some() {
             let time = active.r.record.time_after();
             self.c.notes().change(job, |n| n.time = time);
@@ -469,23 +477,26 @@ impl Driver {
         }
     }
 
-    fn leave_place(&self, job: u32) {
+    /// The place is the move's no longer at once, so that a later one is not mistaken for it; Slurm hears of it in its turn.
+    /// `tell`: the move waits for that.
+    fn leave_place(&self, job: u32, tell: bool) {
         let c = self.c.clone();
+        let was = self.c.let_go(job);
         let mut tries = 0;
         self.c.orders.give(2, move || {
             tries += 1;
-            match c.leave_place(job) {
+            match was.as_ref().map_or(Ok(()), |was| c.clear_place(job, was)) {
                 Err(e) if tries < LEAVE_TRIES => {
                     log::debug!("job {job}: {e}");
                     return Tried::Again;
                 }
-                Err(e) => {
-                    log::warn!("job {job}: {e}");
-                    c.forget_place(job);
-                }
+                // The sweep finds it.
+                Err(e) => log::warn!("job {job}: {e}"),
                 Ok(()) => {}
             }
-            let _ = c.relocations.inbox.send(Inbox::PlaceLeft { job });
+            if tell {
+                let _ = c.relocations.inbox.send(Inbox::PlaceLeft { job });
+            }
             Tried::Done
         });
     }

@@ -230,6 +230,11 @@ impl FakeSlurm {
         self.model().faults.push(fault);
     }
 
+    /// Ends the failures of a kind of call.
+    pub fn heal(&self, op: FakeOp) {
+        self.model().faults.retain(|f| f.op != op);
+    }
+
     /// While true, every call says [`SlurmError::Unreachable`] and nothing is scheduled; running jobs run on.
     pub fn set_unreachable(&self, unreachable: bool) {
         self.model().unreachable = unreachable;

@@ -565,3 +565,23 @@ fn a_place_that_comes_to_a_later_move_of_the_job_which_wants_none_is_given_back(
     stage.play("the place to be given back", |s| s.slurm.reservation("vmmig_n2").unwrap().is_none());
     assert!(second(), "the move goes on");
 }
+
+#[test]
+fn a_job_that_was_put_back_by_hand_and_was_not_seen_waiting_has_its_whole_time_again() {
+    let mut stage = Stage::new(2);
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob {
+        time_limit_min: Some(60),
+        ..FakeJob::default()
+    });
+    stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
+    stage.slurm.requeue(job).unwrap();
+    stage.play("its next run", |s| {
+        s.job(job).brief.state == JobState::Running && s.job(job).brief.restarts == 1
+    });
+    // The run before was given what a move had left of a day.
+    let notes = format!(r#"{{"v":1,"jobs":{{"{job}":{{"time":{{"full_min":1440,"used_s":82800,"set_min":60,"restarts":0}}}}}}}}"#);
+    std::fs::write(state.path().join("jobs.json"), notes).unwrap();
+    stage.controller(state.path());
+    stage.wait(job, "its whole time", |i| i.brief.time_limit_min == Some(1440));
+}

@@ -457,7 +457,7 @@ impl Driver {
             self.leave_place(job, false);
         }
         if outcome.is_ok() && active.r.record.moved_ms.is_some() {
-            let time = active.r.record.time_after();
+            let time = active.r.time_after();
             self.c.notes().change(job, |n| n.time = time);
         }
         match &outcome {

@@ -124,15 +124,15 @@ impl Controller {
         }
     }
 
-    /// A job that waits for a run that no move has led to starts over, with its whole time.
+    /// A job in a run that no move has led to starts over, with its whole time, whether it was seen waiting for that run or not.
     fn put_limits_back(&self) {
         let all = self.notes().all();
         for (job, notes) in all {
             let Some(time) = notes.time else { continue };
             let starts_over = {
                 let cluster = self.cluster();
-                let waits = |j: &&JobBrief| j.id == job && j.state.is_waiting() && j.restarts > time.restarts;
-                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| waits(&j))
+                let later = |j: &&JobBrief| j.id == job && (j.state.is_waiting() || j.state.is_on_nodes()) && j.restarts > time.restarts;
+                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| later(&j))
             };
             if !starts_over {
                 continue;

@@ -301,6 +301,12 @@ impl Relocation {
         (Self::of(record, await_job_ms, sets_priority, true), vec![Effect::Persist])
     }
 
+    /// What is to be remembered of the job's time when the move has ended well.
+    #[must_use]
+    pub fn time_after(&self) -> Option<TimeAccount> {
+        self.record.time_after(self.seen.as_ref().map_or(0, |s| s.restarts))
+    }
+
     fn of(record: JobMove, await_job_ms: u64, sets_priority: bool, resumed: bool) -> Self {
         Self {
             record,

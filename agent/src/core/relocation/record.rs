@@ -133,14 +133,15 @@ pub struct JobMove {
 }
 
 impl JobMove {
-    /// What is to be remembered of the job's time when the move has ended well.
+    /// What is to be remembered of the job's time when the move has ended well. `restarts`: Slurm's count now, which may have
+    /// gone up by more than one on the way.
     #[must_use]
-    pub fn time_after(&self) -> Option<TimeAccount> {
+    pub fn time_after(&self, restarts: u32) -> Option<TimeAccount> {
         Some(TimeAccount {
             full_min: self.limit_min.filter(|_| !self.lost)?,
             used_s: self.used_s,
             set_min: self.left_min?,
-            restarts: self.restarts + 1,
+            restarts: restarts.max(self.restarts + 1),
         })
     }
 }

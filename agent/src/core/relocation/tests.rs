@@ -563,7 +563,7 @@ fn a_job_that_moves_once_a_minute_uses_up_its_time_all_the_same() {
         s.on(Event::Answered(Reply::Done(Box::default())));
         given.push(s.r.record.left_min.expect("what is left"));
         assert_eq!(s.r.record.limit_min, Some(60), "the whole limit is not forgotten");
-        time = s.r.record.time_after();
+        time = s.r.time_after();
     }
     assert_eq!(given, [60, 59, 58, 58, 57, 56]);
     // A run that no move led to begins anew.
@@ -602,4 +602,16 @@ fn a_job_in_a_reservation_of_its_users_is_saved_and_keeps_it() {
     };
     assert_eq!(s.poll(reserved), [Effect::Save { at: "n1".into() }]);
     assert!(s.r.record.notes[0].contains("reservation course"), "{:?}", s.r.record.notes);
+}
+
+#[test]
+fn a_jobs_time_goes_on_to_be_counted_though_slurm_put_it_back_twice() {
+    let mut s = Stage::to_released();
+    let twice = JobSeen {
+        restarts: 2,
+        ..runs_on("n2")
+    };
+    assert!(end(&s.poll(twice)).is_some());
+    let time = s.r.time_after().expect("what is used");
+    assert_eq!((time.full_min, time.set_min, time.restarts), (60, 58, 2));
 }

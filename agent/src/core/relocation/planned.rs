@@ -56,9 +56,14 @@ impl Relocation {
             // The answer comes when it is over; a deadline is the source's to keep.
             (Phase::Copying | Phase::Saving, Event::Poll(_)) => vec![],
             (Phase::Copying | Phase::Settling { .. }, Event::GiveUp(_)) => {
-                // The copy's end is awaited, and no other action begins.
-                self.record.ways.truncate(1);
-                vec![Effect::CancelMove]
+                // The copy's end is awaited, and no other action begins, nor this one again after a restart of the controller.
+                let mut effects = vec![];
+                if !self.record.ways.is_empty() {
+                    self.record.ways.clear();
+                    effects.push(Effect::Persist);
+                }
+                effects.push(Effect::CancelMove);
+                effects
             }
             (Phase::Look | Phase::Placing | Phase::Queued, Event::GiveUp(why)) => self.end(Err(format!("the move was given up: {why}"))),
 

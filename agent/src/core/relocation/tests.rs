@@ -605,6 +605,17 @@ fn a_job_in_a_reservation_of_its_users_is_saved_and_keeps_it() {
 }
 
 #[test]
+fn a_move_that_was_given_up_is_not_begun_again_by_the_next_controller() {
+    let mut s = Stage::to_copying(&[PreemptWay::Live]);
+    let effects = s.r.on_event(s.now, Event::GiveUp("it was cancelled".into()));
+    assert_eq!(effects, [Effect::Persist, Effect::CancelMove]);
+    let mut s = Stage::at(s.r.record.clone());
+    assert_eq!(s.poll(runs()), [Effect::AskSource]);
+    let effects = s.on(Event::Source(Word::Stays));
+    assert!(end(&effects).expect("its end").is_err(), "{effects:?}");
+}
+
+#[test]
 fn a_jobs_time_goes_on_to_be_counted_though_slurm_put_it_back_twice() {
     let mut s = Stage::to_released();
     let twice = JobSeen {

@@ -256,6 +256,7 @@ impl Cluster {
                 self.order_out(&from, job, Order::Cancel);
             }
             Effect::AskSource => self.for_controller(later(Later::AskSource { node: from })),
+            Effect::AskWaiting { node } => self.for_controller(later(Later::AskSource { node })),
             Effect::Part => self.for_controller(later(Later::Part { node: from })),
             Effect::Order(order) => self.for_controller(later(Later::Order(order))),
             Effect::ReleaseVm { node } => {

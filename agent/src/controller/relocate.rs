@@ -424,13 +424,8 @@ impl Driver {
                 }
                 drop(c);
             }),
-            Effect::AskSource => self.ask(from, PeerRequest::Show { job }, move |c, reply| {
-                let word = match reply {
-                    Ok(PeerReply::Vm(view)) => Word::of(view.map(|v| v.state).as_deref()),
-                    _ => Word::Silence,
-                };
-                c.relocations.tell(job, Event::Source(word));
-            }),
+            Effect::AskSource => self.ask_word(job, from),
+            Effect::AskWaiting { node } => self.ask_word(job, node),
             Effect::Part => self.ask(from, PeerRequest::Part { job }, move |c, reply| {
                 c.relocations.tell(job, Event::Parted(reply == Ok(PeerReply::Ok)));
             }),
@@ -509,6 +504,17 @@ impl Driver {
             then(c, reply);
         };
         let _ = self.c.relocations.asks.send(Box::new(ask));
+    }
+
+    /// Where a node has a job's VM.
+    fn ask_word(&self, job: u32, node: String) {
+        self.ask(node, PeerRequest::Show { job }, move |c, reply| {
+            let word = match reply {
+                Ok(PeerReply::Vm(view)) => Word::of(view.map(|v| v.state).as_deref()),
+                _ => Word::Silence,
+            };
+            c.relocations.tell(job, Event::Source(word));
+        });
     }
 
     /// A request that takes as long as a copy or a save does, on a thread of its own.

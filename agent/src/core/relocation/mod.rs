@@ -169,7 +169,7 @@ pub enum Event {
     Slot,
     /// The answer to [`Effect::MoveOut`] or [`Effect::Save`].
     Answered(Reply),
-    /// The answer to [`Effect::AskSource`].
+    /// The answer to [`Effect::AskSource`] or [`Effect::AskWaiting`].
     Source(Word),
     /// What came of the last [`Effect::Order`].
     Ordered(Result<(), OrderError>),
@@ -210,6 +210,11 @@ pub enum Effect {
     CancelMove,
     /// Ask the source for its VM; answered with [`Event::Source`].
     AskSource,
+    /// Ask the node where the VM waits for its job; answered with [`Event::Source`].
+    AskWaiting {
+        /// The node.
+        node: String,
+    },
     /// Tell the job's shim at the source to end; answered with [`Event::Parted`].
     Part,
     /// Order something of Slurm; answered with [`Event::Ordered`].
@@ -260,6 +265,14 @@ pub(super) enum Phase {
     Keeping,
     /// The destination's answer to `Save`: the job is kept out.
     KeptOut,
+    /// The destination's word of what became of that, since it refused, or its answer was lost.
+    KeptOutUnclear {
+        why: String,
+        /// If the VM just stays there, the save is ordered again.
+        again: bool,
+        /// A question is out.
+        asked: bool,
+    },
 }
 
 /// One move.

@@ -348,7 +348,9 @@ fn a_source_that_does_not_let_go_of_its_job_costs_the_vm_neither_time_nor_its_pl
 fn a_vm_that_is_lost_gives_the_job_its_whole_time_back() {
     let mut s = Stage::to_released();
     s.later(AWAIT).poll(waits());
-    let effects = s.on(Event::Answered(Reply::Refused("no space".into())));
+    let ask = Effect::AskWaiting { node: "n2".into() };
+    assert_eq!(s.on(Event::Answered(Reply::Refused("no space".into()))), [ask]);
+    let effects = s.on(Event::Source(Word::Stays));
     let released = Effect::ReleaseVm { node: "n2".into() };
     assert_eq!(effects, [Effect::LeavePlace, released, Effect::Order(Order::Limit(60))]);
     assert_eq!(s.on(no_answer()), []);
@@ -389,7 +391,57 @@ fn a_job_that_starts_elsewhere_has_its_waiting_vm_ended() {
     let mut s = Stage::to_released();
     let effects = s.poll(runs_on("n3"));
     assert_eq!(effects[0], Effect::ReleaseVm { node: "n2".into() });
-    assert!(end(&effects).expect("its end").is_err());
+    let outcome = end(&s.on(Event::Ordered(Ok(())))).expect("its end").expect("the job runs");
+    assert!(outcome.contains("starts over") && outcome.contains("n3 and not on n2"), "{outcome}");
+}
+
+#[test]
+fn a_job_that_starts_over_elsewhere_gets_its_whole_time_back() {
+    let mut s = Stage::to_released();
+    let effects = s.poll(runs_on("n3"));
+    assert!(effects.contains(&Effect::Order(Order::Limit(60))), "{effects:?}");
+    assert!(end(&effects).is_none(), "not before it has it");
+    assert!(s.r.time_after().is_none(), "nothing of it is used up");
+    // Nor is it forgotten by a controller that dies in between.
+    let mut s = Stage::at(s.r.record.clone());
+    assert_eq!(s.poll(runs_on("n3")), [Effect::Order(Order::Limit(60))]);
+}
+
+#[test]
+fn a_save_of_a_job_that_is_kept_out_is_waited_for_though_its_answer_was_lost() {
+    let mut s = Stage::to_released();
+    let save = Effect::Save { at: "n2".into() };
+    assert_eq!(s.later(AWAIT - 20_000).poll(waits()), std::slice::from_ref(&save));
+    let ask = Effect::AskWaiting { node: "n2".into() };
+    // A controller that was restarted in between orders the save again, which is refused as one is under way.
+    let mut again = Stage::at(s.r.record.clone());
+    again.now = s.now;
+    assert_eq!(again.poll(waits()), std::slice::from_ref(&save));
+    let refused = Reply::Refused("the VM is saving and cannot be saved now".into());
+    for (mut s, reply) in [(s, Reply::NoWord("line broke".into())), (again, refused)] {
+        assert_eq!(s.on(Event::Answered(reply)), std::slice::from_ref(&ask));
+        // However long it takes.
+        for word in [Word::Silence, Word::UnderWay, Word::UnderWay] {
+            assert_eq!(s.later(5_000).on(Event::Source(word)), []);
+            assert_eq!(s.later(5_000).poll(waits()), std::slice::from_ref(&ask));
+        }
+        let effects = s.on(Event::Source(Word::Saved));
+        assert!(effects.iter().all(|e| !matches!(e, Effect::ReleaseVm { .. })), "{effects:?}");
+        assert!(end(&effects).expect("its end").expect("a good one").contains("its VM was saved"));
+    }
+}
+
+#[test]
+fn a_save_that_its_node_never_heard_of_is_ordered_again_as_long_as_there_is_time() {
+    let mut s = Stage::to_released();
+    let save = Effect::Save { at: "n2".into() };
+    assert_eq!(s.later(AWAIT - 20_000).poll(waits()), std::slice::from_ref(&save));
+    s.on(Event::Answered(Reply::NoWord("line broke".into())));
+    assert_eq!(s.later(1_000).on(Event::Source(Word::Stays)), [save]);
+    s.on(Event::Answered(Reply::NoWord("line broke".into())));
+    let effects = s.later(30_000).on(Event::Source(Word::Silence));
+    assert!(effects.contains(&Effect::ReleaseVm { node: "n2".into() }), "{effects:?}");
+    assert!(effects.contains(&Effect::Order(Order::Limit(60))), "{effects:?}");
 }
 
 #[test]
@@ -602,6 +654,24 @@ fn a_job_in_a_reservation_of_its_users_is_saved_and_keeps_it() {
     };
     assert_eq!(s.poll(reserved), [Effect::Save { at: "n1".into() }]);
     assert!(s.r.record.notes[0].contains("reservation course"), "{:?}", s.r.record.notes);
+}
+
+#[test]
+fn a_vm_whose_job_slurm_does_not_put_back_is_saved_before_the_destination_gives_up() {
+    let mut s = Stage::to_moved();
+    let landed = s.now;
+    let save = Effect::Save { at: "n2".into() };
+    loop {
+        s.on(refused());
+        s.on(Event::Ordered(Ok(())));
+        s.later(1_000);
+        assert!(s.now < landed + AWAIT, "the destination has ended the VM");
+        let effects = s.poll(runs());
+        if effects == [save.clone()] {
+            break;
+        }
+        assert_eq!(effects, [Effect::Order(Order::Requeue { hold: true })]);
+    }
 }
 
 #[test]

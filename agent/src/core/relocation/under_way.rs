@@ -1,10 +1,10 @@
 //! The VM is elsewhere: the job follows.
-use super::{Effect, Event, JobSeen, Order, OrderError, PART_MS, Phase, Relocation, Reply, Standing, Step};
+use super::{Effect, Event, JobSeen, Order, OrderError, PART_MS, Phase, Relocation, Reply, Standing, Step, Word};
 
 impl Relocation {
     pub(super) fn moved(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
         match (self.phase.clone(), event) {
-            (Phase::KeptOut, event) => self.kept_out(now_ms, event),
+            (Phase::KeptOut | Phase::KeptOutUnclear { .. }, event) => self.kept_out(now_ms, event),
             (_, Event::Poll(None)) => self.job_is_over(),
             (Phase::Look, Event::Poll(Some(_))) => self.look_moved(now_ms),
             (Phase::Parting { .. }, Event::Parted(true)) => vec![],
@@ -63,7 +63,9 @@ impl Relocation {
             Standing::Completing => self.kept_out_in_time(now_ms),
             Standing::OnNodes => {
                 let mut effects = self.take_limit(now_ms, &seen);
-                if self.ends_by_itself() {
+                if self.is_late(now_ms) {
+                    effects.extend(self.begin_kept_out());
+                } else if self.ends_by_itself() {
                     self.phase = Phase::Parting {
                         until_ms: now_ms + PART_MS,
                     };
@@ -108,7 +110,7 @@ impl Relocation {
 
     pub(super) fn requeued(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
         match (self.phase.clone(), event) {
-            (Phase::KeptOut, event) => self.kept_out(now_ms, event),
+            (Phase::KeptOut | Phase::KeptOutUnclear { .. }, event) => self.kept_out(now_ms, event),
             (_, Event::Poll(None)) => self.job_is_over(),
             (Phase::Look, Event::Poll(Some(_))) => self.look_requeued(now_ms),
             (Phase::Keeping, Event::PlaceKept(kept)) => {
@@ -232,7 +234,7 @@ impl Relocation {
 
     pub(super) fn released(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
         match (self.phase.clone(), event) {
-            (Phase::KeptOut, event) => self.kept_out(now_ms, event),
+            (Phase::KeptOut | Phase::KeptOutUnclear { .. }, event) => self.kept_out(now_ms, event),
             (_, Event::Poll(None)) => self.job_is_over(),
             (Phase::Ordering(Order::Limit(_)), Event::Ordered(done)) => match done {
                 Err(OrderError::NoAnswer(_)) => {
@@ -249,7 +251,7 @@ impl Relocation {
             (Phase::OrderAgain(order @ Order::Limit(_)), Event::Poll(Some(_))) => self.order(order),
             (Phase::Look, Event::Poll(Some(seen))) => {
                 let Some(to) = self.record.to.clone() else {
-                    return self.over_without_vm();
+                    return self.released_without_vm();
                 };
                 if self.runs_again(&seen) {
                     if seen.nodes.contains(&to) {
@@ -257,12 +259,15 @@ impl Relocation {
                         effects.extend(self.landed(Event::Poll(Some(seen))));
                         return effects;
                     }
+                    self.record.lost = true;
+                    self.record.to = None;
                     let mut effects = vec![Effect::ReleaseVm { node: to.clone() }];
-                    let line = format!(
+                    effects.extend(self.leave_place());
+                    effects.extend(self.note(format!(
                         "Slurm started the job on {} and not on {to}: its VM there was ended",
                         seen.nodes.join(",")
-                    );
-                    effects.extend(self.end(Err(line)));
+                    )));
+                    effects.extend(self.released_without_vm());
                     return effects;
                 }
                 self.kept_out_in_time(now_ms)
@@ -300,16 +305,41 @@ impl Relocation {
         vec![Effect::Save { at }]
     }
 
+    /// The save that was ordered may have been written, or be under way, although it was refused (that of an earlier life of the
+    /// controller) or nothing was heard of it: the VM is given up only when its node says so, or says nothing until it would
+    /// have ended the VM itself.
     fn kept_out(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
-        let reply = match event {
-            Event::Answered(reply) => reply,
-            other => return Self::ignored(&other),
-        };
+        let Some(to) = self.record.to.clone() else { return vec![] };
+        let is_over = now_ms >= self.record.moved_ms.unwrap_or(now_ms) + self.await_job_ms;
+        match (self.phase.clone(), event) {
+            (Phase::KeptOut, Event::Answered(Reply::Done(_))) => self.kept_out_until(now_ms, Ok(())),
+            (Phase::KeptOut, Event::Answered(Reply::Refused(why))) => self.ask_where_it_waits(to, why, false),
+            (Phase::KeptOut, Event::Answered(Reply::NoWord(why))) => self.ask_where_it_waits(to, why, true),
+            (Phase::KeptOutUnclear { why, again, asked: false }, Event::Poll(_)) => self.ask_where_it_waits(to, why, again),
+            (Phase::KeptOutUnclear { why, again, asked: true }, Event::Source(word)) => match word {
+                Word::Saved => self.kept_out_until(now_ms, Ok(())),
+                Word::UnderWay | Word::Silence if word == Word::UnderWay || !is_over => {
+                    self.phase = Phase::KeptOutUnclear { why, again, asked: false };
+                    vec![]
+                }
+                Word::Stays if again && !is_over => self.begin_kept_out(),
+                _ => self.kept_out_until(now_ms, Err(why)),
+            },
+            (_, other) => Self::ignored(&other),
+        }
+    }
+
+    fn ask_where_it_waits(&mut self, node: String, why: String, again: bool) -> Vec<Effect> {
+        self.phase = Phase::KeptOutUnclear { why, again, asked: true };
+        vec![Effect::AskWaiting { node }]
+    }
+
+    fn kept_out_until(&mut self, now_ms: u64, saved: Result<(), String>) -> Vec<Effect> {
         let Some(to) = self.record.to.take() else { return vec![] };
         let mut effects = self.leave_place();
-        match reply {
-            Reply::Done(_) => effects.extend(self.note(format!("Slurm kept the job out of {to}: its VM was saved"))),
-            Reply::Refused(why) | Reply::NoWord(why) => {
+        match saved {
+            Ok(()) => effects.extend(self.note(format!("Slurm kept the job out of {to}: its VM was saved"))),
+            Err(why) => {
                 self.record.lost = true;
                 effects.push(Effect::ReleaseVm { node: to.clone() });
                 effects.extend(self.note(format!("Slurm kept the job out of {to}, and its VM could not be saved: {why}")));
@@ -321,13 +351,17 @@ impl Relocation {
                 effects.extend(self.look_moved(now_ms));
             }
             Step::Requeued => effects.extend(self.steer()),
-            Step::Released | Step::Landed => match self.record.limit_min.filter(|_| self.record.lost) {
-                // The VM is lost: the full limit is put back.
-                Some(limit) => effects.extend(self.order(Order::Limit(limit))),
-                None => effects.extend(self.over_without_vm()),
-            },
+            Step::Released | Step::Landed => effects.extend(self.released_without_vm()),
         }
         effects
+    }
+
+    /// Where the VM is lost the full limit is put back first.
+    fn released_without_vm(&mut self) -> Vec<Effect> {
+        match self.record.limit_min.filter(|_| self.record.lost) {
+            Some(limit) => self.order(Order::Limit(limit)),
+            None => self.over_without_vm(),
+        }
     }
 
     /// The job was cancelled or has ended while its VM was under way: no epilog comes for a VM that waits for it.

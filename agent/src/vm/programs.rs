@@ -731,15 +731,16 @@ impl Programs {
             o.spool.clear();
         }
         let at = offset + (bytes.len() - fresh.len()) as u64;
-        if fresh.is_empty() {
-            return;
-        }
-        if let Err(e) = o.spool.take_over(at, fresh) {
+        if !fresh.is_empty()
+            && let Err(e) = o.spool.take_over(at, fresh)
+        {
             self.complaints.push(format!(
                 "program {program}: {} kept bytes of its output found no room on the disk and are in memory: {e}",
                 fresh.len()
             ));
         }
+        // The guest's ring has the end of it as well: it goes on behind what is kept.
+        o.received = o.received.max(o.spool.end());
     }
 
     /// Lines for the VM's journal.
@@ -1021,6 +1022,19 @@ mod tests {
             let requests = programs.wrote(1, Stream::Stdout, 113);
             assert!(requests.contains(&resume(113)) || requests.contains(&resume(116)), "{requests:?}");
         }
+    }
+
+    #[test]
+    fn after_a_restore_the_guest_goes_on_behind_what_came_with_the_save_though_its_ring_begins_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        // A save's kept output comes without a word of offsets.
+        programs.take_spool(1, 0, 100, b"0123456789");
+        assert!(programs.guest_up(&[report(100)]).contains(&resume(110)));
+        programs.data(1, guest::Stream::Stdout, 110, b"abc");
+        assert_eq!(programs.spools(), [(1, 0, 100, b"0123456789abc".to_vec())]);
+        let from = shim(&mut programs, 1, None);
+        assert_eq!(sent(&from, 100), b"0123456789abc");
     }
 
     #[test]

@@ -73,7 +73,8 @@ impl Spool {
 
     /// Keeps bytes that stand at `offset`; returns how many, fewer when the limit is reached or the disk is full.
     pub fn append(&mut self, offset: u64, bytes: &[u8]) -> u64 {
-        if !self.memory.is_empty() {
+        // Bytes go nowhere but behind the last one kept.
+        if !self.memory.is_empty() || (!self.is_empty() && offset != self.end) {
             return 0;
         }
         let begin = if self.is_empty() { offset } else { self.begin };

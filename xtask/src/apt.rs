@@ -1,6 +1,6 @@
 //! Reads the machine's apt sources: mirrors are never written down here, they are the machine's own.
 
-use crate::{Result, error::At};
+use crate::{Result, error::At, proc};
 use std::{fs, path::Path};
 
 /// Suites and the mirrors that have them.
@@ -79,6 +79,13 @@ impl Sources {
             .iter()
             .find_map(|suite| self.mirror_of(suite))
     }
+}
+
+/// apt's `Acquire::Check-Valid-Until` on this machine, for mmdebstrap, which does not read the machine's own settings: a site whose mirror stands
+/// still has switched it off.
+pub fn check_dates() -> &'static str {
+    let dated = proc::run("apt-config", &["dump", "--format=%v", "Acquire::Check-Valid-Until"]).unwrap_or_default();
+    if dated.trim() == "false" { "false" } else { "true" }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ pub mod demo;
 pub mod error;
 pub mod image;
 pub mod lab;
+pub mod machines;
 pub mod package;
 pub mod paths;
 pub mod proc;

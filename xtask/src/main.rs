@@ -8,6 +8,7 @@ use xtask::{
     demo::{self, Wishes},
     image,
     lab::{self, Lab, Options, Places, Slurm, Was},
+    machines::{self, MachinesCommand},
     package, paths, setup, stage, test,
 };
 
@@ -44,6 +45,9 @@ enum Command {
     /// A real cluster on this machine, in namespaces (needs root)
     #[command(subcommand)]
     Lab(LabCommand),
+    /// A cluster of real machines under emulation: KVM, systemd, AppArmor, NFS (needs root)
+    #[command(subcommand)]
+    Machines(MachinesCommand),
     /// Install what the build and the lab need (Debian 12 and 13, by apt)
     Setup,
     /// Build, and copy what a lab runs to target/stage
@@ -73,6 +77,13 @@ enum Command {
     },
     #[command(hide = true)]
     LabInit {
+        #[arg(long)]
+        inner: bool,
+        #[arg(long)]
+        name: String,
+    },
+    #[command(hide = true)]
+    MachinesInit {
         #[arg(long)]
         inner: bool,
         #[arg(long)]
@@ -260,6 +271,9 @@ fn run(command: Command) -> Result<i32> {
         Command::BenchInside { words } => bench::run_inside(&words).map(|()| 0),
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),
         Command::LabInit { inner: true, name } => lab::supervisor_inner(&name).map(|()| 0),
+        Command::Machines(command) => machines::run(command),
+        Command::MachinesInit { inner: false, name } => machines::supervisor_outer(&name).map(|()| 0),
+        Command::MachinesInit { inner: true, name } => machines::supervisor_inner(&name).map(|()| 0),
         Command::LabHost { inner: false, name, host } => lab::host_outer(&name, &host).map(|()| 0),
         Command::LabHost { inner: true, name, host } => lab::host_inner(&name, &host).map(|()| 0),
     }

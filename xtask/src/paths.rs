@@ -11,6 +11,8 @@ use std::{
 pub const LAB_STATE: &str = "/run/slurm-vm-lab";
 /// Disks and logs of running labs: one directory per lab, gone with it.
 pub const LAB_DISKS: &str = "/var/tmp/slurm-vm-lab";
+/// What is made once and kept.
+pub const LAB_CACHE: &str = "/var/cache/slurm-vm-lab";
 /// Root trees of other Debian releases, kept between labs. `SLURM_VM_LAB_ROOTS` names another directory.
 const LAB_ROOTS: &str = "/var/cache/slurm-vm-lab/roots";
 

@@ -61,7 +61,7 @@ pub fn outer(name: &str, host: &str) -> Result<()> {
 pub fn inner(name: &str, host: &str) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).at("make a mount namespace for", host)?;
     let places = Places::of(name)?;
-    let options = super::state::read_options(&places)?;
+    let options: super::Options = super::state::read_options(&places)?;
     let socket = places.host_socket(host);
     let _ = fs::remove_file(&socket);
     // Listens from the start, so that a request made early waits instead of failing.

@@ -12,18 +12,19 @@
 
 mod conf;
 mod enter;
-mod host;
+pub(crate) mod host;
 mod options;
-mod root;
+pub(crate) mod root;
 mod roots;
 mod service;
-mod state;
-mod supervisor;
-mod wire;
+pub(crate) mod state;
+pub(crate) mod supervisor;
+pub(crate) mod wire;
 
 pub use enter::run as run_inside;
 pub use host::{inner as host_inner, outer as host_outer};
 pub use options::{CTL, Options, Places, Slurm, address};
+pub(crate) use options::USERS;
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 pub use wire::StatusLine;
 
@@ -67,7 +68,7 @@ pub fn up(options: &Options) -> Result<Was> {
     let places = Places::of(&options.name)?;
     let lock = state::lock(&places)?;
     if state::alive(&places).is_some() {
-        let running = state::read_options(&places)?;
+        let running: Options = state::read_options(&places)?;
         if running != *options {
             let name = &options.name;
             return Err(format!(
@@ -242,7 +243,7 @@ pub fn list() -> Vec<(String, bool)> {
         .collect()
 }
 
-fn need_root() -> Result<()> {
+pub(crate) fn need_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         Ok(())
     } else {
@@ -250,7 +251,7 @@ fn need_root() -> Result<()> {
     }
 }
 
-fn tail(path: &std::path::Path, lines: usize) -> String {
+pub(crate) fn tail(path: &std::path::Path, lines: usize) -> String {
     let text = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let all: Vec<&str> = text.lines().collect();

@@ -144,25 +144,44 @@ pub fn address(host: &str) -> Result<String> {
     }
 }
 
-/// The places of one lab on the host.
+/// The places of one lab, or of one cluster of machines, on the host.
 #[derive(Debug, Clone)]
 pub struct Places {
     name: String,
+    states: &'static str,
+    disks: &'static str,
 }
 
 impl Places {
     /// Those of the lab with this name.
     pub fn of(name: &str) -> Result<Self> {
+        Self::below(name, paths::LAB_STATE, paths::LAB_DISKS)
+    }
+    /// The same below other directories than the labs'.
+    pub(crate) fn below(name: &str, states: &'static str, disks: &'static str) -> Result<Self> {
         check_name(name)?;
-        Ok(Self { name: name.into() })
+        let name = name.into();
+        Ok(Self { name, states, disks })
+    }
+    /// The directory of the states of all of its kind.
+    pub(crate) fn states(&self) -> &'static str {
+        self.states
+    }
+    /// The directory of the disks of all of its kind.
+    pub(crate) fn disks(&self) -> &'static str {
+        self.disks
+    }
+    /// Its name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
     /// Control sockets, status and options.
     pub fn state(&self) -> PathBuf {
-        PathBuf::from(paths::LAB_STATE).join(&self.name)
+        PathBuf::from(self.states).join(&self.name)
     }
     /// Logs, disks, staged programs, shared directory.
     pub fn disk(&self) -> PathBuf {
-        PathBuf::from(paths::LAB_DISKS).join(&self.name)
+        PathBuf::from(self.disks).join(&self.name)
     }
     /// What names the lab's first process.
     pub fn status(&self) -> PathBuf {

@@ -73,13 +73,10 @@ pub fn make(slurm: Slurm) -> Result<()> {
     );
     let out = fs::File::create(&log).at("create", &log)?;
     let err = out.try_clone().at("open", &log)?;
-    // mmdebstrap does not read the machine's own settings of apt; a site whose mirror stands still has this one.
-    let dated = proc::run("apt-config", &["dump", "--format=%v", "Acquire::Check-Valid-Until"]).unwrap_or_default();
-    let dated = if dated.trim() == "false" { "false" } else { "true" };
     let status = Command::new("mmdebstrap")
         .args(["--mode=root", "--variant=minbase", "--include", PACKAGES])
         .args(["--aptopt=APT::Install-Recommends \"false\""])
-        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{dated}\""))
+        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
         .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
         .arg(suite)
         .arg(&fresh)

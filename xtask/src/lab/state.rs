@@ -1,6 +1,6 @@
 //! What a lab keeps on the host while it runs: which process it is, its options, its cuts.
 
-use super::options::{Options, Places};
+use super::options::Places;
 use crate::{Result, error::At, paths, proc};
 use nix::{
     errno::Errno,
@@ -8,7 +8,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{fs, os::unix::fs::MetadataExt, time::Duration};
 
 /// Names the lab's first process for good: pids are used again, start times are not.
@@ -35,7 +35,7 @@ pub fn alive(places: &Places) -> Option<i32> {
 }
 
 /// Keeps the options for the lab's processes and for a second `lab up`.
-pub fn write_options(places: &Places, options: &Options) -> Result<()> {
+pub fn write_options(places: &Places, options: &impl Serialize) -> Result<()> {
     paths::file(
         places.options(),
         0o600,
@@ -44,7 +44,7 @@ pub fn write_options(places: &Places, options: &Options) -> Result<()> {
 }
 
 /// The options the lab was started with.
-pub fn read_options(places: &Places) -> Result<Options> {
+pub fn read_options<T: DeserializeOwned>(places: &Places) -> Result<T> {
     let text = fs::read_to_string(places.options()).at("read", places.options())?;
     serde_json::from_str(&text).map_err(|e| format!("{}: {e}", places.options().display()).into())
 }
@@ -72,7 +72,7 @@ pub fn cuts_of(places: &Places, host: &str) -> Result<Vec<String>> {
 pub fn lock(places: &Places) -> Result<Flock<fs::File>> {
     let path = lock_path(places);
     loop {
-        fs::create_dir_all(paths::LAB_STATE).at("create", paths::LAB_STATE)?;
+        fs::create_dir_all(places.states()).at("create", places.states())?;
         let file = match fs::File::options().create(true).truncate(false).write(true).open(&path) {
             // The last lab of another name went just now.
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
@@ -93,7 +93,7 @@ pub fn lock(places: &Places) -> Result<Flock<fs::File>> {
 /// Makes the lab's directories. With the lock held.
 pub fn make_directories(places: &Places) -> Result<()> {
     // QEMU's user must get through, whatever our umask is; and the last lab of another name may take the common parent away under our hands.
-    let common = || paths::dir(paths::LAB_DISKS, 0o755).and_then(|()| paths::dir(places.disk(), 0o755));
+    let common = || paths::dir(places.disks(), 0o755).and_then(|()| paths::dir(places.disk(), 0o755));
     common().or_else(|_| common())?;
     paths::dir(places.state(), 0o700)?;
     paths::dir(places.cuts(), 0o700)
@@ -118,13 +118,13 @@ pub fn remove(places: &Places) -> Result<()> {
         }
     }
     // The directory of all labs' disks goes with the last one.
-    let _ = fs::remove_dir(paths::LAB_DISKS);
+    let _ = fs::remove_dir(places.disks());
     Ok(())
 }
 
 /// The last trace of a lab that was removed.
 pub fn forget(places: &Places, lock: Flock<fs::File>) {
     let _ = fs::remove_file(lock_path(places));
-    let _ = fs::remove_dir(paths::LAB_STATE);
+    let _ = fs::remove_dir(places.states());
     drop(lock);
 }

@@ -30,16 +30,21 @@ use std::{
 
 /// The outer process: returns when the lab's first process runs.
 pub fn outer(name: &str) -> Result<()> {
-    let places = Places::of(name)?;
+    first_process(&Places::of(name)?, "lab-init")
+}
+
+/// Starts the first process of new namespaces, which is this program with `command --inner`, and records it.
+pub(crate) fn first_process(places: &Places, command: &str) -> Result<()> {
+    let name = places.name();
     // Away from the terminal: a Ctrl-C there is not for the lab.
     setsid().at("leave the session of", name)?;
     unshare(host::NAMESPACES).at("make namespaces (root is needed) for", name)?;
     let mut child = Command::new("/proc/self/exe")
-        .args(["lab-init", "--inner", "--name", name])
+        .args([command, "--inner", "--name", name])
         .stdin(Stdio::null())
         .spawn()
         .at("run", "/proc/self/exe")?;
-    let recorded = state::write_status(&places, i32::try_from(child.id()).map_err(|e| e.to_string())?);
+    let recorded = state::write_status(places, i32::try_from(child.id()).map_err(|e| e.to_string())?);
     if recorded.is_err() {
         // A lab that nobody can find must not live.
         let _ = child.kill();
@@ -50,7 +55,7 @@ pub fn outer(name: &str) -> Result<()> {
 /// PID 1 of the lab: returns only if it could not start.
 pub fn inner(name: &str) -> Result<()> {
     let places = Places::of(name)?;
-    let options = state::read_options(&places)?;
+    let options: Options = state::read_options(&places)?;
     unshare(CloneFlags::CLONE_NEWNS).at("make a mount namespace for", name)?;
     root::make_private()?;
     root::mount_kind("proc", Path::new("/proc"), "")?;

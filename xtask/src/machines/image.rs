@@ -1,0 +1,200 @@
+//! The disk that machines start from: a Debian made once by mmdebstrap and kept, with Slurm, MUNGE, libvirt, QEMU and NFS from Debian's
+//! packages and their own units. Each machine writes to an overlay of its own. No loop device and no mount is needed.
+
+use super::options::{Debian, images};
+use crate::{
+    Result, apt,
+    error::At,
+    lab::{USERS, tail},
+    paths, proc, setup,
+};
+use nix::fcntl::{Flock, FlockArg};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// Counts changes to this file, so that a disk made by an older one is made again.
+const RECIPE: u32 = 1;
+const PACKAGES: &str = "systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools,slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,\
+    munge,libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,qemu-utils,nfs-kernel-server,nfs-common,\
+    openssh-server,apparmor,iproute2,iputils-ping,nftables,procps,kmod,passwd,less,e2fsprogs,zstd,xz-utils,ca-certificates,quota";
+/// What the root of a machine can hold; the file is sparse.
+const DISK_BYTES: u64 = 8 << 30;
+/// Timers that would wake up at a bad moment, sockets that keep libvirtd from starting, what waits for hardware that is not there.
+const MASKED: [&str; 12] = [
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+    "libvirtd-tls.socket",
+    "libvirtd-tcp.socket",
+    "nfs-blkmap.service",
+    "getty@tty1.service",
+    "systemd-pstore.service",
+    "libvirt-guests.service",
+];
+/// Puts a machine's own files in place before its first boot goes on: the second disk is a tar file.
+const FIRST_BOOT: &str = "#!/bin/sh
+case \"$1\" in prereqs) exit 0 ;; esac
+if [ -b /dev/vdb ] && [ ! -e \"$rootmnt/etc/machine/first-boot\" ]; then
+    chroot \"$rootmnt\" tar -x --no-same-owner -C / < /dev/vdb
+    chroot \"$rootmnt\" /bin/sh /etc/machine/first-boot
+fi
+";
+const SSHD: &str = "PermitRootLogin prohibit-password\nUsePAM no\nUseDNS no\nMaxSessions 200\nMaxStartups 200\nPrintMotd no\n";
+
+/// A disk with its kernel.
+#[derive(Debug)]
+pub struct Image {
+    /// The root file system, never written to.
+    pub disk: PathBuf,
+    /// Its kernel.
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Makes the disk of a release if it is not there.
+pub fn make(debian: Debian) -> Result<Image> {
+    for program in ["mmdebstrap", "mke2fs", "qemu-img", "qemu-system-x86_64", "ssh", "ip"] {
+        setup::check(program)?;
+    }
+    let all = images();
+    paths::dir(&all, 0o755)?;
+    let lock = all.join("lock");
+    let file = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock)
+        .at("open", &lock)?;
+    let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).at("lock", &lock)?;
+    let dir = all.join(debian.suite());
+    let image = Image {
+        disk: dir.join("disk.qcow2"),
+        kernel: dir.join("vmlinuz"),
+        initrd: dir.join("initrd"),
+    };
+    let stamp = dir.join("stamp");
+    let recipe = format!("{RECIPE} {PACKAGES} {MASKED:?}\n{FIRST_BOOT}{SSHD}");
+    if fs::read_to_string(&stamp).is_ok_and(|old| old == recipe) {
+        return Ok(image);
+    }
+    // Machines that run keep the files they have opened, also when those are made anew.
+    let tree = dir.join("tree");
+    for old in [&tree, &dir] {
+        if old.exists() {
+            fs::remove_dir_all(old).at("remove", old)?;
+        }
+    }
+    paths::dir(&dir, 0o755)?;
+    bootstrap(debian, &tree)?;
+    settle(&tree)?;
+    pack(&tree, &image)?;
+    fs::remove_dir_all(&tree).at("remove", &tree)?;
+    paths::file(stamp, 0o644, recipe)?;
+    Ok(image)
+}
+
+fn bootstrap(debian: Debian, tree: &Path) -> Result<()> {
+    let sources = apt::Sources::read()?;
+    let mirror = sources
+        .debian()
+        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
+    let suite = debian.suite();
+    let log = tree.with_extension("log");
+    println!(
+        "makes the disk of a machine with Debian {suite}, once; this takes some minutes, see {}",
+        log.display()
+    );
+    let out = fs::File::create(&log).at("create", &log)?;
+    let err = out.try_clone().at("open", &log)?;
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--mode=root", "--variant=minbase", "--include", PACKAGES])
+        .args(["--aptopt=APT::Install-Recommends \"false\""])
+        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
+        .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
+        .args(["--dpkgopt=path-include=/usr/share/doc/slurm-vm/*", "--dpkgopt=path-include=/usr/share/man/*svm*"]);
+    let mut lines = vec![format!("deb {mirror} {suite} main"), format!("deb {mirror} {suite}-updates main")];
+    if debian == Debian::V12 {
+        lines.push(format!("deb {mirror} {suite}-backports main"));
+        let pin = format!("Package: qemu* libvirt* seabios ipxe-qemu*\\nPin: release n={suite}-backports\\nPin-Priority: 900\\n");
+        command.arg(format!(
+            "--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\"; printf '{pin}' > \"$1/etc/apt/preferences.d/backports\""
+        ));
+    }
+    let status = command
+        .arg(suite)
+        .arg(tree)
+        .args(lines)
+        .stdin(Stdio::null())
+        .stdout(out)
+        .stderr(err)
+        .status()
+        .at("run", "mmdebstrap")?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("mmdebstrap failed ({status}): {}", tail(&log, 6)).into())
+    }
+}
+
+/// What all machines have in common beyond their packages.
+fn settle(tree: &Path) -> Result<()> {
+    // Empty: each machine gets one of its own at its first boot.
+    paths::file(tree.join("etc/machine-id"), 0o444, "")?;
+    paths::file(tree.join("etc/resolv.conf"), 0o644, "")?;
+    paths::file(tree.join("etc/fstab"), 0o644, "/dev/vda / ext4 errors=remount-ro 0 1\n")?;
+    // Without a name server every other source of names means a time-out.
+    proc::run("sed", &["-i", "s/^hosts:.*/hosts: files/", &text(&tree.join("etc/nsswitch.conf"))])?;
+    paths::file(tree.join("etc/ssh/sshd_config.d/machine.conf"), 0o644, SSHD)?;
+    paths::dir(tree.join("var/log/journal"), 0o2755)?;
+    for unit in MASKED {
+        let link = tree.join("etc/systemd/system").join(unit);
+        let _ = fs::remove_file(&link);
+        symlink("/dev/null", &link).at("link", &link)?;
+    }
+    for user in &USERS {
+        let id = user.id.to_string();
+        inside(tree, &["useradd", "--create-home", "--shell", "/bin/bash", "--uid", &id, "--user-group", user.name])?;
+    }
+    inside(tree, &["systemctl", "enable", "systemd-networkd.service"])?;
+    paths::file(tree.join("etc/initramfs-tools/scripts/local-bottom/machine"), 0o755, FIRST_BOOT)?;
+    inside(tree, &["update-initramfs", "-u"]).map(drop)
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn inside(tree: &Path, argv: &[&str]) -> Result<String> {
+    let tree = text(tree);
+    let args: Vec<&str> = std::iter::once(tree.as_str()).chain(argv.iter().copied()).collect();
+    proc::run("chroot", &args)
+}
+
+fn pack(tree: &Path, image: &Image) -> Result<()> {
+    for (prefix, to) in [("vmlinuz-", &image.kernel), ("initrd.img-", &image.initrd)] {
+        let boot = tree.join("boot");
+        let found = fs::read_dir(&boot)
+            .at("read", &boot)?
+            .filter_map(|e| e.ok().map(|e| e.path()))
+            .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)))
+            .ok_or_else(|| format!("{} has no {prefix}*", boot.display()))?;
+        fs::copy(&found, to).at("copy", &found)?;
+    }
+    let raw = image.disk.with_extension("raw");
+    let file = fs::File::create(&raw).at("create", &raw)?;
+    file.set_len(DISK_BYTES).at("size", &raw)?;
+    drop(file);
+    let (tree, raw_text) = (text(tree), text(&raw));
+    proc::run("mke2fs", &["-q", "-F", "-t", "ext4", "-L", "root", "-d", &tree, &raw_text])?;
+    proc::run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &raw_text, &text(&image.disk)])?;
+    fs::remove_file(&raw).at("remove", &raw)
+}

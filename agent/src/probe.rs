@@ -1,6 +1,9 @@
 //! KVM or emulation: KVM counts as usable only when a probe guest has really booted with it. `/dev/kvm` that opens, and
 //! capabilities that list it, prove nothing: a host without nested virtualization offers both, and guests hang in it.
-use std::time::{Duration, Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use slurm_vm_api::{guest::PORT_NAME, spec::VmSpec};
 
@@ -44,21 +47,59 @@ pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
     (kind, why)
 }
 
-/// Boots a guest with KVM and waits for its helper.
+/// What a probe guest boots, and how it shows that it has.
+struct Guest {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    mem_mib: u64,
+    /// It is an image of the catalogue: its helper answers. Else it is a kernel alone, which ends where it looks for a root file system.
+    helper: bool,
+}
+
+/// An image of the catalogue that has a kernel, else this host's own kernel, with nothing to start: a catalogue may hold disks only.
+fn guest(config: &Config, dir: &Path) -> Result<Guest, String> {
+    if let Some((_, image)) = config.images.iter().find(|(_, i)| i.kernel.is_some()) {
+        return Ok(Guest {
+            kernel: image.kernel.clone().unwrap_or_default(),
+            initrd: image.initrd.clone(),
+            cmdline: format!("{} panic=1", image.cmdline),
+            mem_mib: PROBE_MIB.max(image.min_mem_mib),
+            helper: true,
+        });
+    }
+    let release = nix::sys::utsname::uname()
+        .map_err(|e| e.to_string())?
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let places = [format!("/boot/vmlinuz-{release}"), format!("/lib/modules/{release}/vmlinuz")];
+    // A copy: libvirt gives what a guest boots to QEMU's user for the time.
+    let kernel = dir.join("vmlinuz");
+    let copied = places.iter().find_map(|place| std::fs::copy(place, &kernel).ok());
+    copied.ok_or_else(|| {
+        let places = places.join(" and ");
+        format!("no image of the catalogue has a kernel to probe KVM with, and this host's own is not in {places}")
+    })?;
+    Ok(Guest {
+        kernel,
+        initrd: None,
+        cmdline: "console=ttyS0 panic=-1".into(),
+        mem_mib: PROBE_MIB,
+        helper: false,
+    })
+}
+
+/// Boots a guest with KVM and waits until it has come up.
 fn probe(config: &Config, world: &World) -> Result<f64, String> {
-    let (name, image) = config
-        .images
-        .iter()
-        .find(|(_, i)| i.kernel.is_some())
-        .ok_or("no image of the catalogue has a kernel to probe KVM with")?;
     let user = slurm_vm_api::session::UserEntry::default();
-    let spec = VmSpec::for_image(name).map_err(|e| e.to_string())?;
+    let spec = VmSpec::for_image("probe").map_err(|e| e.to_string())?;
     let record = Record {
         run: 0,
         generation: 0,
         plan: Some(Plan {
             vcpus: 1,
-            mem_mib: PROBE_MIB.max(image.min_mem_mib),
+            mem_mib: PROBE_MIB,
             domain_type: "kvm".into(),
             overlay: None,
             overlay_shared: false,
@@ -69,7 +110,15 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
     };
     let domain = record.domain();
     moving::make_run_dir(config, &domain)?;
-    let socket = prepare::run_dir(config, &domain).join("guest.sock");
+    let dir = prepare::run_dir(config, &domain);
+    let result = guest(config, &dir).and_then(|guest| boot(config, world, &record, &dir, &guest));
+    let _ = std::fs::remove_dir_all(dir);
+    result
+}
+
+fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Guest) -> Result<f64, String> {
+    let domain = record.domain();
+    let (socket, console) = (dir.join("guest.sock"), dir.join("serial.log"));
     let spec = DomainSpec {
         name: domain.clone(),
         uuid: record.uuid(),
@@ -77,50 +126,93 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
         machine: None,
         vcpus: 1,
         cpuset: vec![],
-        mem_mib: PROBE_MIB.max(image.min_mem_mib),
+        mem_mib: guest.mem_mib,
         hard_limit_mib: None,
         cpu: CpuModel::Default,
         boot: Boot::Kernel {
-            kernel: image.kernel.clone().unwrap_or_default(),
-            initrd: image.initrd.clone(),
-            cmdline: format!("{} panic=1", image.cmdline),
+            kernel: guest.kernel.clone(),
+            initrd: guest.initrd.clone(),
+            cmdline: guest.cmdline.clone(),
         },
         disks: vec![],
         channels: vec![Channel {
             name: PORT_NAME.into(),
             socket: socket.clone(),
         }],
-        serial_log: prepare::run_dir(config, &domain).join("serial.log"),
-        metadata: prepare::metadata(&record),
+        serial_log: console.clone(),
+        metadata: prepare::metadata(record),
     };
-    let begun = Instant::now();
     let limit = Duration::from_secs(config.hypervisor.probe_timeout_s.into());
     world
         .hypervisor
         .start(&spec, false)
         .map_err(|e| format!("the probe guest did not start: {e}"))?;
-    let up = GuestLink::start(LinkConfig::new("probe", 1), Box::new(UnixTransport::new(socket)))
-        .map_err(|e| e.to_string())
-        .and_then(|(link, events)| {
-            let outcome = loop {
-                let left = limit.checked_sub(begun.elapsed());
-                match left.map(|l| events.recv_timeout(l)) {
-                    Some(Ok(LinkEvent::Up { .. })) => break Ok(begun.elapsed().as_secs_f64()),
-                    Some(Ok(_)) => {}
-                    _ => {
-                        break Err(format!(
-                            "/dev/kvm is there, but a probe guest did not come up within {} s",
-                            limit.as_secs()
-                        ));
-                    }
-                }
-            };
-            link.stop();
-            outcome
-        });
+    // libvirt's own part may take long on a host that has just booted, and says nothing about KVM.
+    let begun = Instant::now();
+    let up = if guest.helper {
+        answers(socket, limit)
+    } else {
+        boots(world, &console, limit)
+    };
     if let Err(e) = world.hypervisor.destroy(&domain) {
         log::warn!("the probe guest cannot be ended: {e}");
     }
-    let _ = std::fs::remove_dir_all(prepare::run_dir(config, &domain));
+    if up {
+        return Ok(begun.elapsed().as_secs_f64());
+    }
+    Err(format!(
+        "/dev/kvm is there, but a probe guest did not come up within {} s",
+        limit.as_secs()
+    ))
+}
+
+/// Waits for the guest's helper.
+fn answers(socket: PathBuf, limit: Duration) -> bool {
+    let begun = Instant::now();
+    let Ok((link, events)) = GuestLink::start(LinkConfig::new("probe", 1), Box::new(UnixTransport::new(socket))) else {
+        return false;
+    };
+    let up = loop {
+        let left = limit.checked_sub(begun.elapsed());
+        match left.map(|l| events.recv_timeout(l)) {
+            Some(Ok(LinkEvent::Up { .. })) => break true,
+            Some(Ok(_)) => {}
+            _ => break false,
+        }
+    };
+    link.stop();
     up
+}
+
+/// Waits until a kernel without a root file system has come to where it needs one.
+fn boots(world: &World, console: &Path, limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        let late = Instant::now() > end;
+        if std::fs::read(console).is_ok_and(|text| has_booted(&text)) {
+            return true;
+        }
+        if late {
+            return false;
+        }
+        world.clock.sleep(Duration::from_millis(100));
+    }
+}
+
+/// All of the kernel's own work is done by then: processors, memory, interrupts, timers, devices.
+fn has_booted(console: &[u8]) -> bool {
+    String::from_utf8_lossy(console).contains("VFS: Cannot open root device")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_booted;
+
+    #[test]
+    fn a_kernel_that_hangs_half_way_has_not_booted() {
+        let half = b"[    0.000000] Linux version 6.1\n[    0.91] clocksource: tsc\n";
+        assert!(!has_booted(half));
+        let whole = b"...\n[    1.2] VFS: Cannot open root device \"(null)\" or unknown-block(0,0): error -6\n";
+        assert!(has_booted(whole));
+    }
 }

@@ -39,6 +39,12 @@ enum Command {
         /// The long ones, too
         #[arg(long)]
         full: bool,
+        /// The scenarios on real machines instead (docs/machines.md); they take more than an hour
+        #[arg(long, conflicts_with = "full")]
+        machines: bool,
+        /// The packages that are installed on the machines
+        #[arg(long, value_name = "DIR", requires = "machines")]
+        debs: Option<std::path::PathBuf>,
         /// Only tests whose names contain one of these
         filters: Vec<String>,
     },
@@ -258,7 +264,13 @@ fn run(command: Command) -> Result<i32> {
             preemption: PREEMPTION,
         })
         .map(|()| 0),
-        Command::Test { full, filters } => test::test(&test::Wishes { full, filters }).map(|()| 0),
+        Command::Test {
+            machines: true,
+            debs,
+            filters,
+            ..
+        } => machines::run_scenarios(&filters, &debs.unwrap_or_else(|| paths::target().join("packages"))).map(|()| 0),
+        Command::Test { full, filters, .. } => test::test(&test::Wishes { full, filters }).map(|()| 0),
         Command::Lab(command) => lab_command(command),
         Command::Setup => setup::setup().map(|()| 0),
         Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),

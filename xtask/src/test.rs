@@ -33,7 +33,7 @@ pub fn test(wishes: &Wishes) -> Result<()> {
         "--workspace",
         "--all-targets",
         "--features",
-        "slurm-vm/full",
+        "slurm-vm/full,slurm-vm/machines",
         "--",
         "-D",
         "warnings",
@@ -87,12 +87,12 @@ fn check(name: &'static str, what: &str, args: &[&str], done: &str) -> Result<()
 
 /// Sums over all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Counts {
+pub(crate) struct Counts {
     passed: u32,
-    failed: u32,
+    pub(crate) failed: u32,
     ignored: u32,
     /// Something failed beside the tests: a program did not build, or died.
-    broken: bool,
+    pub(crate) broken: bool,
 }
 
 impl Counts {
@@ -133,7 +133,12 @@ fn run_tests(wishes: &Wishes) -> Result<Counts> {
     }
     args.push("--");
     args.extend(wishes.filters.iter().map(String::as_str));
-    let mut child = stage::cargo_command(&args).stdout(Stdio::piped()).spawn().at("run", "cargo")?;
+    run_and_count(&mut stage::cargo_command(&args))
+}
+
+/// Runs a `cargo test`, passes on what it prints, and sums up its results.
+pub(crate) fn run_and_count(command: &mut std::process::Command) -> Result<Counts> {
+    let mut child = command.stdout(Stdio::piped()).spawn().at("run", "cargo")?;
     let mut counts = Counts::default();
     let out = child.stdout.take().ok_or("cargo's output is not there")?;
     for line in BufReader::new(out).split(b'\n') {

@@ -108,6 +108,14 @@ pub enum HypervisorError {
     },
 }
 
+impl HypervisorError {
+    /// Whether a domain did not start because this host has no control groups that hold its memory. Any other reason says nothing about them.
+    #[must_use]
+    pub fn is_lack_of_cgroups(&self) -> bool {
+        matches!(self, Self::Unsupported { message, .. } if message.contains("cgroup"))
+    }
+}
+
 /// What calls return.
 pub type Result<T> = std::result::Result<T, HypervisorError>;
 

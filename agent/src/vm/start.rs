@@ -24,10 +24,7 @@ pub fn domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let mut started = node.world.hypervisor.start(&spec, false);
     if spec.hard_limit_mib.is_some()
         && let Err(e) = &started
-        && !matches!(
-            e,
-            crate::hypervisor::HypervisorError::AlreadyExists { .. } | crate::hypervisor::HypervisorError::Connect { .. }
-        )
+        && e.is_lack_of_cgroups()
     {
         node.no_hard_limit(&e.to_string());
         spec.hard_limit_mib = None;

@@ -23,8 +23,8 @@ pub(crate) mod wire;
 
 pub use enter::run as run_inside;
 pub use host::{inner as host_inner, outer as host_outer};
-pub use options::{CTL, Options, Places, Slurm, address};
 pub(crate) use options::USERS;
+pub use options::{CTL, Options, Places, Slurm, address};
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 pub use wire::StatusLine;
 

@@ -6,7 +6,7 @@ use crate::{
     error::At,
     lab::{CTL, Was},
 };
-use std::{io::IsTerminal, time::Instant};
+use std::{io::IsTerminal, path::PathBuf, time::Instant};
 
 /// Which cluster.
 #[derive(Debug, clap::Args)]
@@ -36,6 +36,9 @@ pub struct Up {
     /// 12 (QEMU and libvirt from backports) or 13
     #[arg(long, value_enum, default_value = "12")]
     debian: Debian,
+    /// Without Slurm, NFS and users set up: to follow docs/install.md from its beginning
+    #[arg(long)]
+    fresh: bool,
     /// Whether the NFS server takes root on a node for nobody, in /shared
     #[arg(long, value_enum, default_value = "off")]
     root_squash: Switch,
@@ -84,6 +87,18 @@ pub enum MachinesCommand {
         /// The command
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Install slurm-vm as docs/install.md says, by executing its blocks
+    Install {
+        /// Which cluster
+        #[command(flatten)]
+        name: Name,
+        /// The directory with the packages
+        #[arg(long, value_name = "DIR")]
+        debs: PathBuf,
+        /// Another guide than docs/install.md
+        #[arg(long, value_name = "FILE")]
+        guide: Option<PathBuf>,
     },
     /// Pull a machine's plug, or switch it on
     Power {
@@ -149,6 +164,11 @@ pub fn run(command: MachinesCommand) -> Result<i32> {
         }
         MachinesCommand::Exec { name, user, command } => return enter(&name.name, CTL, &user, &command),
         MachinesCommand::Node { name, user, node, command } => return enter(&name.name, &node, &user, &command),
+        MachinesCommand::Install { name, debs, guide } => {
+            let begun = Instant::now();
+            Machines::attach(&name.name)?.install(&debs, guide.as_deref())?;
+            println!("slurm-vm is installed ({:.0} s)", begun.elapsed().as_secs_f32());
+        }
         MachinesCommand::Power { name, node, state } => Machines::attach(&name.name)?.power(&node, state == Switch::On)?,
         MachinesCommand::Cut(p) => Machines::attach(&p.name.name)?.cut(&p.a, &p.b)?,
         MachinesCommand::Heal(p) => Machines::attach(&p.name.name)?.heal(&p.a, &p.b)?,
@@ -173,6 +193,7 @@ fn bring_up(wishes: Up) -> Result<()> {
         name: wishes.name.name,
         nodes: wishes.nodes,
         debian: wishes.debian,
+        fresh: wishes.fresh,
         root_squash: wishes.root_squash == Switch::On,
         grace_s: wishes.grace,
         mem_mib: wishes.memory,

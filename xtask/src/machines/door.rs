@@ -116,7 +116,13 @@ pub fn run(places: &Places, host: &str, argv: &[&str]) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    Err(format!("`{}` failed on {host} ({}): {}", argv.join(" "), output.status, proc::text_of(&output)).into())
+    Err(format!(
+        "`{}` failed on {host} ({}): {}",
+        argv.join(" "),
+        output.status,
+        proc::text_of(&output)
+    )
+    .into())
 }
 
 #[cfg(test)]
@@ -126,7 +132,10 @@ mod tests {
     #[test]
     fn words_with_quotes_and_blanks_arrive_as_they_are() {
         let word = "a 'b' \"$c\"\n;";
-        let out = std::process::Command::new("sh").args(["-c", &format!("printf %s {}", quoted(word))]).output().expect("sh");
+        let out = std::process::Command::new("sh")
+            .args(["-c", &format!("printf %s {}", quoted(word))])
+            .output()
+            .expect("sh");
         assert_eq!(String::from_utf8_lossy(&out.stdout), word);
     }
 }

@@ -1,5 +1,6 @@
-//! What makes one machine differ from the others, and what a site has set up before slurm-vm comes: names, addresses, keys, Slurm, NFS.
-//! It is a tar file on the machine's second disk, unpacked before systemd starts for the first time. Nothing of slurm-vm is in it.
+//! What makes one machine differ from the others, and what a site has set up before slurm-vm comes: names, addresses, keys, Slurm, NFS
+//! (of a fresh machine: its name, its address, and root's key). It is a tar file on the machine's second disk, unpacked before systemd starts
+//! for the first time. Nothing of slurm-vm is in it.
 
 use super::options::{Options, address, number};
 use crate::{
@@ -24,30 +25,47 @@ pub fn write(options: &Options, places: &Places, host: &str) -> Result<PathBuf> 
     let etc = tree.join("etc");
     paths::file(etc.join("hostname"), 0o644, format!("{host}\n"))?;
     let mut hosts = String::from("127.0.0.1 localhost\n");
-    for name in options.hosts() {
-        let _ = writeln!(hosts, "{} {name}", address(&name)?);
+    if options.fresh {
+        // As Debian's installer leaves it.
+        let _ = writeln!(hosts, "127.0.1.1 {host}");
+    }
+    for name in options.hosts().iter().filter(|_| !options.fresh) {
+        let _ = writeln!(hosts, "{} {name}", address(name)?);
     }
     paths::file(etc.join("hosts"), 0o644, hosts)?;
     network(&etc, host)?;
-    slurm(options, &etc)?;
-    files(options, &etc, host)?;
-    let key = fs::read(places.munge_key()).at("read", places.munge_key())?;
-    paths::file(etc.join("munge/munge.key"), 0o400, key)?;
+    if !options.fresh {
+        slurm(options, &etc)?;
+        files(options, &etc, host)?;
+        let key = fs::read(places.munge_key()).at("read", places.munge_key())?;
+        paths::file(etc.join("munge/munge.key"), 0o400, key)?;
+    }
     let key = fs::read(key_file(places).with_extension("pub")).at("read", key_file(places))?;
     paths::dir(tree.join("root"), 0o700)?;
     paths::dir(tree.join("root/.ssh"), 0o700)?;
     paths::file(tree.join("root/.ssh/authorized_keys"), 0o600, key)?;
-    // A site's image of a guest.
-    let image = tree.join("var/lib/slurm-vm-images");
-    if host != CTL {
-        crate::image::install_into(&image)?;
+    if host == CTL {
+        // An administrator gets from there to the nodes.
+        let key = fs::read(key_file(places)).at("read", key_file(places))?;
+        paths::file(tree.join("root/.ssh/id_ed25519"), 0o600, key)?;
     }
-    paths::file(etc.join("machine/first-boot"), 0o755, first_boot(host))?;
+    let first_boot = if options.fresh { fresh_boot(host) } else { first_boot(host) };
+    paths::file(etc.join("machine/first-boot"), 0o755, first_boot)?;
     let tar = places.disk().join(format!("{host}.tar"));
     let (tar_text, tree_text) = (tar.to_string_lossy(), tree.to_string_lossy());
     proc::run(
         "tar",
-        &["-c", "-f", &tar_text, "-C", &tree_text, "--owner=0", "--group=0", "--numeric-owner", "."],
+        &[
+            "-c",
+            "-f",
+            &tar_text,
+            "-C",
+            &tree_text,
+            "--owner=0",
+            "--group=0",
+            "--numeric-owner",
+            ".",
+        ],
     )?;
     Ok(tar)
 }
@@ -60,7 +78,10 @@ pub fn key_file(places: &Places) -> PathBuf {
 /// Makes the keys of a cluster.
 pub fn keys(places: &Places) -> Result<()> {
     let key = key_file(places);
-    proc::run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", "machines", "-f", &key.to_string_lossy()])?;
+    proc::run(
+        "ssh-keygen",
+        &["-q", "-t", "ed25519", "-N", "", "-C", "machines", "-f", &key.to_string_lossy()],
+    )?;
     let mut key = [0u8; 128];
     let random = "/dev/urandom";
     let mut source = fs::File::open(random).at("open", random)?;
@@ -97,7 +118,7 @@ fn slurm(options: &Options, etc: &Path) -> Result<()> {
     // A node keeps some of its memory for itself.
     let (cpus, memory) = (options.cpus, options.mem_mib - 600);
     let mut text = format!(
-        "ClusterName=machines
+        "ClusterName=example
 SlurmctldHost={CTL}({})
 SlurmUser=slurm
 AuthType=auth/munge
@@ -152,7 +173,8 @@ PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF MaxTime=INFINIT
 fn files(options: &Options, etc: &Path, host: &str) -> Result<()> {
     if host == CTL {
         let squash = if options.root_squash { "root_squash" } else { "no_root_squash" };
-        let exports = format!("/home 10.78.0.0/24(rw,sync,no_subtree_check,root_squash)\n/shared 10.78.0.0/24(rw,sync,no_subtree_check,{squash})\n");
+        let exports =
+            format!("/home 10.77.0.0/24(rw,sync,no_subtree_check,root_squash)\n/shared 10.77.0.0/24(rw,sync,no_subtree_check,{squash})\n");
         return paths::file(etc.join("exports"), 0o644, exports);
     }
     let table = "/dev/vda / ext4 errors=remount-ro 0 1
@@ -162,22 +184,26 @@ ctl:/shared /shared nfs4 hard,_netdev 0 0
     paths::file(etc.join("fstab"), 0o644, table)
 }
 
+/// All machines have all packages; a unit that has nothing to do on one is off, as if its package were not there.
+fn fresh_boot(host: &str) -> String {
+    let off = if host == CTL { NOT_ON_CTL } else { NOT_ON_NODES };
+    format!("systemctl disable {off}\nmungekey --force --create\nchown munge:munge /etc/munge/munge.key\n")
+}
+
 fn first_boot(host: &str) -> String {
-    let (off, more) = if host == CTL {
-        let homes = USERS.iter().fold(String::new(), |text, u| {
-            format!("{text}chown -R {0}:{0} /home/{0}; chmod 755 /home/{0}\n", u.name)
-        });
-        (NOT_ON_CTL, format!("mkdir -p /shared\n{homes}"))
+    let (off, home) = if host == CTL {
+        (NOT_ON_CTL, "--create-home")
     } else {
-        // What useradd made there would be below the mount.
-        (NOT_ON_NODES, "mkdir -p /shared\nrm -rf /home/*\n".to_owned())
+        (NOT_ON_NODES, "--no-create-home")
     };
+    let users = USERS.iter().fold(String::new(), |text, u| {
+        format!("{text}useradd {home} --uid {} --user-group --shell /bin/bash {}\n", u.id, u.name)
+    });
     format!(
-        "set -x
-systemctl disable {off}
+        "systemctl disable {off}
 chown munge:munge /etc/munge /etc/munge/munge.key
 for dir in /var/lib/slurm/slurmctld /var/log/slurm; do mkdir -p $dir; chown slurm:slurm $dir; done
-mkdir -p /var/lib/slurm/slurmd
-{more}"
+mkdir -p /var/lib/slurm/slurmd /shared
+{users}"
     )
 }

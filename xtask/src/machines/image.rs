@@ -2,12 +2,7 @@
 //! packages and their own units. Each machine writes to an overlay of its own. No loop device and no mount is needed.
 
 use super::options::{Debian, images};
-use crate::{
-    Result, apt,
-    error::At,
-    lab::{USERS, tail},
-    paths, proc, setup,
-};
+use crate::{Result, apt, error::At, lab::tail, paths, proc, setup};
 use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs,
@@ -17,10 +12,10 @@ use std::{
 };
 
 /// Counts changes to this file, so that a disk made by an older one is made again.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 const PACKAGES: &str = "systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools,slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,\
     munge,libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,qemu-utils,nfs-kernel-server,nfs-common,\
-    openssh-server,apparmor,iproute2,iputils-ping,nftables,procps,kmod,passwd,less,e2fsprogs,zstd,xz-utils,ca-certificates,quota";
+    openssh-server,apparmor,iproute2,iputils-ping,nftables,busybox-static,cpio,procps,kmod,passwd,less,e2fsprogs,zstd,xz-utils,ca-certificates,quota";
 /// What the root of a machine can hold; the file is sparse.
 const DISK_BYTES: u64 = 8 << 30;
 /// Timers that would wake up at a bad moment, sockets that keep libvirtd from starting, what waits for hardware that is not there.
@@ -43,7 +38,7 @@ const FIRST_BOOT: &str = "#!/bin/sh
 case \"$1\" in prereqs) exit 0 ;; esac
 if [ -b /dev/vdb ] && [ ! -e \"$rootmnt/etc/machine/first-boot\" ]; then
     chroot \"$rootmnt\" tar -x --no-same-owner -C / < /dev/vdb
-    chroot \"$rootmnt\" /bin/sh /etc/machine/first-boot
+    chroot \"$rootmnt\" /bin/sh -x /etc/machine/first-boot
 fi
 ";
 const SSHD: &str = "PermitRootLogin prohibit-password\nUsePAM no\nUseDNS no\nMaxSessions 200\nMaxStartups 200\nPrintMotd no\n";
@@ -120,7 +115,10 @@ fn bootstrap(debian: Debian, tree: &Path) -> Result<()> {
         .args(["--aptopt=APT::Install-Recommends \"false\""])
         .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
         .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
-        .args(["--dpkgopt=path-include=/usr/share/doc/slurm-vm/*", "--dpkgopt=path-include=/usr/share/man/*svm*"]);
+        .args([
+            "--dpkgopt=path-include=/usr/share/doc/slurm-vm/*",
+            "--dpkgopt=path-include=/usr/share/man/*svm*",
+        ]);
     let mut lines = vec![format!("deb {mirror} {suite} main"), format!("deb {mirror} {suite}-updates main")];
     if debian == Debian::V12 {
         lines.push(format!("deb {mirror} {suite}-backports main"));
@@ -160,9 +158,13 @@ fn settle(tree: &Path) -> Result<()> {
         let _ = fs::remove_file(&link);
         symlink("/dev/null", &link).at("link", &link)?;
     }
-    for user in &USERS {
-        let id = user.id.to_string();
-        inside(tree, &["useradd", "--create-home", "--shell", "/bin/bash", "--uid", &id, "--user-group", user.name])?;
+    // There is no network to get packages from: all that a machine may be asked to install is there already.
+    for sources in [
+        "etc/apt/sources.list",
+        "etc/apt/sources.list.d/0000bookworm.list",
+        "etc/apt/preferences.d/backports",
+    ] {
+        let _ = fs::remove_file(tree.join(sources));
     }
     inside(tree, &["systemctl", "enable", "systemd-networkd.service"])?;
     paths::file(tree.join("etc/initramfs-tools/scripts/local-bottom/machine"), 0o755, FIRST_BOOT)?;

@@ -4,22 +4,25 @@
 //! ```text
 //! machine
 //!  └ xtask machines-init       PID 1 of the cluster's own pid, mount, net, uts and ipc namespaces; holds bridge br0
-//!     ├ QEMU ctl               10.78.0.1   slurmctld, NFS server; the login host
-//!     ├ QEMU n1                10.78.0.11  slurmd, libvirtd; guests run in QEMU with KVM in there
-//!     └ QEMU n2                10.78.0.12  ...
+//!     ├ QEMU ctl               10.77.0.1   slurmctld, NFS server; the login host
+//!     ├ QEMU n1                10.77.0.11  slurmd, libvirtd; guests run in QEMU with KVM in there
+//!     └ QEMU n2                10.77.0.12  ...
 //! ```
 //!
 //! [`Machines`] is what tests use; the command line is made of the same functions. `docs/machines.md` has the commands.
 
 mod cli;
 mod door;
+mod guide;
 mod identity;
 mod image;
 mod options;
+mod scenarios;
 mod supervisor;
 
 pub use cli::{MachinesCommand, run};
 pub use options::{Debian, Options, address};
+pub use scenarios::run as run_scenarios;
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 
 use crate::{
@@ -93,7 +96,17 @@ fn start(places: &Places, options: &Options, image: &image::Image) -> Result<()>
         let overlay = disk.join(format!("{host}.qcow2"));
         proc::run(
             "qemu-img",
-            &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &base.to_string_lossy(), &overlay.to_string_lossy()],
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "qcow2",
+                "-b",
+                &base.to_string_lossy(),
+                &overlay.to_string_lossy(),
+            ],
         )?;
     }
     let log = disk.join("machines.log");
@@ -281,6 +294,9 @@ impl Machines {
     pub fn wait_ready(&self) -> Result<()> {
         for host in self.options.hosts() {
             self.wait_answers(&host)?;
+        }
+        if self.options.fresh {
+            return Ok(());
         }
         let mut last = String::new();
         let ready = || {

@@ -42,6 +42,8 @@ pub struct Options {
     pub nodes: u8,
     /// Which Debian.
     pub debian: Debian,
+    /// Debian as it comes, without Slurm set up: for those who follow docs/install.md.
+    pub fresh: bool,
     /// Whether the NFS server takes root on a node for nobody.
     pub root_squash: bool,
     /// GraceTime of the partition `low`, in seconds.
@@ -58,6 +60,7 @@ impl Default for Options {
             name: "main".into(),
             nodes: 2,
             debian: Debian::V12,
+            fresh: false,
             root_squash: false,
             grace_s: 300,
             mem_mib: 2560,
@@ -113,7 +116,7 @@ pub fn number(host: &str) -> Result<u8> {
 
 /// Address of a machine. Every cluster has the same network: they are in namespaces of their own.
 pub fn address(host: &str) -> Result<String> {
-    Ok(format!("10.78.0.{}", number(host)?))
+    Ok(format!("10.77.0.{}", number(host)?))
 }
 
 /// The port on the loopback of the cluster's namespace that leads to a machine's SSH daemon.

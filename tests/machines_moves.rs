@@ -1,0 +1,78 @@
+//! On real machines: jobs that move, with KVM, sVirt and an NFS between two clients. `cargo xtask test --machines moves`.
+mod site;
+
+use site::{Site, counted, counter};
+
+/// Starts a counter on n1 and waits until it counts.
+fn counting(t: &Site, args: &str, to: u32) -> u32 {
+    t.script("count.sh", &counter(to));
+    let job = t.submit(&format!("--vm=tiny -w n1 --output=out {args} count.sh"));
+    t.wait_text("out", "\n10\n");
+    job
+}
+
+#[test]
+fn svm_migrate_moves_a_guest_while_it_counts() {
+    let t = Site::take("migrate");
+    let job = counting(&t, "", 300);
+    let said = t.sh(&format!("svm migrate {job} n2"));
+    assert_eq!(said.code, Some(0), "{said:?}");
+    t.wait_vm(job, "n2", "running");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    assert_eq!(t.ways(job), ["live"]);
+    counted(&t, job, "out", 300);
+    t.end();
+}
+
+#[test]
+fn a_preempted_job_moves_live_and_keeps_its_id() {
+    let t = Site::take("live");
+    let job = counting(&t, "-c2", 300);
+    let urgent = t
+        .on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'")
+        .out;
+    println!("bob's job is {urgent}");
+    t.wait_vm(job, "n2", "running");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    assert_eq!(t.ways(job), ["live"]);
+    assert_eq!(t.job(job)["Restarts"], "1");
+    counted(&t, job, "out", 300);
+    t.end();
+}
+
+#[test]
+fn a_preempted_job_is_saved_and_goes_on_later() {
+    let t = Site::take("save");
+    let job = counting(&t, "-c2 --vm-preempt=save", 200);
+    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    assert_eq!(t.ways(job), ["save"]);
+    counted(&t, job, "out", 200);
+    t.end();
+}
+
+#[test]
+fn a_preempted_job_starts_over_if_that_is_all_it_wants() {
+    let t = Site::take("requeue");
+    let job = counting(&t, "-c2 --vm-preempt=requeue", 60);
+    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    assert_eq!(t.job(job)["Restarts"], "1");
+    let text = t.text("out");
+    assert_eq!(text.matches("boot ").count(), 3, "one run was cut short, one was whole");
+    assert!(text.contains("\n60\nboot "));
+    t.end();
+}
+
+#[test]
+fn a_drained_node_is_left_by_its_guests() {
+    let t = Site::take("drain");
+    let job = counting(&t, "", 300);
+    t.root("ctl", "scontrol update nodename=n1 state=drain reason=test");
+    t.wait_vm(job, "n2", "running");
+    t.root("ctl", "scontrol update nodename=n1 state=resume");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    assert_eq!(t.ways(job), ["live"]);
+    counted(&t, job, "out", 300);
+    t.end();
+}

@@ -19,7 +19,8 @@ use crate::{
 /// Guest memory of the probe.
 const PROBE_MIB: u64 = 192;
 
-/// Chooses, by the answer that is on file for this boot of this kernel and QEMU, else by a probe guest.
+/// Chooses, by the answer that is on file for this boot of this kernel and QEMU, else by a probe guest. Only a good answer is kept: what failed
+/// may have been mended since, and then a restart of the agent is enough.
 #[must_use]
 pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
     if !std::path::Path::new("/dev/kvm").exists() {
@@ -29,22 +30,20 @@ pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
     let file = config.state_dir.join("kvm-probe");
     if let Some((known, answer)) = std::fs::read_to_string(&file).ok().as_deref().and_then(|t| t.split_once('\n'))
         && known == boot.trim()
+        && answer.starts_with("kvm")
     {
-        let kind = if answer.starts_with("kvm") {
-            DomainType::Kvm
-        } else {
-            DomainType::Qemu
-        };
-        return (kind, format!("{} (probed since the last boot)", answer.trim()));
+        return (DomainType::Kvm, format!("{} (probed since the last boot)", answer.trim()));
     }
-    let (kind, why) = match probe(config, world) {
-        Ok(seconds) => (DomainType::Kvm, format!("kvm: a probe guest came up in {seconds:.1} s")),
+    match probe(config, world) {
+        Ok(seconds) => {
+            let why = format!("kvm: a probe guest came up in {seconds:.1} s");
+            if let Err(e) = write_durably(&file, format!("{}\n{why}\n", boot.trim()).as_bytes()) {
+                log::warn!("{}: {e}", file.display());
+            }
+            (DomainType::Kvm, why)
+        }
         Err(why) => (DomainType::Qemu, format!("emulation: {why}")),
-    };
-    if let Err(e) = write_durably(&file, format!("{}\n{why}\n", boot.trim()).as_bytes()) {
-        log::warn!("{}: {e}", file.display());
     }
-    (kind, why)
 }
 
 /// What a probe guest boots, and how it shows that it has.

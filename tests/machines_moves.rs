@@ -14,13 +14,15 @@ fn counting(t: &Site, args: &str, to: u32) -> u32 {
 #[test]
 fn svm_migrate_moves_a_guest_while_it_counts() {
     let t = Site::take("migrate");
-    let job = counting(&t, "", 300);
+    t.encrypt(true);
+    let job = counting(&t, "", 600);
     let said = t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
     t.wait_vm(job, "n2", "running");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
-    counted(&t, job, "out", 300);
+    counted(&t, job, "out", 600);
+    t.encrypt(false);
     t.end();
 }
 

@@ -104,6 +104,21 @@ END
 for node in n1 n2; do scp -q /etc/slurm/slurm.conf root@$node:/etc/slurm/; done
 systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@n2 systemctl restart slurmd";
         self.good("root", "ctl", change);
+        self.encrypt(false);
+    }
+
+    /// Whether the bulk of moves is encrypted, as it is by default: emulated processors take minutes for that.
+    pub fn encrypt(&self, on: bool) {
+        for node in NODES {
+            self.set(node, "encrypt_migration", &on.to_string());
+        }
+        self.well();
+    }
+
+    /// Sets a key of a machine's slurm-vm.toml that is in the file already, and starts the agent anew.
+    pub fn set(&self, host: &str, key: &str, value: &str) {
+        let line = format!("sed -i 's|^#*{key} = .*|{key} = {value}|' /etc/slurm-vm/slurm-vm.toml && systemctl restart slurm-vmd");
+        self.good("root", host, &line);
     }
 
     /// Waits until all nodes are idle and all agents healthy.

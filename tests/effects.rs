@@ -64,6 +64,10 @@ const RULES: &[Rule] = &[
             ("cluster/tls.rs", "behind the trait Peers: sockets of a move"),
             ("probe.rs", "asks once, at the start, what the host can do"),
             (
+                "shared.rs",
+                "a site's directories: their owners and modes, which Files does not have",
+            ),
+            (
                 "vm/spool.rs",
                 "kept output is written by offset into an open file: no fault point stands between two writes of it",
             ),

@@ -10,7 +10,7 @@ fn a_script_runs_with_kvm_and_its_exit_code_comes_back() {
     assert_eq!(health.matches("kvm (").count(), NODES.len(), "both nodes have KVM: {health}");
     t.script(
         "hello.sh",
-        "#!/bin/sh\necho \"hello from $(hostname), uid $(id -u)\"\nsleep 20\nexit 7",
+        "#!/bin/sh\necho \"hello from $(hostname), uid $(id -u)\"\nsleep 40\nexit 7",
     );
     let job = t.submit("--vm=tiny --output=out hello.sh");
     t.wait_text("out", "hello from slurm-");

@@ -40,9 +40,17 @@ fn a_shared_directory_that_qemu_cannot_enter_is_said() {
 #[test]
 fn a_kvm_that_qemus_user_may_not_open_is_said_and_mended_by_a_restart() {
     let t = Site::take("kvm");
-    t.good("root", "n1", "chown root:root /dev/kvm && chmod 600 /dev/kvm && rm -f /var/lib/slurm-vm/kvm-probe && systemctl restart slurm-vmd");
+    t.good(
+        "root",
+        "n1",
+        "chown root:root /dev/kvm && chmod 600 /dev/kvm && rm -f /var/lib/slurm-vm/kvm-probe && systemctl restart slurm-vmd",
+    );
     health_says(&t, "n1", "emulation");
-    t.good("root", "n1", "chown root:kvm /dev/kvm && chmod 660 /dev/kvm && systemctl restart slurm-vmd");
+    t.good(
+        "root",
+        "n1",
+        "chown root:kvm /dev/kvm && chmod 660 /dev/kvm && systemctl restart slurm-vmd",
+    );
     health_says(&t, "n1", "kvm (");
     t.end();
 }
@@ -83,6 +91,6 @@ fn a_closed_port_is_said_and_the_guest_stays() {
     assert_ne!(said.code, Some(0), "{said:?}");
     t.good("root", "n2", "nft delete table inet site");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
-    counted(&t, job, "out", 300);
+    counted(&t, job, "out", 400);
     t.end();
 }

@@ -29,7 +29,7 @@ fn svm_migrate_moves_a_guest_while_it_counts() {
 #[test]
 fn a_preempted_job_moves_live_and_keeps_its_id() {
     let t = Site::take("live");
-    let job = counting(&t, "-c2", 300);
+    let job = counting(&t, "-c2", 400);
     let urgent = t
         .on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'")
         .out;
@@ -38,7 +38,7 @@ fn a_preempted_job_moves_live_and_keeps_its_id() {
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
     assert_eq!(t.job(job)["Restarts"], "1");
-    counted(&t, job, "out", 300);
+    counted(&t, job, "out", 400);
     t.end();
 }
 
@@ -69,12 +69,12 @@ fn a_preempted_job_starts_over_if_that_is_all_it_wants() {
 #[test]
 fn a_drained_node_is_left_by_its_guests() {
     let t = Site::take("drain");
-    let job = counting(&t, "", 300);
+    let job = counting(&t, "", 400);
     t.root("ctl", "scontrol update nodename=n1 state=drain reason=test");
     t.wait_vm(job, "n2", "running");
     t.root("ctl", "scontrol update nodename=n1 state=resume");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
-    counted(&t, job, "out", 300);
+    counted(&t, job, "out", 400);
     t.end();
 }

@@ -15,7 +15,13 @@ fn counting(t: &Site, args: &str, to: u32) -> u32 {
 /// The services of a node, and the controller's; the last column is the machine.
 fn services(node: &str) -> [(&'static str, String); 5] {
     let node = || node.to_owned();
-    [("slurm-vmd", node()), ("libvirtd", node()), ("slurmd", node()), ("munge", node()), ("slurmctld", "ctl".into())]
+    [
+        ("slurm-vmd", node()),
+        ("libvirtd", node()),
+        ("slurmd", node()),
+        ("munge", node()),
+        ("slurmctld", "ctl".into()),
+    ]
 }
 
 #[test]
@@ -45,18 +51,32 @@ fn a_moving_job_survives_that_services_are_restarted() {
         let host = if service == "slurmctld" { "ctl".to_owned() } else { at.clone() };
         let to = Site::other(&at);
         let mut order = t.command("root", "ctl", &format!("svm migrate {job} {to}"));
-        let order = order.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("ssh");
+        let order = order
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ssh");
         wait("the guest is on its way", || {
             let state = t.show(job)["state"].as_str().unwrap_or_default().to_owned();
             if state == "leaving" { Ok(()) } else { Err(state) }
         });
         t.good("root", &host, &format!("systemctl restart {service}"));
         let said: site::Said = order.wait_with_output().expect("ssh").into();
-        println!("a move with {service} restarted on {host}: {:?} {} {}", said.code, said.out.lines().last().unwrap_or_default(), said.err);
+        println!(
+            "a move with {service} restarted on {host}: {:?} {} {}",
+            said.code,
+            said.out.lines().last().unwrap_or_default(),
+            said.err
+        );
         wait("the job runs somewhere", || {
             let view = t.show(job);
             let state = t.job(job).remove("JobState").unwrap_or_default();
-            if view["state"] == "running" && state == "RUNNING" { Ok(()) } else { Err(format!("{} {state}", view["state"])) }
+            if view["state"] == "running" && state == "RUNNING" {
+                Ok(())
+            } else {
+                Err(format!("{} {state}", view["state"]))
+            }
         });
         at = t.node_of(job);
     }
@@ -72,7 +92,11 @@ fn a_node_that_is_booted_anew_gives_its_job_to_another_one() {
     t.root("n1", "systemctl reboot");
     let fields = wait("the job starts over", || {
         let fields = t.job(job);
-        if fields["Restarts"] != "0" && fields["JobState"] == "RUNNING" { Ok(fields) } else { Err(format!("{fields:?}")) }
+        if fields["Restarts"] != "0" && fields["JobState"] == "RUNNING" {
+            Ok(fields)
+        } else {
+            Err(format!("{fields:?}"))
+        }
     });
     println!("it starts over on {}", fields["NodeList"]);
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
@@ -89,10 +113,19 @@ fn a_destination_without_power_leaves_the_guest_where_it_is() {
     t.encrypt(true);
     let job = counting(&t, "", 400);
     let mut order = t.command("root", "ctl", &format!("svm migrate {job} n2"));
-    let order = order.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("ssh");
+    let order = order
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("ssh");
     wait("the copying has begun", || {
         let said = t.quiet("root", "n1", &format!("virsh domjobinfo slurm-{job}-0"));
-        if said.out.contains("Memory remaining") { Ok(()) } else { Err(said.out) }
+        if said.out.contains("Memory remaining") {
+            Ok(())
+        } else {
+            Err(said.out)
+        }
     });
     t.m.power("n2", false).expect("n2 is off");
     let said: site::Said = order.wait_with_output().expect("ssh").into();
@@ -112,10 +145,19 @@ fn a_source_without_power_means_that_the_job_starts_over() {
     t.encrypt(true);
     let job = counting(&t, "", 100);
     let mut order = t.command("root", "ctl", &format!("svm migrate {job} n2"));
-    let order = order.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("ssh");
+    let order = order
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("ssh");
     wait("the copying has begun", || {
         let said = t.quiet("root", "n1", &format!("virsh domjobinfo slurm-{job}-0"));
-        if said.out.contains("Memory remaining") { Ok(()) } else { Err(said.out) }
+        if said.out.contains("Memory remaining") {
+            Ok(())
+        } else {
+            Err(said.out)
+        }
     });
     t.m.power("n1", false).expect("n1 is off");
     let said: site::Said = order.wait_with_output().expect("ssh").into();

@@ -26,7 +26,11 @@ fn without_shared_storage_the_disk_moves_too() {
         "disk.sh",
         &format!(
             "{}\nsha256sum -c /scratch/sum && echo \"the disk is whole\"",
-            counter(150).replacen('\n', "\ndd if=/dev/urandom of=/scratch/data bs=65536 count=64 2>/dev/null; sha256sum /scratch/data >/scratch/sum\n", 1)
+            counter(150).replacen(
+                '\n',
+                "\ndd if=/dev/urandom of=/scratch/data bs=65536 count=64 2>/dev/null; sha256sum /scratch/data >/scratch/sum\n",
+                1
+            )
         ),
     );
     let job = t.submit("--vm=tiny -w n1 --output=out disk.sh");
@@ -37,7 +41,8 @@ fn without_shared_storage_the_disk_moves_too() {
     counted(&t, job, "out", 150);
     assert!(t.text("out").contains("the disk is whole"));
     for host in ALL {
-        let line = "sed -i 's|^#shared_dir = .*|shared_dir = \"/shared/slurm-vm\"|' /etc/slurm-vm/slurm-vm.toml && systemctl restart slurm-vmd";
+        let line =
+            "sed -i 's|^#shared_dir = .*|shared_dir = \"/shared/slurm-vm\"|' /etc/slurm-vm/slurm-vm.toml && systemctl restart slurm-vmd";
         t.good("root", host, line);
     }
     t.end();
@@ -74,15 +79,26 @@ fn a_full_export_stops_the_program_until_there_is_room() {
         "fill.sh",
         "#!/bin/sh\ni=0\nwhile [ $i -lt 32 ]; do i=$((i + 1)); dd if=/dev/zero bs=65536 count=16 2>/dev/null | tr '\\0' x; done\necho done",
     );
-    t.good("root", "ctl", "dd if=/dev/zero of=/srv/small/other bs=1M count=12 2>/dev/null; df -m /srv/small");
+    t.good(
+        "root",
+        "ctl",
+        "dd if=/dev/zero of=/srv/small/other bs=1M count=12 2>/dev/null; df -m /srv/small",
+    );
     let job = t.submit("--vm=tiny -w n1 --output=/srv/small/out fill.sh");
     // 32 MiB into what is left of 24.
     wait("the export is full", || {
         let said = t.quiet("root", "ctl", "df --output=avail /srv/small | tail -1; stat -c %s /srv/small/out");
-        if said.out.trim().lines().next() == Some("0") { Ok(()) } else { Err(said.out) }
+        if said.out.trim().lines().next() == Some("0") {
+            Ok(())
+        } else {
+            Err(said.out)
+        }
     });
     assert_eq!(t.job(job)["JobState"], "RUNNING");
-    t.root("ctl", "umount /srv/small; losetup -a; resize2fs -f /srv/small.img 64M; df -m /srv/small");
+    t.root(
+        "ctl",
+        "umount /srv/small; losetup -a; resize2fs -f /srv/small.img 64M; df -m /srv/small",
+    );
     t.good("root", "ctl", "rm -f /srv/small/other; truncate -s 64M /srv/small.img; losetup -c $(losetup -j /srv/small.img -O NAME -n); resize2fs $(losetup -j /srv/small.img -O NAME -n)");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     let sum = t.good("root", "ctl", "stat -c %s /srv/small/out; tr -d x </srv/small/out");
@@ -90,7 +106,11 @@ fn a_full_export_stops_the_program_until_there_is_room() {
     for node in NODES {
         t.good("root", node, "umount /srv/small");
     }
-    t.good("root", "ctl", "exportfs -u n1:/srv/small; exportfs -u n2:/srv/small; umount /srv/small; rm /srv/small.img");
+    t.good(
+        "root",
+        "ctl",
+        "exportfs -u n1:/srv/small; exportfs -u n2:/srv/small; umount /srv/small; rm /srv/small.img",
+    );
     t.end();
 }
 
@@ -98,7 +118,11 @@ fn a_full_export_stops_the_program_until_there_is_room() {
 fn a_shared_directory_with_root_squash_is_refused_and_said() {
     let t = Site::take("squash");
     let export = |squash: &str| {
-        t.good("root", "ctl", &format!("sed -i '/^.shared/s/\\(no_\\)*root_squash/{squash}/g' /etc/exports && exportfs -ra && cat /etc/exports"));
+        t.good(
+            "root",
+            "ctl",
+            &format!("sed -i '/^.shared/s/\\(no_\\)*root_squash/{squash}/g' /etc/exports && exportfs -ra && cat /etc/exports"),
+        );
         for node in NODES {
             // The server's answer to a new client; systemd restarts what fails.
             t.root(node, "umount /shared && mount /shared; systemctl restart slurm-vmd");
@@ -107,7 +131,11 @@ fn a_shared_directory_with_root_squash_is_refused_and_said() {
     export("root_squash");
     let said = wait("svm health says what is wrong", || {
         let said = t.quiet("root", "ctl", "svm health");
-        if said.out.matches("root_squash").count() == NODES.len() { Ok(said) } else { Err(said.out) }
+        if said.out.matches("root_squash").count() == NODES.len() {
+            Ok(said)
+        } else {
+            Err(said.out)
+        }
     });
     println!("{}", said.out);
     assert_ne!(said.code, Some(0));

@@ -20,13 +20,26 @@ pub fn of(node: &Arc<Node>) -> NodeHealth {
         healthy: why.is_none(),
         why,
         version: env!("CARGO_PKG_VERSION").into(),
-        domain_type: format!("{} ({reason})", type_name(domain_type)),
+        domain_type: format!("{} ({reason}{})", type_name(domain_type), confined(node)),
+    }
+}
+
+/// What keeps a guest that has broken out of QEMU from the host.
+fn confined(node: &Arc<Node>) -> &'static str {
+    match node.security_model() {
+        None => "",
+        Some("apparmor") => "; AppArmor",
+        Some("selinux") => "; SELinux",
+        Some(_) => "; neither AppArmor nor SELinux",
     }
 }
 
 fn trouble(node: &Arc<Node>) -> Option<String> {
     if let Err(e) = node.world.hypervisor.ping(LIBVIRT_ANSWERS_WITHIN) {
         return Some(format!("libvirt: {e}"));
+    }
+    if let Some(why) = node.shared_trouble() {
+        return Some(why);
     }
     match node.world.disks.free_bytes(&node.config.state_dir) {
         Ok(free) if free < FREE_BYTES => Some(format!("{}: only {} MiB free", node.config.state_dir.display(), free >> 20)),

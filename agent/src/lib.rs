@@ -21,6 +21,7 @@ pub mod node;
 pub mod peer;
 pub mod probe;
 pub mod server;
+pub mod shared;
 pub mod shim;
 pub mod slurm;
 pub mod sweep;

@@ -22,7 +22,7 @@ use crate::{
     config::{Config, DomainTypeChoice},
     core::{End, Life, Record, record::domain_name},
     effects::{World, trusted::Distrust},
-    hypervisor::{DomainEvent, DomainType, StopReason},
+    hypervisor::{DomainEvent, DomainType, HostInfo, StopReason},
     vm::{self, Attach, Birth, Request, view},
 };
 
@@ -106,8 +106,10 @@ pub struct Node {
     pub moves: vm::moving::Moves,
     vms: Mutex<HashMap<u32, Entry>>,
     domain_type: OnceLock<(DomainType, String)>,
-    /// QEMU's version, asked once: libvirt may probe QEMU for seconds to tell it.
-    qemu: OnceLock<String>,
+    /// What libvirt says of the host, asked once: it may probe QEMU for seconds to tell it.
+    host: OnceLock<HostInfo>,
+    /// What is wrong with `shared_dir`.
+    shared_trouble: Mutex<Option<String>>,
     /// A start with a hard limit has failed here: there are no cgroups for libvirt.
     hard_limit_fails: AtomicBool,
     /// Bytes per second of the last save made here; 0 before the first.
@@ -127,7 +129,8 @@ impl Node {
             moves: vm::moving::Moves::default(),
             vms: Mutex::new(HashMap::new()),
             domain_type: OnceLock::new(),
-            qemu: OnceLock::new(),
+            host: OnceLock::new(),
+            shared_trouble: Mutex::new(None),
             hard_limit_fails: AtomicBool::new(false),
             save_speed: AtomicU64::new(0),
         })
@@ -161,16 +164,41 @@ impl Node {
     /// QEMU's version (`10.0.2`), empty while libvirt does not tell it.
     #[must_use]
     pub fn qemu_version(&self) -> String {
-        if let Some(known) = self.qemu.get() {
-            return known.clone();
+        if let Some(known) = self.host.get() {
+            return known.hypervisor_version.clone();
         }
         match self.world.hypervisor.host(self.domain_type()) {
-            Ok(host) => self.qemu.get_or_init(|| host.hypervisor_version).clone(),
+            Ok(host) => self.host.get_or_init(|| host).hypervisor_version.clone(),
             Err(e) => {
                 log::warn!("libvirt does not tell QEMU's version: {e}");
                 String::new()
             }
         }
+    }
+
+    /// What confines QEMU here (`apparmor`, `selinux`, `none`); nothing as long as libvirt has not said it.
+    #[must_use]
+    pub fn security_model(&self) -> Option<&str> {
+        self.host.get().map(|h| h.security_model.as_str())
+    }
+
+    /// Looks whether `shared_dir` is of use to VMs. May last as long as a file server is away.
+    pub fn look_at_shared_dir(&self) {
+        let now = crate::shared::trouble(&self.config);
+        let mut known = self.shared_trouble.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(why) = now.as_ref().filter(|_| *known != now) {
+            log::error!("{why}");
+        }
+        *known = now;
+    }
+
+    /// What the last look at `shared_dir` has found wrong.
+    #[must_use]
+    pub fn shared_trouble(&self) -> Option<String> {
+        self.shared_trouble
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 
     /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.

@@ -1,5 +1,5 @@
 //! What nobody else removes: saves of jobs that were cancelled while no VM of theirs existed, completions that were not
-//! asked for again, records of VMs that ended long ago. One thread, every half minute.
+//! asked for again, records of VMs that ended long ago. It looks at `shared_dir` as well. One thread, every half minute.
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{node::Node, vm::saving};
@@ -10,6 +10,7 @@ const EVERY: Duration = Duration::from_secs(30);
 pub fn run(node: &Arc<Node>) {
     loop {
         node.world.clock.sleep(EVERY);
+        node.look_at_shared_dir();
         for (job, uid) in saving::saved_by(node) {
             if is_over(node, job, uid) {
                 log::info!("job {job}: ended while it was saved: removing its save");

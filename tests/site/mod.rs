@@ -216,11 +216,18 @@ systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@
         })
     }
 
-    /// Waits until a file of the test has a line that begins so.
+    /// Waits until a file of the test contains the text, as a node sees it: a client of NFS writes to the server in its own time.
     pub fn wait_text(&self, file: &str, text: &str) {
-        wait(&format!("`{text}` in {file}"), || {
-            let found = self.text(file);
-            if found.contains(text) { Ok(()) } else { Err(tail(&found)) }
+        wait(&format!("`{}` in {file}", text.trim()), || {
+            let mut last = String::new();
+            for node in NODES {
+                let found = self.quiet("alice", node, &format!("cat ~/{}/{file}", self.name)).out;
+                if found.contains(text) {
+                    return Ok(());
+                }
+                last += &tail(&found);
+            }
+            Err(last)
         });
     }
 

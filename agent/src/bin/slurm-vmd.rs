@@ -96,16 +96,12 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         None
     };
     if let Some(node) = &node {
-        // Overlays and saves hold users' data: only root and QEMU's user get past these directories.
-        let mut private = vec![config.state_dir.join("vms")];
-        if let Some(shared) = &config.shared_dir {
-            private.extend([shared.join("overlays"), shared.join("saves")]);
-        }
-        for dir in private {
-            private::passage(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-        }
-        let done = config.shared_dir.as_ref().unwrap_or(&config.state_dir).join("done");
+        // Overlays hold users' data: only root and QEMU's user get past this directory.
+        let dir = config.state_dir.join("vms");
+        private::passage(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+        let done = config.state_dir.join("done");
         private::directory(&done, 0o700).map_err(|e| format!("cannot make {}: {e}", done.display()))?;
+        node.look_at_shared_dir();
         let events = world.hypervisor.events();
         let watcher = node.clone();
         thread::Builder::new()
@@ -171,11 +167,10 @@ fn make_directories(config: &Config) -> Result<(), String> {
     ] {
         private::directory(&dir, mode).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     }
-    // These are the administrator's where they are there.
-    for dir in [Some(&config.state_dir), config.shared_dir.as_ref()].into_iter().flatten() {
-        if !dir.is_dir() {
-            private::directory(dir, 0o711).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-        }
+    // It is the administrator's where it is there.
+    let dir = &config.state_dir;
+    if !dir.is_dir() {
+        private::directory(dir, 0o711).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     }
     Ok(())
 }

@@ -410,4 +410,6 @@ pub struct HostInfo {
     /// Whether [`DomainSpec::hard_limit_mib`] can work: whether the memory controller is there for libvirt. Known only from a domain that
     /// runs: `None` until one of ours was seen.
     pub hard_limit: Option<bool>,
+    /// What libvirt confines QEMU with: `apparmor`, `selinux`, or `none`.
+    pub security_model: String,
 }

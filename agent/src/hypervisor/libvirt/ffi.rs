@@ -404,6 +404,22 @@ impl Connection {
         Ok((library, hypervisor))
     }
 
+    /// What confines domains here: the first of libvirt's security drivers; `none` where it does not say.
+    pub(super) fn security_model(&self) -> String {
+        let mut model = sys::virSecurityModel {
+            model: [0; 257],
+            doi: [0; 257],
+        };
+        // SAFETY: a live connection and a place to write to, in which libvirt ends its text with a zero.
+        let text = unsafe {
+            if sys::virNodeGetSecurityModel(self.raw(), &raw mut model) < 0 {
+                return "none".into();
+            }
+            std::ffi::CStr::from_ptr(model.model.as_ptr()).to_string_lossy().into_owned()
+        };
+        if text.is_empty() { "none".into() } else { text }
+    }
+
     /// The host's name.
     pub(super) fn hostname(&self) -> R<String> {
         // SAFETY: a live connection; the string is ours to free.

@@ -182,6 +182,7 @@ impl Hypervisor for LibvirtHypervisor {
                 host_model_xml,
                 sparse_save: library >= 11_002_000,
                 hard_limit,
+                security_model: c.security_model(),
             })
         })
     }

@@ -217,7 +217,7 @@ impl Default for HypervisorConfig {
             uri: "qemu:///system".into(),
             domain_type: DomainTypeChoice::Auto,
             cpu_model: String::new(),
-            probe_timeout_s: 20,
+            probe_timeout_s: 60,
             memory_limit: true,
         }
     }

@@ -13,13 +13,22 @@ const FREE_BYTES: u64 = 64 << 20;
 /// Looks at libvirt and the state directory; takes at most a few seconds.
 #[must_use]
 pub fn of(node: &Arc<Node>) -> NodeHealth {
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let Some((domain_type, reason)) = node.domain_type_if_known() else {
+        return NodeHealth {
+            node: node.name.clone(),
+            healthy: false,
+            why: Some("it has just started: a guest tries whether KVM works".into()),
+            version,
+            domain_type: "not known yet".into(),
+        };
+    };
     let why = trouble(node);
-    let (domain_type, reason) = node.domain_type_and_reason();
     NodeHealth {
         node: node.name.clone(),
         healthy: why.is_none(),
         why,
-        version: env!("CARGO_PKG_VERSION").into(),
+        version,
         domain_type: format!("{} ({reason}{})", type_name(domain_type), confined(node)),
     }
 }

@@ -231,6 +231,15 @@ impl Node {
             .clone()
     }
 
+    /// The same without waiting: nothing while a guest tries KVM.
+    #[must_use]
+    pub fn domain_type_if_known(&self) -> Option<(DomainType, String)> {
+        match self.config.hypervisor.domain_type {
+            DomainTypeChoice::Auto => self.domain_type.get().cloned(),
+            _ => Some(self.domain_type_and_reason()),
+        }
+    }
+
     /// Brings ledger, libvirt and Slurm together after a start: each VM goes on where it was, or is ended.
     pub fn recover(self: &Arc<Self>) {
         let records = match self.world.store.load() {

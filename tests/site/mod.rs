@@ -220,12 +220,18 @@ systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@
     pub fn wait_text(&self, file: &str, text: &str) {
         wait(&format!("`{}` in {file}", text.trim()), || {
             let mut last = String::new();
+            // Looked at first: what is written by a job that ends in between is there.
+            let jobs = self.quiet("root", "ctl", "squeue -h -u alice").out;
             for node in NODES {
                 let found = self.quiet("alice", node, &format!("cat ~/{}/{file}", self.name)).out;
                 if found.contains(text) {
                     return Ok(());
                 }
                 last += &tail(&found);
+            }
+            if jobs.is_empty() {
+                self.root("ctl", "scontrol show job; svm health");
+                panic!("no job is left that could write it: {last}");
             }
             Err(last)
         });

@@ -14,7 +14,7 @@ use serde_json::Value;
 use xtask::machines::Machines;
 
 /// Long enough for emulation on a loaded machine; nothing waits for it to pass.
-pub const DEADLINE: Duration = Duration::from_secs(600);
+pub const DEADLINE: Duration = Duration::from_secs(900);
 /// The nodes of the cluster.
 pub const NODES: [&str; 2] = ["n1", "n2"];
 const ALL: [&str; 3] = ["ctl", "n1", "n2"];
@@ -104,6 +104,10 @@ END
 for node in n1 n2; do scp -q /etc/slurm/slurm.conf root@$node:/etc/slurm/; done
 systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@n2 systemctl restart slurmd";
         self.good("root", "ctl", change);
+        for node in NODES {
+            self.set(node, "boot_timeout_s", "600");
+            self.set(node, "probe_timeout_s", "300");
+        }
         self.encrypt(false);
     }
 

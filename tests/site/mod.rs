@@ -108,6 +108,8 @@ systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@
             self.set(node, "boot_timeout_s", "600");
             self.set(node, "probe_timeout_s", "300");
         }
+        // One poll is a dozen processes, and each takes the emulated controller a tenth of a second.
+        self.set("ctl", "poll_ms", "4000");
         self.encrypt(false);
     }
 

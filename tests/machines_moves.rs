@@ -27,6 +27,23 @@ fn svm_migrate_moves_a_guest_while_it_counts() {
 }
 
 #[test]
+fn a_guest_with_the_nodes_own_processor_model_moves() {
+    let t = Site::take("model");
+    let set = |model: &str| site::NODES.iter().for_each(|n| t.set(n, "cpu_model", model));
+    set("\"host-model\"");
+    t.well();
+    let job = counting(&t, "", 400);
+    let model = t.root("n1", &format!("virsh dumpxml slurm-{job}-0 | grep -A3 '<cpu '")).out;
+    assert!(model.contains("EPYC"), "{model}");
+    let said = t.sh(&format!("svm migrate {job} n2"));
+    assert_eq!(said.code, Some(0), "{said:?}");
+    assert_eq!(t.end_of(job), "COMPLETED 0:0");
+    counted(&t, job, "out", 400);
+    set("\"\"");
+    t.end();
+}
+
+#[test]
 fn a_preempted_job_moves_live_and_keeps_its_id() {
     let t = Site::take("live");
     let job = counting(&t, "-c2", 400);

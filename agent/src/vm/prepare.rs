@@ -209,10 +209,10 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         cpuset: record.allocation.as_ref().map(|a| a.pinned.clone()).unwrap_or_default(),
         mem_mib: plan.mem_mib,
         hard_limit_mib: None,
-        cpu: if config.hypervisor.cpu_model.is_empty() {
-            CpuModel::Default
-        } else {
-            CpuModel::Named(config.hypervisor.cpu_model.clone())
+        cpu: match config.hypervisor.cpu_model.as_str() {
+            "" => CpuModel::Default,
+            "host-model" => CpuModel::HostModel,
+            name => CpuModel::Named(name.to_owned()),
         },
         boot,
         disks,

@@ -42,7 +42,7 @@ enum Command {
         /// The scenarios on real machines instead (docs/machines.md); they take more than an hour
         #[arg(long, conflicts_with = "full")]
         machines: bool,
-        /// The packages that are installed on the machines
+        /// The packages that are installed on the machines [default: they are made]
         #[arg(long, value_name = "DIR", requires = "machines")]
         debs: Option<std::path::PathBuf>,
         /// Only tests whose names contain one of these
@@ -269,7 +269,7 @@ fn run(command: Command) -> Result<i32> {
             debs,
             filters,
             ..
-        } => machines::run_scenarios(&filters, &debs.unwrap_or_else(|| paths::target().join("packages"))).map(|()| 0),
+        } => machines::run_scenarios(&filters, debs.as_deref()).map(|()| 0),
         Command::Test { full, filters, .. } => test::test(&test::Wishes { full, filters }).map(|()| 0),
         Command::Lab(command) => lab_command(command),
         Command::Setup => setup::setup().map(|()| 0),

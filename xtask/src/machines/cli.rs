@@ -5,6 +5,7 @@ use crate::{
     Result,
     error::At,
     lab::{CTL, Was},
+    paths,
 };
 use std::{io::IsTerminal, path::PathBuf, time::Instant};
 
@@ -93,9 +94,9 @@ pub enum MachinesCommand {
         /// Which cluster
         #[command(flatten)]
         name: Name,
-        /// The directory with the packages
+        /// The directory with the packages [default: target/package]
         #[arg(long, value_name = "DIR")]
-        debs: PathBuf,
+        debs: Option<PathBuf>,
         /// Another guide than docs/install.md
         #[arg(long, value_name = "FILE")]
         guide: Option<PathBuf>,
@@ -166,7 +167,7 @@ pub fn run(command: MachinesCommand) -> Result<i32> {
         MachinesCommand::Node { name, user, node, command } => return enter(&name.name, &node, &user, &command),
         MachinesCommand::Install { name, debs, guide } => {
             let begun = Instant::now();
-            Machines::attach(&name.name)?.install(&debs, guide.as_deref())?;
+            Machines::attach(&name.name)?.install(&debs.unwrap_or_else(|| paths::target().join("package")), guide.as_deref())?;
             println!("slurm-vm is installed ({:.0} s)", begun.elapsed().as_secs_f32());
         }
         MachinesCommand::Power { name, node, state } => Machines::attach(&name.name)?.power(&node, state == Switch::On)?,

@@ -3,7 +3,7 @@
 
 use super::{Machines, Options, down, up};
 use crate::{
-    Result,
+    Result, package, paths,
     say::{Phase, seconds},
     stage,
     test::run_and_count,
@@ -21,8 +21,9 @@ const PROGRAMS: [&str; 5] = [
     "machines_mistakes",
 ];
 
-/// Runs the scenarios whose program or test has one of the names in its name; all of them without names.
-pub fn run(names: &[String], debs: &Path) -> Result<()> {
+/// Runs the scenarios whose program or test has one of the names in its name; all of them without names. Without a directory of packages those
+/// are made.
+pub fn run(names: &[String], debs: Option<&Path>) -> Result<()> {
     let begun = Instant::now();
     let options = Options {
         name: NAME.into(),
@@ -34,8 +35,15 @@ pub fn run(names: &[String], debs: &Path) -> Result<()> {
     phase.done(&format!("{was:?}"));
     let cluster = Machines::attach(NAME)?;
     if cluster.shell("n1", "root", "systemctl is-enabled slurm-vmd").is_err() {
+        let made = paths::target().join("package");
+        if debs.is_none() {
+            package::package(&package::Wishes {
+                out: Some(made.clone()),
+                revision: 1,
+            })?;
+        }
         let phase = Phase::begin("install", "as docs/install.md says");
-        cluster.install(debs, None)?;
+        cluster.install(debs.unwrap_or(&made), None)?;
         phase.done("installed as docs/install.md says, and its job has run");
     }
     let mut failed = Vec::new();

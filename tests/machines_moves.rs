@@ -65,7 +65,7 @@ fn a_preempted_job_is_saved_and_goes_on_later() {
     let job = counting(&t, "-c2 --vm-preempt=save", 200);
     t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
-    assert_eq!(t.ways(job), ["save"]);
+    assert_eq!(t.ways(job), ["save", "restore"]);
     counted(&t, job, "out", 200);
     t.end();
 }

@@ -29,6 +29,14 @@ enum Admitted {
     NotKnown(String),
 }
 
+/// What the grace time is taken for where nobody says it.
+const GRACE_GUESS_S: i64 = 120;
+
+/// When a preempted job's grace ends. Slurm's commands do not show the end of a job without a time limit, not even in its grace.
+fn grace_end(j: &JobBrief, grace_s: impl FnOnce() -> i64) -> Option<i64> {
+    j.end_time.or_else(|| j.preempt_time.map(|at| at + grace_s()))
+}
+
 impl Controller {
     /// Starts the moves that the last poll calls for.
     pub(super) fn start_moves(self: &Arc<Self>) {
@@ -68,14 +76,22 @@ impl Controller {
                     continue;
                 }
                 self.cluster().handled.insert(j.id, j.restarts);
-                log::info!("job {}: preempted on {from}, grace ends at {:?}", j.id, j.end_time);
-                let deadline_ms = j.end_time.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
+                let end = grace_end(&j, || self.grace_of(&j.partition));
+                log::info!("job {}: preempted on {from}, grace ends at {end:?}", j.id);
+                let deadline_ms = end.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
                 self.plan_aside(j, from, "preemption", deadline_ms);
             } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
                 log::info!("job {}: {from} is being drained", j.id);
                 self.plan_aside(j, from, "drain", None);
             }
         }
+    }
+
+    /// GraceTime of a partition; a guess where Slurm does not say it, or where it is the QOS's.
+    fn grace_of(&self, partition: &str) -> i64 {
+        let known = self.world.slurm.partitions().ok();
+        let grace = known.and_then(|all| all.into_iter().find(|p| p.name == partition)).map(|p| p.grace_s);
+        grace.filter(|g| *g > 0).and_then(|g| i64::try_from(g).ok()).unwrap_or(GRACE_GUESS_S)
     }
 
     /// Plans on a thread of its own: a node that does not answer must not hold up the other jobs' moves.

@@ -90,8 +90,13 @@ impl Controller {
     /// GraceTime of a partition; a guess where Slurm does not say it, or where it is the QOS's.
     fn grace_of(&self, partition: &str) -> i64 {
         let known = self.world.slurm.partitions().ok();
-        let grace = known.and_then(|all| all.into_iter().find(|p| p.name == partition)).map(|p| p.grace_s);
-        grace.filter(|g| *g > 0).and_then(|g| i64::try_from(g).ok()).unwrap_or(GRACE_GUESS_S)
+        let grace = known
+            .and_then(|all| all.into_iter().find(|p| p.name == partition))
+            .map(|p| p.grace_s);
+        grace
+            .filter(|g| *g > 0)
+            .and_then(|g| i64::try_from(g).ok())
+            .unwrap_or(GRACE_GUESS_S)
     }
 
     /// Plans on a thread of its own: a node that does not answer must not hold up the other jobs' moves.

@@ -12,14 +12,14 @@ use std::{
 };
 
 /// Counts changes to this file, so that a disk made by an older one is made again.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 const PACKAGES: &str = "systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs-tools,slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,\
     munge,libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients,qemu-system-x86,qemu-utils,nfs-kernel-server,nfs-common,\
     openssh-server,apparmor,iproute2,iputils-ping,nftables,busybox-static,cpio,procps,kmod,passwd,less,e2fsprogs,zstd,xz-utils,ca-certificates,quota";
 /// What the root of a machine can hold; the file is sparse.
 const DISK_BYTES: u64 = 8 << 30;
 /// Timers that would wake up at a bad moment, sockets that keep libvirtd from starting, what waits for hardware that is not there.
-const MASKED: [&str; 12] = [
+const MASKED: [&str; 11] = [
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dpkg-db-backup.timer",
@@ -31,7 +31,6 @@ const MASKED: [&str; 12] = [
     "nfs-blkmap.service",
     "getty@tty1.service",
     "systemd-pstore.service",
-    "libvirt-guests.service",
 ];
 /// Puts a machine's own files in place before its first boot goes on: the second disk is a tar file.
 const FIRST_BOOT: &str = "#!/bin/sh
@@ -153,6 +152,10 @@ fn settle(tree: &Path) -> Result<()> {
     proc::run("sed", &["-i", "s/^hosts:.*/hosts: files/", &text(&tree.join("etc/nsswitch.conf"))])?;
     paths::file(tree.join("etc/ssh/sshd_config.d/machine.conf"), 0o644, SSHD)?;
     paths::dir(tree.join("var/log/journal"), 0o2755)?;
+    // The same rules, made into larger tables in a sixth of the time: libvirt has a guest's profile made several times at its start.
+    let parser = tree.join("etc/apparmor/parser.conf");
+    let text = fs::read_to_string(&parser).unwrap_or_default();
+    paths::file(&parser, 0o644, format!("{text}Optimize=no-expr-simplify\nOptimize=no-minimize\n"))?;
     for unit in MASKED {
         let link = tree.join("etc/systemd/system").join(unit);
         let _ = fs::remove_file(&link);

@@ -42,7 +42,7 @@ use std::{
 };
 
 /// How long a cluster may take until slurmctld calls all nodes idle.
-const UP_DEADLINE: Duration = Duration::from_secs(300);
+const UP_DEADLINE: Duration = Duration::from_secs(900);
 /// A hardware address that nobody has.
 const NOBODY: &str = "02:00:00:00:00:01";
 

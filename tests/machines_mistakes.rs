@@ -26,13 +26,16 @@ fn svm_health_says_kvm_and_apparmor() {
 }
 
 #[test]
-fn a_shared_directory_that_qemu_cannot_enter_is_said() {
+fn a_shared_directory_that_is_not_roots_or_that_qemu_cannot_enter_is_said() {
     let t = Site::take("owner");
-    t.good("root", "ctl", "chown alice:alice /shared/slurm-vm && chmod 700 /shared/slurm-vm");
+    t.good("root", "ctl", "chmod 700 /shared/slurm-vm");
     for node in NODES {
         t.good("root", node, "systemctl restart slurm-vmd");
-        health_says(&t, node, "libvirt-qemu");
+        health_says(&t, node, "libvirt-qemu cannot pass /shared/slurm-vm");
     }
+    t.good("root", "ctl", "chown alice:alice /shared/slurm-vm");
+    let said = t.root("n1", "systemctl restart slurm-vmd; journalctl -u slurm-vmd -n 20 --no-pager -o cat").out;
+    assert!(said.contains("belongs to uid 2001"), "the agent refuses it: {said}");
     t.good("root", "ctl", "chown root:root /shared/slurm-vm && chmod 755 /shared/slurm-vm");
     t.end();
 }

@@ -34,7 +34,9 @@ fn a_shared_directory_that_is_not_roots_or_that_qemu_cannot_enter_is_said() {
         health_says(&t, node, "libvirt-qemu cannot pass /shared/slurm-vm");
     }
     t.good("root", "ctl", "chown alice:alice /shared/slurm-vm");
-    let said = t.root("n1", "systemctl restart slurm-vmd; journalctl -u slurm-vmd -n 20 --no-pager -o cat").out;
+    let said = t
+        .root("n1", "systemctl restart slurm-vmd; journalctl -u slurm-vmd -n 20 --no-pager -o cat")
+        .out;
     assert!(said.contains("belongs to uid 2001"), "the agent refuses it: {said}");
     t.good("root", "ctl", "chown root:root /shared/slurm-vm && chmod 755 /shared/slurm-vm");
     t.end();

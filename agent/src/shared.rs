@@ -17,7 +17,11 @@ pub fn trouble(config: &Config) -> Option<String> {
     let shared = config.shared_dir.as_ref()?;
     let user = &config.peer.qemu_user;
     // What is there already is the administrator's.
-    let made = if shared.is_dir() { Ok(()) } else { private::directory(shared, 0o711) };
+    let made = if shared.is_dir() {
+        Ok(())
+    } else {
+        private::directory(shared, 0o711)
+    };
     let done = made
         .map_err(|e| (shared.clone(), e))
         .and_then(|()| ours(&shared.join("done"), 0o700, user))

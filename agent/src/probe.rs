@@ -16,6 +16,8 @@ use crate::{
     vm::{moving, prepare},
 };
 
+/// A host that has been up for so many seconds has loaded its modules.
+const JUST_BOOTED_S: f64 = 120.0;
 /// Guest memory of the probe.
 const PROBE_MIB: u64 = 192;
 
@@ -23,7 +25,7 @@ const PROBE_MIB: u64 = 192;
 /// may have been mended since, and then a restart of the agent is enough.
 #[must_use]
 pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
-    if !std::path::Path::new("/dev/kvm").exists() {
+    if !device(world) {
         return (DomainType::Qemu, "there is no /dev/kvm".into());
     }
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -43,6 +45,31 @@ pub fn choose(config: &Config, world: &World) -> (DomainType, String) {
             (DomainType::Kvm, why)
         }
         Err(why) => (DomainType::Qemu, format!("emulation: {why}")),
+    }
+}
+
+/// Whether there is a /dev/kvm. The kernel's module may be loaded after this agent was started: on a host that has just booted, and whose
+/// processors could, it is waited for.
+fn device(world: &World) -> bool {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let able = cpus
+        .lines()
+        .filter(|l| l.starts_with("flags"))
+        .any(|l| l.split(' ').any(|f| f == "vmx" || f == "svm"));
+    loop {
+        if Path::new("/dev/kvm").exists() {
+            return true;
+        }
+        let uptime: f64 = read("/proc/uptime")
+            .split(' ')
+            .next()
+            .and_then(|t| t.parse().ok())
+            .unwrap_or(f64::MAX);
+        if !able || uptime > JUST_BOOTED_S {
+            return false;
+        }
+        world.clock.sleep(Duration::from_secs(1));
     }
 }
 

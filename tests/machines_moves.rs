@@ -32,13 +32,13 @@ fn a_guest_with_the_nodes_own_processor_model_moves() {
     let set = |model: &str| site::NODES.iter().for_each(|n| t.set(n, "cpu_model", model));
     set("\"host-model\"");
     t.well();
-    let job = counting(&t, "", 400);
+    let job = counting(&t, "", 700);
     let model = t.root("n1", &format!("virsh dumpxml slurm-{job}-0 | grep -A3 '<cpu '")).out;
     assert!(model.contains("EPYC"), "{model}");
     let said = t.sh(&format!("svm migrate {job} n2"));
     assert_eq!(said.code, Some(0), "{said:?}");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
-    counted(&t, job, "out", 400);
+    counted(&t, job, "out", 700);
     set("\"\"");
     t.end();
 }
@@ -55,7 +55,7 @@ fn a_preempted_job_moves_live_and_keeps_its_id() {
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
     assert_eq!(t.job(job)["Restarts"], "1");
-    counted(&t, job, "out", 400);
+    counted(&t, job, "out", 700);
     t.end();
 }
 
@@ -86,12 +86,12 @@ fn a_preempted_job_starts_over_if_that_is_all_it_wants() {
 #[test]
 fn a_drained_node_is_left_by_its_guests() {
     let t = Site::take("drain");
-    let job = counting(&t, "", 400);
+    let job = counting(&t, "", 700);
     t.root("ctl", "scontrol update nodename=n1 state=drain reason=test");
     t.wait_vm(job, "n2", "running");
     t.root("ctl", "scontrol update nodename=n1 state=resume");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
-    counted(&t, job, "out", 400);
+    counted(&t, job, "out", 700);
     t.end();
 }

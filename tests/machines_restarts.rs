@@ -111,7 +111,7 @@ fn a_node_that_is_booted_anew_gives_its_job_to_another_one() {
 fn a_destination_without_power_leaves_the_guest_where_it_is() {
     let t = Site::take("destination");
     t.encrypt(true);
-    let job = counting(&t, "", 400);
+    let job = counting(&t, "", 600);
     let mut order = t.command("root", "ctl", &format!("svm migrate {job} n2"));
     let order = order
         .stdin(Stdio::null())
@@ -133,7 +133,7 @@ fn a_destination_without_power_leaves_the_guest_where_it_is() {
     assert_ne!(said.code, Some(0));
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.job(job)["Restarts"], "0");
-    counted(&t, job, "out", 400);
+    counted(&t, job, "out", 600);
     t.m.power("n2", true).expect("n2 is on");
     t.encrypt(false);
     t.end();
@@ -143,7 +143,7 @@ fn a_destination_without_power_leaves_the_guest_where_it_is() {
 fn a_source_without_power_means_that_the_job_starts_over() {
     let t = Site::take("source");
     t.encrypt(true);
-    let job = counting(&t, "", 100);
+    let job = counting(&t, "", 500);
     let mut order = t.command("root", "ctl", &format!("svm migrate {job} n2"));
     let order = order
         .stdin(Stdio::null())
@@ -164,7 +164,7 @@ fn a_source_without_power_means_that_the_job_starts_over() {
     println!("{} {}", said.out.lines().last().unwrap_or_default(), said.err);
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.job(job)["Restarts"], "1");
-    counted(&t, job, "out", 100);
+    counted(&t, job, "out", 500);
     t.m.power("n1", true).expect("n1 is on");
     t.encrypt(false);
     t.end();

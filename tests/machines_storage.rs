@@ -26,7 +26,7 @@ fn without_shared_storage_the_disk_moves_too() {
         "disk.sh",
         &format!(
             "{}\nsha256sum -c /scratch/sum && echo \"the disk is whole\"",
-            counter(150).replacen(
+            counter(600).replacen(
                 '\n',
                 "\ndd if=/dev/urandom of=/scratch/data bs=65536 count=64 2>/dev/null; sha256sum /scratch/data >/scratch/sum\n",
                 1
@@ -38,7 +38,7 @@ fn without_shared_storage_the_disk_moves_too() {
     assert_eq!(t.sh(&format!("svm migrate {job} n2")).code, Some(0));
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["live"]);
-    counted(&t, job, "out", 150);
+    counted(&t, job, "out", 600);
     assert!(t.text("out").contains("the disk is whole"));
     for host in ALL {
         let line =

@@ -86,7 +86,7 @@ fn counted_but_for_the_clock(text: &str, to: u32) {
 #[test]
 fn a_closed_port_is_said_and_the_guest_stays() {
     let t = Site::take("port");
-    t.script("count.sh", &counter(300));
+    t.script("count.sh", &counter(400));
     let job = t.submit("--vm=tiny -w n1 --output=out count.sh");
     t.wait_text("out", "\n10\n");
     let close = "nft add table inet site && nft 'add chain inet site in { type filter hook input priority 0; }' && nft add rule inet site in tcp dport 6822 drop";

@@ -46,7 +46,7 @@ fn a_guest_with_the_nodes_own_processor_model_moves() {
 #[test]
 fn a_preempted_job_moves_live_and_keeps_its_id() {
     let t = Site::take("live");
-    let job = counting(&t, "-c2", 400);
+    let job = counting(&t, "-c2", 700);
     let urgent = t
         .on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'")
         .out;

@@ -123,9 +123,12 @@ fn slurmctld_dies_or_is_restarted_in_the_middle_of_a_move() {
         m.wait_lines(phase, 5);
         let copies = OneCopy::watch(&lab, &m.nodes, job);
         let high = m.take("n1", 3);
+        lab.node("ctl", &["touch", "/run/submitted"]);
         let at = if phase == "leaving" { "n1" } else { "n2" };
         m.as_soon_as_on(at, &format!("svm show {job} 2>/dev/null | grep -q State={phase}"), "true");
         if phase == "leaving" {
+            // Killed before it has saved its state it forgets the high job, and that the low one has started.
+            m.as_soon_as("test /var/spool/slurmctld/job_state -nt /run/submitted", "true");
             lab.kill("ctl", "slurmctld").expect("killed");
         } else {
             // Killed here, it would forget that the high job has just been started, and drain its node.

@@ -90,6 +90,8 @@ pub(super) struct SlurmFacts {
     pub(super) requeue_partitions: Vec<String>,
     /// Priorities are the order of submission only, so that one can be set.
     pub(super) sets_priority: bool,
+    /// GraceTime of the partitions in seconds.
+    pub(super) grace_s: BTreeMap<String, u64>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -367,6 +369,7 @@ impl Controller {
             requeues_early_exit: config.release() >= Some((24, 5)) && config.preempt_type == "preempt/partition_prio",
             requeue_partitions: requeues.map(|p| p.name.clone()).collect(),
             sets_priority: config.priority_type == "priority/basic",
+            grace_s: partitions.iter().map(|p| (p.name.clone(), p.grace_s)).collect(),
         };
         locked(&self.places.memory).facts = Some((now_ms, facts.clone()));
         Ok(facts)

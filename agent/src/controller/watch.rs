@@ -89,10 +89,7 @@ impl Controller {
 
     /// GraceTime of a partition; a guess where Slurm does not say it, or where it is the QOS's.
     fn grace_of(&self, partition: &str) -> i64 {
-        let known = self.world.slurm.partitions().ok();
-        let grace = known
-            .and_then(|all| all.into_iter().find(|p| p.name == partition))
-            .map(|p| p.grace_s);
+        let grace = self.slurm_facts().and_then(|facts| facts.grace_s.get(partition).copied());
         grace
             .filter(|g| *g > 0)
             .and_then(|g| i64::try_from(g).ok())

@@ -42,10 +42,15 @@ const FIELDS: [&str; 28] = [
 const UNIT: char = '\x1f';
 const RECORD: char = '\x1e';
 
-/// The argument of `squeue --Format`.
+/// The argument of `squeue --Format` for the poll.
 pub(super) fn squeue_format() -> String {
-    let last = FIELDS.len() - 1;
-    FIELDS
+    format_of(&FIELDS)
+}
+
+/// The argument of `squeue --Format` for these fields.
+pub(super) fn format_of(fields: &[&str]) -> String {
+    let last = fields.len() - 1;
+    fields
         .iter()
         .enumerate()
         .map(|(i, f)| format!("{f}:{}", if i == last { RECORD } else { UNIT }))
@@ -53,20 +58,27 @@ pub(super) fn squeue_format() -> String {
         .join(",")
 }
 
-/// Reads `squeue`'s records into jobs without allocations and texts.
-pub(super) fn squeue(text: &str) -> Result<Vec<JobInfo>, SlurmError> {
+/// What `squeue` printed, by records and their values.
+pub(super) fn records_of(text: &str) -> Result<Vec<(&str, Vec<&str>)>, SlurmError> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
     let records = text
         .strip_suffix("\x1e\n")
         .ok_or_else(|| SlurmError::parse("end of squeue's records", text))?;
-    records.split("\x1e\n").map(squeue_line).collect()
+    Ok(records.split("\x1e\n").map(|line| (line, line.split(UNIT).collect())).collect())
 }
 
-fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
+/// Reads `squeue`'s records into jobs without allocations and texts.
+pub(super) fn squeue(text: &str) -> Result<Vec<JobInfo>, SlurmError> {
+    records_of(text)?
+        .into_iter()
+        .map(|(line, values)| squeue_line(line, &values))
+        .collect()
+}
+
+fn squeue_line(line: &str, values: &[&str]) -> Result<JobInfo, SlurmError> {
     let bad = |field: &'static str| SlurmError::parse(field, line);
-    let values: Vec<&str> = line.split(UNIT).collect();
     let [
         id,
         array_job,
@@ -96,7 +108,7 @@ fn squeue_line(line: &str) -> Result<JobInfo, SlurmError> {
         req_nodes,
         reason,
         feature,
-    ] = values[..]
+    ] = *values
     else {
         return Err(bad("squeue line"));
     };
@@ -296,7 +308,7 @@ fn flag(text: &str) -> Option<bool> {
 }
 
 /// squeue may print a range (`1-2`) or a count in thousands for waiting jobs; the lower bound counts.
-fn number(text: &str) -> Option<u32> {
+pub(super) fn number(text: &str) -> Option<u32> {
     let low = text.split('-').next().unwrap_or(text);
     low.strip_suffix('K')
         .map_or_else(|| low.parse().ok(), |k| k.parse::<u32>().ok()?.checked_mul(1024))

@@ -1,7 +1,7 @@
 //! Reads what jobs ask for: `squeue` with fields that matter only where places are given out, and the QOS's of accounting.
 
 use super::SlurmError;
-use super::parse::{hosts, some};
+use super::parse::{format_of, hosts, number, records_of, some};
 use super::types::{JobRequest, QosInfo};
 
 /// The fields asked of `squeue`, in this order. As in the poll, a user can choose none of them freely.
@@ -16,57 +16,35 @@ const FIELDS: [&str; 8] = [
     "QOS",
 ];
 
-/// Between fields, and at the end of a record (before its line break).
-const UNIT: char = '\x1f';
-const RECORD: char = '\x1e';
-
 /// The argument of `squeue --Format`.
 pub(super) fn squeue_format() -> String {
-    let last = FIELDS.len() - 1;
-    let field = |(i, f): (usize, &&str)| format!("{f}:{}", if i == last { RECORD } else { UNIT });
-    FIELDS.iter().enumerate().map(field).collect::<Vec<_>>().join(",")
+    format_of(&FIELDS)
 }
 
 /// Reads `squeue`'s records.
 pub(super) fn requests(text: &str) -> Result<Vec<JobRequest>, SlurmError> {
-    if text.is_empty() {
-        return Ok(Vec::new());
-    }
-    let records = text
-        .strip_suffix("\x1e\n")
-        .ok_or_else(|| SlurmError::parse("end of squeue's records", text))?;
-    records.split("\x1e\n").map(request).collect()
+    records_of(text)?.into_iter().map(|(line, values)| request(line, &values)).collect()
 }
 
-fn request(line: &str) -> Result<JobRequest, SlurmError> {
+fn request(line: &str, values: &[&str]) -> Result<JobRequest, SlurmError> {
     let bad = |field: &'static str| SlurmError::parse(field, line);
-    let values: Vec<&str> = line.split(UNIT).collect();
-    let [id, nodes, most, cpus, tres, shares, req_nodes, qos] = values[..] else {
+    let [id, nodes, most, cpus, tres, shares, req_nodes, qos] = *values else {
         return Err(bad("squeue line"));
     };
     let of = |name: &str| tres.split(',').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    let least: u32 = count(nodes).ok_or_else(|| bad("NumNodes"))?;
+    let least: u32 = number(nodes).ok_or_else(|| bad("NumNodes"))?;
     Ok(JobRequest {
         id: id.parse().map_err(|_| bad("JobID"))?,
         nodes: least,
-        most_nodes: count(most).filter(|n| *n >= least),
-        cpus: count(cpus).ok_or_else(|| bad("NumCPUs"))?,
+        most_nodes: number(most).filter(|n| *n >= least),
+        cpus: number(cpus).ok_or_else(|| bad("NumCPUs"))?,
         mem_mib: of("mem").map_or(Some(0), mebibytes).ok_or_else(|| bad("tres-alloc mem"))?,
         // Slurm estimates NumNodes from the CPUs where the user named no number of nodes; what was asked for is here.
-        any_nodes: of("node").and_then(count).is_some_and(|n| n < least),
+        any_nodes: of("node").and_then(number).is_some_and(|n| n < least),
         exclusive: shares == "NO",
         req_nodes: hosts(req_nodes)?,
         qos: some(qos),
     })
-}
-
-/// A count, of which a range's (`2-4`) lower bound counts. Large ones are printed in thousands (`2K`).
-fn count(text: &str) -> Option<u32> {
-    let low = text.split('-').next().unwrap_or(text);
-    match low.strip_suffix('K') {
-        Some(k) => k.parse::<u32>().ok()?.checked_mul(1024),
-        None => low.parse().ok(),
-    }
 }
 
 /// `512M`, `2G`, `1.50T`: whole MiB, rounded up. Without a suffix it is MiB.
@@ -141,7 +119,7 @@ mod tests {
         for text in ["", "M", "-1G", "infG", "1e300T", "2Gx"] {
             assert_eq!(mebibytes(text), None, "{text}");
         }
-        assert_eq!((count("2-4"), count("2K"), count("x")), (Some(2), Some(2048), None));
+        assert_eq!((number("2-4"), number("2K"), number("x")), (Some(2), Some(2048), None));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod error;
 pub mod image;
 pub mod lab;
 pub mod machines;
+pub mod mutants;
 pub mod package;
 pub mod paths;
 pub mod proc;

@@ -9,7 +9,7 @@ use xtask::{
     image,
     lab::{self, Lab, Options, Places, Slurm, Was},
     machines::{self, MachinesCommand},
-    package, paths, setup, stage, test,
+    mutants, package, paths, setup, stage, test,
 };
 
 /// Whether the demonstration has its second part.
@@ -72,6 +72,11 @@ enum Command {
         /// Debian's revision: a higher one makes an upgrade of the same version
         #[arg(long, value_name = "N", default_value_t = 1)]
         revision: u32,
+    },
+    /// Put known bugs back, one at a time, and see whether the simulation finds each (tests/mutants.toml)
+    Mutants {
+        /// Only those whose names contain one of these
+        names: Vec<String>,
     },
     /// Measure, in a lab of its own (docs/performance.md)
     #[command(subcommand)]
@@ -273,12 +278,13 @@ fn run(command: Command) -> Result<i32> {
         Command::Test { full, filters, .. } => test::test(&test::Wishes { full, filters }).map(|()| 0),
         Command::Lab(command) => lab_command(command),
         Command::Setup => setup::setup().map(|()| 0),
-        Command::Stage => stage::stage_into(&paths::target().join("stage")).map(|()| 0),
+        Command::Stage => stage::stage_into(&paths::target().join("stage"), false).map(|()| 0),
         Command::Image { .. } => {
             println!("{}", image::build()?.display());
             Ok(0)
         }
         Command::Package { out, revision } => package::package(&package::Wishes { out, revision }).map(|()| 0),
+        Command::Mutants { names } => mutants::run(&names).map(|()| 0),
         Command::Bench(bench) => bench::run(&bench).map(|()| 0),
         Command::BenchInside { words } => bench::run_inside(&words).map(|()| 0),
         Command::LabInit { inner: false, name } => lab::supervisor_outer(&name).map(|()| 0),

@@ -10,7 +10,11 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// The target of the guest helper: named, so that `+crt-static` does not reach build scripts and proc macros.
 pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -80,7 +84,7 @@ pub fn build() -> Result<()> {
 }
 
 /// Builds the static guest helper and gives its path. It has a target directory of its own, so that neither build undoes the other.
-pub fn build_guest() -> Result<std::path::PathBuf> {
+pub fn build_guest() -> Result<PathBuf> {
     let dir = paths::target().join("guest");
     let args = [
         "build",
@@ -143,12 +147,25 @@ pub fn phase() -> Result<()> {
     Ok(())
 }
 
-/// Builds and copies the programs under test. The copies stay what they are while the next build runs.
-pub fn stage_into(dir: &Path) -> Result<()> {
+/// Builds in the release profile, for benches, and gives the directory. One command for all of them: another choice of packages is another
+/// choice of features for cargo, and so another build of everything.
+pub fn build_release() -> Result<PathBuf> {
+    let packages = ["-p", "slurm-vm", "-p", "spank_vm", "--lib", "--bins", "--examples"];
+    let all: Vec<&str> = ["build", "--quiet", "--release"].into_iter().chain(packages).collect();
+    cargo(&all, &[])?;
+    Ok(paths::target().join("release"))
+}
+
+/// Builds and copies the programs under test. The copies stay what they are while the next build runs. `release`: in the release profile.
+pub fn stage_into(dir: &Path, release: bool) -> Result<()> {
     let _lock = build_lock()?;
-    build()?;
+    let built = if release {
+        build_release()?
+    } else {
+        build()?;
+        paths::target().join("debug")
+    };
     paths::dir(dir, 0o755)?;
-    let built = paths::target().join("debug");
     for (from, to) in PROGRAMS {
         copy(&built.join(from), &dir.join(to))?;
     }

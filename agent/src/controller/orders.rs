@@ -1,12 +1,14 @@
 //! Orders to Slurm, one after the other on one thread, and no faster than slurmctld can bear: a burst at once, then a few a
-//! second. Hundreds of jobs that are preempted in one moment must not stop the scheduler that preempted them.
+//! second. Hundreds of jobs that are preempted in one moment must not stop the scheduler that preempted them. Orders by which a node
+//! becomes free go before all others: somebody waits for that node.
 use std::{
     collections::VecDeque,
+    panic::AssertUnwindSafe,
     thread,
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, at, bounded, never, select_biased};
 
 /// Commands that may follow each other without a pause.
 const BURST: u32 = 40;
@@ -35,7 +37,14 @@ struct Task {
 /// The way to the thread.
 #[derive(Debug, Clone)]
 pub(super) struct Orders {
+    first: Sender<Task>,
     queue: Sender<Task>,
+}
+
+/// The thread's ends.
+struct Waiting {
+    first: Receiver<Task>,
+    queue: Receiver<Task>,
 }
 
 impl std::fmt::Debug for Task {
@@ -80,11 +89,16 @@ impl Pace {
 impl Orders {
     /// Starts the thread.
     pub(super) fn start() -> Self {
-        let (queue, waiting) = bounded(MOST_WAITING);
+        let (first, urgent) = bounded(MOST_WAITING);
+        let (queue, ordinary) = bounded(MOST_WAITING);
+        let waiting = Waiting {
+            first: urgent,
+            queue: ordinary,
+        };
         if let Err(e) = thread::Builder::new().name("orders".into()).spawn(move || work(&waiting)) {
             log::error!("cannot start the thread that gives orders to Slurm: {e}");
         }
-        Self { queue }
+        Self { first, queue }
     }
 
     /// Puts an order behind the others. `commands`: how many it runs.
@@ -94,35 +108,46 @@ impl Orders {
             run: Box::new(run),
         });
     }
+
+    /// The same for an order by which a node becomes free.
+    pub(super) fn give_first(&self, commands: u32, run: impl FnMut() -> Tried + Send + 'static) {
+        let _ = self.first.send(Task {
+            commands,
+            run: Box::new(run),
+        });
+    }
 }
 
-fn work(waiting: &Receiver<Task>) {
+/// The next order: one that frees a node, else the oldest. `None`: one that is to be tried again is `due`, or nobody can give orders any more.
+fn next(waiting: &Waiting, due: Option<Instant>) -> Option<Task> {
+    let due = due.map_or_else(never, at);
+    select_biased! {
+        recv(waiting.first) -> task => task.ok(),
+        recv(due) -> _ => None,
+        recv(waiting.queue) -> task => task.ok(),
+    }
+}
+
+fn work(waiting: &Waiting) {
     let begun = Instant::now();
     let now_ms = || u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut pace = Pace::new(0);
     let mut again: VecDeque<(Instant, Task)> = VecDeque::new();
     loop {
         let due = again.front().map(|(at, _)| *at);
-        let next = match due {
-            Some(at) => waiting.recv_deadline(at),
-            None => waiting.recv().map_err(|_| RecvTimeoutError::Disconnected),
-        };
-        let mut task = match next {
-            Ok(task) => task,
-            Err(RecvTimeoutError::Timeout) => match again.pop_front() {
-                Some((_, task)) => task,
-                None => continue,
-            },
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
+        let task = next(waiting, due).or_else(|| again.pop_front().map(|(_, task)| task));
+        // Without orders to try again there is no end of waiting but that of the controller.
+        let Some(mut task) = task else { return };
         let wait = pace.wait_ms(now_ms(), task.commands);
         if wait > 0 {
             // Nothing else may overtake it.
-            let (_never, never) = bounded::<()>(0);
-            let _ = never.recv_timeout(Duration::from_millis(wait));
+            let _ = never::<()>().recv_timeout(Duration::from_millis(wait));
         }
-        if (task.run)() == Tried::Again {
-            again.push_back((Instant::now() + AGAIN, task));
+        // One order that goes wrong must not end all the others.
+        match std::panic::catch_unwind(AssertUnwindSafe(|| (task.run)())) {
+            Ok(Tried::Done) => {}
+            Ok(Tried::Again) => again.push_back((Instant::now() + AGAIN, task)),
+            Err(_) => log::error!("an order to Slurm was given up by a panic"),
         }
     }
 }
@@ -149,6 +174,44 @@ mod tests {
         let later = last + 3_600_000;
         let waits: Vec<u64> = (0..=BURST).map(|_| pace.wait_ms(later, 1)).collect();
         assert_eq!(waits.iter().filter(|w| **w == 0).count(), BURST as usize);
+    }
+
+    #[test]
+    fn an_order_that_frees_a_node_overtakes_those_that_wait() {
+        let orders = Orders::start();
+        let (told, heard) = bounded(10);
+        let (go, gate) = bounded::<()>(0);
+        orders.give(1, move || {
+            gate.recv().unwrap();
+            Tried::Done
+        });
+        for (name, frees) in [("steer", false), ("release", false), ("requeue", true)] {
+            let told = told.clone();
+            let run = move || {
+                told.send(name).unwrap();
+                Tried::Done
+            };
+            if frees {
+                orders.give_first(1, run);
+            } else {
+                orders.give(1, run);
+            }
+        }
+        go.send(()).unwrap();
+        let said: Vec<&str> = (0..3).map(|_| heard.recv_timeout(Duration::from_secs(20)).unwrap()).collect();
+        assert_eq!(said, ["requeue", "steer", "release"]);
+    }
+
+    #[test]
+    fn an_order_that_panics_ends_no_other() {
+        let orders = Orders::start();
+        let (told, heard) = bounded(1);
+        orders.give(1, || panic!("on purpose"));
+        orders.give(1, move || {
+            told.send(()).unwrap();
+            Tried::Done
+        });
+        heard.recv_timeout(Duration::from_secs(20)).unwrap();
     }
 
     #[test]

@@ -52,8 +52,9 @@ pub(super) struct Places {
     holds: Mutex<BTreeMap<u32, Hold>>,
     wake: Sender<()>,
     woken: Receiver<()>,
-    /// Held while reservations are made or removed, never while something is awaited.
-    reserving: Mutex<()>,
+    /// Held while reservations are made or removed, never while something is awaited. In it: names of those that were
+    /// changed since the round at hand began.
+    reserving: Mutex<BTreeSet<String>>,
     memory: Mutex<Memory>,
 }
 
@@ -204,6 +205,7 @@ impl Controller {
             if wants.is_empty() {
                 return Ok(());
             }
+            locked(&self.places.reserving).clear();
             let seen = self.see().map_err(|e| e.to_string())?;
             let wants: Vec<Want> = wants.into_iter().map(|w| with_qos(w, &seen)).collect();
             let mut picture = self.picture(&seen);
@@ -212,7 +214,11 @@ impl Controller {
             let mut taken = Vec::new();
             for (job, choice) in decided {
                 match choice {
-                    Ok(node) => match wants.iter().find(|w| w.job == job).map_or(Ok(()), |w| self.take_place(w, &node)) {
+                    Ok(node) => match wants
+                        .iter()
+                        .find(|w| w.job == job)
+                        .map_or(Ok(()), |w| self.take_place(w, &node, &seen.reservations))
+                    {
                         Ok(()) => taken.push((job, node)),
                         Err(e) => {
                             log::info!("job {job}: {node} cannot be reserved: {e}");
@@ -222,7 +228,7 @@ impl Controller {
                     Err(why) => self.answer_place(job, Err(self.without_place(&why, &seen, job, &wants))),
                 }
             }
-            self.look_again(&taken, &wants, look);
+            self.look_again(&seen, &taken, &wants, look);
             left = wants.into_iter().map(|w| w.job).collect();
         }
         left.retain(|job| locked(&self.places.asked).contains_key(job));
@@ -240,8 +246,14 @@ impl Controller {
     }
 
     /// After reserving: somebody who goes before may have come into the queue in between.
-    fn look_again(&self, taken: &[(u32, String)], wants: &[Want], look: u32) {
-        let again = if taken.is_empty() { None } else { self.see().ok() };
+    fn look_again(&self, before: &Seen, taken: &[(u32, String)], wants: &[Want], look: u32) {
+        // One command says whether there is anything new; only then the others are asked too.
+        let is_news = || {
+            let now_s = i64::try_from(self.world.clock.now_ms() / 1000).unwrap_or(i64::MAX);
+            let jobs = self.world.slurm.jobs_poll();
+            jobs.map_or(true, |jobs| who_is_where(&jobs, now_s) != who_is_where(&before.jobs, before.now_s))
+        };
+        let again = if taken.is_empty() || !is_news() { None } else { self.see().ok() };
         let mut needed = BTreeSet::new();
         if let Some(seen) = &again {
             // As if the new places were not taken yet.
@@ -468,27 +480,37 @@ impl Controller {
         locked(&self.places.holds).insert(m.job, hold);
     }
 
-    /// Puts a move into a node's reservation, which is made if there is none.
-    fn take_place(&self, want: &Want, node: &str) -> Result<(), String> {
-        let _reserving = locked(&self.places.reserving);
+    /// Puts a move into a node's reservation, which is made if there is none. `seen`: the reservations as the round at hand saw them,
+    /// so that not each place costs a question of its own.
+    fn take_place(&self, want: &Want, node: &str, seen: &[ReservationInfo]) -> Result<(), String> {
+        let mut changed = locked(&self.places.reserving);
         let hold = Hold {
             node: node.to_owned(),
             user: want.user.clone(),
             needs: want.needs,
         };
         locked(&self.places.holds).insert(want.job, hold);
-        self.reserve(node).map_err(|e| {
+        let name = reservation_of(node);
+        let there = if changed.contains(&name) {
+            self.world.slurm.reservation(&name)
+        } else {
+            Ok(seen.iter().find(|r| r.name == name).cloned())
+        };
+        there.and_then(|there| self.reserve(node, there, &mut changed)).map_err(|e| {
             locked(&self.places.holds).remove(&want.job);
             e.to_string()
         })
     }
 
-    /// Makes a node's reservation as those who hold it need it.
-    fn reserve(&self, node: &str) -> Result<(), SlurmError> {
+    /// Makes a node's reservation as those who hold it need it. `there`: as it is now.
+    fn reserve(&self, node: &str, there: Option<ReservationInfo>, changed: &mut BTreeSet<String>) -> Result<(), SlurmError> {
         let slurm = &self.world.slurm;
         let name = reservation_of(node);
         let users = self.users_of(node);
-        match slurm.reservation(&name)? {
+        if there.as_ref().is_none_or(|t| users.iter().any(|u| !t.users.contains(u))) {
+            changed.insert(name.clone());
+        }
+        match there {
             Some(there) if users.iter().all(|u| there.users.contains(u)) => Ok(()),
             Some(there) => {
                 let more = users.iter().filter(|u| !there.users.contains(u));
@@ -509,11 +531,14 @@ impl Controller {
 
     /// A slurmctld that was killed may have forgotten the reservation.
     pub(super) fn keep_place(&self, job: u32, node: &str) -> Result<(), String> {
-        let _reserving = locked(&self.places.reserving);
+        let mut changed = locked(&self.places.reserving);
         if locked(&self.places.holds).get(&job).is_none_or(|h| h.node != node) {
             return Err(format!("{node} is not held any more"));
         }
-        self.reserve(node).map_err(|e| e.to_string())
+        let there = self.world.slurm.reservation(&reservation_of(node));
+        there
+            .and_then(|there| self.reserve(node, there, &mut changed))
+            .map_err(|e| e.to_string())
     }
 
     /// From now on the move is in no node's reservation; what is left to be done in Slurm about the one that it was in is
@@ -534,10 +559,11 @@ impl Controller {
         }
         let name = reservation_of(&was.node);
         self.out_of_reservation(job, &name);
-        let _reserving = locked(&self.places.reserving);
+        let mut changed = locked(&self.places.reserving);
         if self.is_held(&was.node) {
             return Ok(());
         }
+        changed.insert(name.clone());
         match self.world.slurm.delete_reservation(&name) {
             Ok(_) => Ok(()),
             Err(e) => Err(format!("reservation {name} cannot be removed yet: {e}")),
@@ -588,10 +614,11 @@ impl Controller {
             for job in jobs {
                 self.out_of_reservation(job, &name);
             }
-            let _reserving = locked(&self.places.reserving);
+            let mut changed = locked(&self.places.reserving);
             if is_used() {
                 continue;
             }
+            changed.insert(name.clone());
             match slurm.delete_reservation(&name) {
                 Ok(_) => log::warn!("reservation {name} belonged to no move, and was removed"),
                 Err(e) => log::info!("reservation {name} belongs to no move, and cannot be removed yet: {e}"),
@@ -616,6 +643,20 @@ impl Controller {
         };
         self.picture(&seen).has_room(&want)
     }
+}
+
+/// What of a job decides about places: where it is, and whether it could start with what demands.
+type Stand<'a> = (u32, bool, &'a str, &'a [String], &'a [String]);
+
+fn who_is_where(jobs: &[JobBrief], now_s: i64) -> Vec<Stand<'_>> {
+    let there = jobs.iter().filter(|j| !j.state.is_finished());
+    let stand = |j| -> Stand<'_> {
+        let j: &JobBrief = j;
+        (j.id, placement::could_start(j, now_s), &j.partition, &j.nodes, &j.req_nodes)
+    };
+    let mut all: Vec<Stand<'_>> = there.map(stand).collect();
+    all.sort_unstable();
+    all
 }
 
 fn with_qos(want: Want, seen: &Seen) -> Want {
@@ -686,7 +727,7 @@ mod tests {
             wanted: None,
             deadline_ms: None,
         };
-        c.take_place(&want, "n2").unwrap();
+        c.take_place(&want, "n2", &[]).unwrap();
         c.sweep_reservations();
         assert!(slurm.reservation("vmmig_n2").unwrap().is_some(), "a VM is on its way there");
         c.give_back(7);

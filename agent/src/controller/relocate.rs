@@ -542,8 +542,9 @@ impl Driver {
             let nodes = req_nodes.clone();
             self.c.notes().change(job, |n| n.req_nodes = nodes);
         }
+        let frees_node = matches!(order, Order::Requeue { .. } | Order::Cancel);
         let c = self.c.clone();
-        self.c.orders.give(1, move || {
+        let run = move || {
             let done = give(&c, job, &order).or_else(|e| if e.is_already_pending() { Ok(()) } else { Err(e) });
             let done = done.map_err(|e| {
                 if e.is_transient() {
@@ -554,7 +555,12 @@ impl Driver {
             });
             c.relocations.tell(job, Event::Ordered(done));
             Tried::Done
-        });
+        };
+        if frees_node {
+            self.c.orders.give_first(1, run);
+        } else {
+            self.c.orders.give(1, run);
+        }
     }
 
     /// Lets moves begin to copy, as many at the same time as their nodes take; who has least time goes first.

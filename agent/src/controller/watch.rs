@@ -331,3 +331,24 @@ impl Controller {
         self.plan(&info.brief, from, "asked", to, None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::placement::tests::brief;
+
+    #[test]
+    fn the_grace_of_a_job_without_a_time_limit_ends_a_grace_time_after_its_preemption() {
+        let mut job = JobBrief {
+            preempt_time: Some(1000),
+            end_time: None,
+            ..brief(7, "low")
+        };
+        assert_eq!(grace_end(&job, || 60), Some(1060));
+        // With a limit Slurm says itself when the job ends, and is believed.
+        job.end_time = Some(1030);
+        assert_eq!(grace_end(&job, || unreachable!("nobody needs to be asked")), Some(1030));
+        (job.preempt_time, job.end_time) = (None, None);
+        assert_eq!(grace_end(&job, || 60), None);
+    }
+}

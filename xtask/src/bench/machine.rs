@@ -38,6 +38,14 @@ pub fn notes(lab: &Lab, host: &str) -> Vec<String> {
     ]
 }
 
+/// One line on how fast the nodes send.
+pub fn line(mbit: u32) -> String {
+    match mbit {
+        0 => "line: none, the nodes share the machine's memory".into(),
+        mbit => format!("line: {mbit} Mbit/s out of each node"),
+    }
+}
+
 /// One line on how busy the machine is beside this bench.
 pub fn load(when: &str) -> String {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();

@@ -8,9 +8,9 @@
 use super::{
     Common, SHARED,
     helper::Helper,
-    lab, machine, memory,
+    lab, lines, machine, memory,
     paired::{self, Question, Sample, Scale},
-    publish, release,
+    publish,
     report::Report,
     set_up, shared,
 };
@@ -19,7 +19,7 @@ use crate::{
     error::At,
     image::Archive,
     lab::{CTL, Lab, Options, address},
-    paths, proc,
+    paths, proc, stage,
 };
 use std::{thread::sleep, time::Duration};
 
@@ -92,16 +92,14 @@ impl Nodes {
 
 /// Runs the bench. `line_mbit`: what each node can send, in Mbit/s; 0: as much as the machine's memory carries.
 pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
-    let built = release()?;
+    let built = stage::build_release()?;
     let lab = lab(common, Options::default())?;
     for host in [CTL, "n1", "n2"] {
         lab.stop(host, "slurm-vmd")?;
     }
     for node in NODES {
         open_libvirt(&lab, node)?;
-        if line_mbit > 0 {
-            shape(&lab, node, line_mbit)?;
-        }
+        lines(&lab, node, line_mbit)?;
     }
     let program = publish(&lab, &built.join("examples/bench-migrate"))?;
     let initrd = image(&lab)?;
@@ -121,10 +119,7 @@ pub fn run(common: &Common, pairs: usize, line_mbit: u32) -> Result<Report> {
     }
     let mut notes = machine::notes(&lab, "n1");
     notes.push("guest: 256 MiB, 1 vCPU, a counter that runs without pause and writes little memory; shared storage".into());
-    notes.push(match line_mbit {
-        0 => "line: none, the nodes share the machine's memory".into(),
-        mbit => format!("line: {mbit} Mbit/s out of each node"),
-    });
+    notes.push(machine::line(line_mbit));
 
     let arms = ["virsh", "ours, in the clear", "virsh again", "ours, encrypted"];
     let way_of = [0, 1, 0, 2];
@@ -192,18 +187,6 @@ fn open_libvirt(lab: &Lab, node: &str) -> Result<()> {
             .then_some(())
     };
     proc::wait_for(Duration::from_secs(20), answers).ok_or_else(|| format!("libvirtd on {node} does not come back").into())
-}
-
-/// Lets a node send no faster than its line (tc-tbf(8)); TCP keeps little in such a queue, so nothing is dropped.
-fn shape(lab: &Lab, node: &str, mbit: u32) -> Result<()> {
-    let rate = format!("{mbit}mbit");
-    set_up(
-        lab,
-        node,
-        &[
-            "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", &rate, "burst", "256kb", "latency", "20ms",
-        ],
-    )
 }
 
 /// The image tiny with the counter started before its init; gives the path of its initrd in the lab.

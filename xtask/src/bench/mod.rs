@@ -22,7 +22,7 @@ use crate::{
     Result,
     error::At,
     lab::{Lab, Options},
-    paths, proc, stage,
+    paths, proc,
 };
 use paired::Limits;
 use report::Report;
@@ -68,7 +68,14 @@ pub enum Bench {
         line_mbit: u32,
     },
     /// Preemption: until the preempting job runs, and what work is done again
-    Preempt(Common),
+    Preempt {
+        /// As everywhere
+        #[command(flatten)]
+        common: Common,
+        /// Speed of each node's line in Mbit/s; 0: none, the nodes share the machine's memory and processors only
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        line_mbit: u32,
+    },
 }
 
 impl Common {
@@ -101,7 +108,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Start(common) => common.finish(&start::run(common)?),
         Bench::Plugin(common) => common.finish(&plugin::run(common)?),
-        Bench::Preempt(common) => common.finish(&preempt::run(common)?),
+        Bench::Preempt { common, line_mbit } => common.finish(&preempt::run(common, *line_mbit)?),
         Bench::Migrate { common, pairs, line_mbit } => common.finish(&migrate::run(common, *pairs, *line_mbit)?),
     }
 }
@@ -126,6 +133,19 @@ fn set_up(lab: &Lab, host: &str, argv: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Lets a node send no faster than its line, in Mbit/s (tc-tbf(8)); TCP keeps little in such a queue, so nothing is dropped. 0: as fast as the
+/// machine's memory carries it.
+fn lines(lab: &Lab, node: &str, mbit: u32) -> Result<()> {
+    if mbit == 0 {
+        return Ok(());
+    }
+    let rate = format!("{mbit}mbit");
+    let words = [
+        "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", &rate, "burst", "256kb", "latency", "20ms",
+    ];
+    set_up(lab, node, &words)
+}
+
 /// The bench's directory as this process sees it.
 fn shared(lab: &Lab) -> PathBuf {
     lab.shared().join("bench")
@@ -133,15 +153,6 @@ fn shared(lab: &Lab) -> PathBuf {
 
 /// The same as the lab's hosts see it.
 const SHARED: &str = "/shared/bench";
-
-/// Builds in the release profile, which is what is measured, and gives the directory. One command for all benches: another choice of packages
-/// is another choice of features for cargo, and so another build of everything.
-fn release() -> Result<PathBuf> {
-    let packages = ["-p", "slurm-vm", "-p", "spank_vm", "--lib", "--bins", "--examples"];
-    let all: Vec<&str> = ["build", "--quiet", "--release"].into_iter().chain(packages).collect();
-    stage::cargo(&all, &[])?;
-    Ok(paths::target().join("release"))
-}
 
 /// Copies a program to where all hosts of the lab see it, and gives its path there.
 fn publish(lab: &Lab, from: &Path) -> Result<String> {

@@ -9,7 +9,7 @@ use super::{
     helper::Helper,
     inside, lab, machine,
     paired::{self, Question, Sample, Scale},
-    publish, release,
+    publish,
     report::Report,
     set_up, shared,
 };
@@ -17,7 +17,7 @@ use crate::{
     Result,
     error::At,
     lab::{CTL, Lab, Options},
-    paths, proc,
+    paths, proc, stage,
 };
 use std::os::unix::fs::PermissionsExt;
 
@@ -29,7 +29,7 @@ const BEGIN_EVERY: usize = 8;
 
 /// Runs the bench.
 pub fn run(common: &Common) -> Result<Report> {
-    let built = release()?;
+    let built = stage::build_release()?;
     let lab = lab(
         common,
         Options {

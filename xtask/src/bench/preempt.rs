@@ -5,7 +5,7 @@
 //! job in `high` that asks for these three.
 
 use super::{
-    Common, lab, machine,
+    Common, lab, lines, machine,
     paired::{self, Question, Sample, Scale},
     report::Report,
 };
@@ -197,21 +197,25 @@ fn redone(text: &str) -> Result<f64> {
     Ok(f64::from(again) * STEP_S)
 }
 
-/// Runs the bench.
-pub fn run(common: &Common) -> Result<Report> {
+/// Runs the bench. `line_mbit`: what each node can send, in Mbit/s; 0: as much as the machine's memory carries.
+pub fn run(common: &Common, line_mbit: u32) -> Result<Report> {
     let lab = lab(
         common,
         Options {
             nodes: NODES,
             grace_s: GRACE,
+            release: true,
             ..Options::default()
         },
     )?;
+    for node in (1..=NODES).map(|k| format!("n{k}")) {
+        lines(&lab, &node, line_mbit)?;
+    }
     let home = lab.shared().join("home/alice");
     paths::file(home.join("count.sh"), 0o755, COUNT)?;
     paths::file(home.join("high.sh"), 0o755, HIGH)?;
     let mut notes = machine::notes(&lab, "n1");
-    notes[0] = notes[0].replace("release build", "debug build");
+    notes.push(machine::line(line_mbit));
     notes.push(format!(
         "GraceTime {GRACE} s; nothing signals the plain job before its end, as Slurm does by default"
     ));

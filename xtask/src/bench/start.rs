@@ -5,18 +5,18 @@ use super::{
     helper::Helper,
     lab, machine,
     paired::{self, Question, Scale},
-    publish, release,
+    publish,
     report::Report,
     stats::{median, quantile},
 };
-use crate::{Result, lab::Options};
+use crate::{Result, lab::Options, stage};
 
 /// How many guests are booted for the figure that is shown apart.
 const BOOTS: usize = 5;
 
 /// Runs the bench.
 pub fn run(common: &Common) -> Result<Report> {
-    let built = release()?;
+    let built = stage::build_release()?;
     let lab = lab(
         common,
         Options {

@@ -91,7 +91,7 @@ pub fn up(options: &Options) -> Result<Was> {
 fn start(places: &Places, options: &Options) -> Result<()> {
     state::make_directories(places)?;
     state::write_options(places, options)?;
-    stage::stage_into(&places.stage())?;
+    stage::stage_into(&places.stage(), options.release)?;
     image::install_into(&places.images())?;
     conf::shared_places(places)?;
     let log = places.disk().join("logs/lab.log");

@@ -62,6 +62,9 @@ pub struct Options {
     pub domain_type: String,
     /// Size of each node's file system for VM state, in MiB.
     pub vm_disk_mib: u32,
+    /// Whether the programs under test are built in the release profile, as a site has them.
+    #[serde(default)]
+    pub release: bool,
     /// Lines added to the end of slurm.conf.
     #[serde(default)]
     pub slurm_conf: String,
@@ -82,6 +85,7 @@ impl Default for Options {
             plugin: true,
             domain_type: "qemu".into(),
             vm_disk_mib: 3072,
+            release: false,
             slurm_conf: String::new(),
             agent_conf: String::new(),
         }

@@ -268,7 +268,7 @@ fn a_node_list_that_is_to_be_put_back_outlives_the_controller() {
     std::fs::write(state.path().join("jobs.json"), notes).unwrap();
     stage.controller(state.path());
     stage.wait(job, "the job to run", |i| i.brief.state == JobState::Running);
-    stage.slurm.requeuehold(job).unwrap();
+    stage.slurm.requeuehold(&[job]).unwrap();
     let node = stage.job(job).brief.nodes.first().cloned().unwrap_or_else(|| "n1".into());
     stage.slurm.epilog_done(job, &node);
     stage.wait(job, "the node list", |i| i.brief.req_nodes == ["n2"]);

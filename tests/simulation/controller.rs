@@ -362,7 +362,7 @@ impl Cluster {
         let slurm = &self.slurm;
         let update = |update: JobUpdate| slurm.update_job(job, &update);
         match order {
-            SlurmOrder::Requeue { hold: true } => slurm.requeuehold(job),
+            SlurmOrder::Requeue { hold: true } => slurm.requeuehold(&[job]),
             SlurmOrder::Requeue { hold: false } => slurm.requeue(job),
             SlurmOrder::Hold => slurm.hold(job),
             SlurmOrder::AllowRequeue => update(JobUpdate {
@@ -380,7 +380,7 @@ impl Cluster {
                 req_nodes: (!req_nodes.is_empty()).then(Vec::new),
                 ..JobUpdate::default()
             }),
-            SlurmOrder::Release => slurm.release(job),
+            SlurmOrder::Release => slurm.release(&[job]),
             SlurmOrder::Priority(_) => Ok(()),
             SlurmOrder::Limit(minutes) => update(JobUpdate {
                 time_limit_min: Some(*minutes),

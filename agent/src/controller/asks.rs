@@ -1,5 +1,5 @@
 //! `svm` for the whole cluster.
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
 use slurm_vm_api::query::{Answer, Ask, Totals, VmView};
 
@@ -125,7 +125,7 @@ impl Controller {
             scope: "cluster".into(),
             ..Totals::default()
         };
-        let mut views: Vec<VmView> = Vec::new();
+        let mut views: HashMap<u32, &VmView> = HashMap::new();
         for status in cluster.nodes.values().flatten() {
             let t = &status.totals;
             totals.vms += t.vms;
@@ -138,22 +138,24 @@ impl Controller {
             totals.moves += t.moves;
             totals.moved_bytes += t.moved_bytes;
             for v in &status.vms {
-                match views.iter_mut().find(|known| known.job == v.job) {
-                    Some(known) if rank(v) > rank(known) => *known = v.clone(),
-                    Some(_) => {}
-                    None => views.push(v.clone()),
+                let known = views.entry(v.job).or_insert(v);
+                if rank(v) > rank(known) {
+                    *known = v;
                 }
             }
         }
+        let mut views: Vec<VmView> = views.into_values().cloned().collect();
         views.sort_by_key(|v| (is_over(v), v.job));
         (views, totals)
     }
 
     fn find(&self, job: u32, may_see: &dyn Fn(&VmView) -> bool) -> Result<VmView, Refusal> {
-        self.list()
-            .0
-            .into_iter()
-            .find(|v| v.job == job && may_see(v))
+        let cluster = self.cluster();
+        let words = cluster.nodes.values().flatten().flat_map(|status| &status.vms);
+        let newest = words.filter(|v| v.job == job).max_by_key(|v| rank(v)).cloned();
+        drop(cluster);
+        newest
+            .filter(may_see)
             .ok_or_else(|| format!("job {job} has no VM in the cluster (or it ended long ago)").into())
     }
 

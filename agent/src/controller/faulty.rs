@@ -71,7 +71,7 @@ impl Controller {
                 requeue: last_try.then_some(false),
                 ..JobUpdate::default()
             };
-            match slurm.update_job(job, &update).and_then(|()| slurm.release(job)) {
+            match slurm.update_job(job, &update).and_then(|()| slurm.release(&[job])) {
                 Ok(()) => self.notes().change(job, |n| n.faults = faults),
                 Err(e) => log::error!("job {job}: cannot be sent elsewhere: {e}"),
             }
@@ -85,7 +85,7 @@ impl Controller {
             // By the word of the node on which Slurm has the job now, and not by an old one.
             let (runs, in_grace) = {
                 let cluster = self.cluster();
-                let brief = cluster.jobs.iter().find(|j| j.id == job && j.state.is_on_nodes());
+                let brief = cluster.jobs.by_id(job).filter(|j| j.state.is_on_nodes());
                 let host = brief.and_then(|j| j.batch_host.clone());
                 let status = host.and_then(|h| cluster.nodes.get(&h).cloned().flatten());
                 let runs = status

@@ -10,6 +10,9 @@ use slurm_vm_api::query::NodeHealth;
 use super::{Cluster, Controller, STALE};
 use crate::slurm::NodeInfo;
 
+/// Nodes in one command to Slurm: their names fit into a command line of any length that is usual.
+const MOST_NODES: usize = 500;
+
 /// Health of one node as the controller sees it: the agent's own word, or that there is none.
 #[must_use]
 pub fn of(cluster: &Cluster, name: &str) -> NodeHealth {
@@ -59,6 +62,20 @@ pub fn changes(feature: &str, nodes: &[(NodeInfo, bool)]) -> Vec<(String, Vec<St
     out
 }
 
+/// Nodes that one command can set: those that get the same features. After a reconfigure all nodes of a cluster have lost theirs, and a
+/// command for each would keep the poll waiting for minutes. Who gets the feature stays before who loses it.
+fn in_groups(changes: Vec<(String, Vec<String>)>) -> Vec<(Vec<String>, Vec<String>)> {
+    let mut groups: Vec<(Vec<String>, Vec<String>)> = Vec::new();
+    for (node, features) in changes {
+        let fits = |(nodes, same): &&mut (Vec<String>, Vec<String>)| *same == features && nodes.len() < MOST_NODES;
+        match groups.iter_mut().find(fits) {
+            Some((nodes, _)) => nodes.push(node),
+            None => groups.push((vec![node], features)),
+        }
+    }
+    groups
+}
+
 impl Controller {
     /// Compares and corrects.
     pub(super) fn keep_features(&self, nodes: &[NodeInfo]) {
@@ -71,13 +88,17 @@ impl Controller {
             }
             nodes.iter().map(|n| (n.clone(), of(&cluster, &n.name).healthy)).collect()
         };
-        for (node, features) in changes(feature, &judged) {
+        for (nodes, features) in in_groups(changes(feature, &judged)) {
             let gives = features.contains(feature);
-            let why = of(&self.cluster(), &node).why.unwrap_or_default();
-            match self.world.slurm.set_active_features(&node, &features) {
-                Ok(()) if gives => log::info!("{node}: healthy, has feature {feature} again"),
-                Ok(()) => log::warn!("{node}: feature {feature} taken away: {why}"),
-                Err(e) => log::error!("{node}: its features cannot be set: {e}"),
+            match self.world.slurm.set_active_features(&nodes, &features) {
+                Ok(()) if gives => log::info!("{}: healthy, has feature {feature} again", nodes.join(",")),
+                Ok(()) => {
+                    for node in nodes {
+                        let why = of(&self.cluster(), &node).why.unwrap_or_default();
+                        log::warn!("{node}: feature {feature} taken away: {why}");
+                    }
+                }
+                Err(e) => log::error!("{}: features cannot be set: {e}", nodes.join(",")),
             }
         }
     }
@@ -117,6 +138,15 @@ mod tests {
         assert_eq!(c.len(), 1, "{c:?}");
         let c = changes("vm", &[(node("n1", &["vm"]), false), (node("n2", &[]), false)]);
         assert!(c.is_empty(), "{c:?}");
+    }
+
+    #[test]
+    fn a_cluster_that_has_lost_its_features_gets_them_back_in_a_few_commands() {
+        let all: Vec<(NodeInfo, bool)> = (0..1200).map(|k| (node(&format!("n{k}"), &[]), true)).collect();
+        let groups = in_groups(changes("vm", &all));
+        assert_eq!(groups.iter().map(|(nodes, _)| nodes.len()).collect::<Vec<_>>(), [500, 500, 200]);
+        let other = in_groups(changes("vm", &[(node("n1", &["x"]), true), (node("n2", &[]), true)]));
+        assert_eq!(other.len(), 2, "what else a node has stays its own: {other:?}");
     }
 
     #[test]

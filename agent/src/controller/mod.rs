@@ -10,6 +10,7 @@ mod asks;
 mod check;
 mod faulty;
 mod health;
+mod jobs;
 mod notes;
 mod orders;
 pub mod placement;
@@ -25,6 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use jobs::Jobs;
 use notes::Notes;
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
@@ -33,7 +35,7 @@ use crate::{
     config::Config,
     core::relocation::JobMove,
     effects::World,
-    slurm::{JobBrief, NodeInfo},
+    slurm::NodeInfo,
 };
 
 /// A node's last word, and when it came.
@@ -57,7 +59,7 @@ pub struct Cluster {
     /// Slurm's view of these nodes.
     pub slurm_nodes: BTreeMap<String, NodeInfo>,
     /// Jobs of the last poll.
-    pub jobs: Vec<JobBrief>,
+    pub jobs: Arc<Jobs>,
     /// Node on which a job was last seen running, for jobs that met a broken node.
     pub last_node: BTreeMap<u32, String>,
     /// Moves under way.
@@ -103,6 +105,7 @@ impl Controller {
     #[must_use]
     pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
         let notes = Notes::load(world.files.clone(), config.state_dir.join("jobs.json"));
+        let orders = orders::Orders::start(world.clock.clone(), world.slurm.clone());
         Arc::new(Self {
             config,
             world,
@@ -111,7 +114,7 @@ impl Controller {
             cluster: Mutex::new(Cluster::default()),
             notes: Mutex::new(notes),
             places: places::Places::default(),
-            orders: orders::Orders::start(),
+            orders,
             relocations: relocate::Relocations::default(),
         })
     }
@@ -162,7 +165,7 @@ impl Controller {
                     && self.relocations.wait_for_slurm()
                     && let Ok(jobs) = self.world.slurm.jobs_poll()
                 {
-                    self.relocations.poll(Arc::new(jobs));
+                    self.relocations.poll(Arc::new(Jobs::new(jobs)));
                 }
             }
         }
@@ -171,7 +174,7 @@ impl Controller {
     fn poll(self: &Arc<Self>) -> Result<(), String> {
         let feature = &self.config.controller.feature;
         let nodes = self.world.slurm.nodes().map_err(|e| e.to_string())?;
-        let jobs = self.world.slurm.jobs_poll().map_err(|e| e.to_string())?;
+        let jobs = Arc::new(Jobs::new(self.world.slurm.jobs_poll().map_err(|e| e.to_string())?));
         let vm_nodes: Vec<NodeInfo> = nodes.into_iter().filter(|n| n.available_features.contains(feature)).collect();
         let mut new = Vec::new();
         {
@@ -187,18 +190,17 @@ impl Controller {
                     cluster.last_node.insert(j.id, host);
                 }
             }
-            let known: Vec<u32> = jobs.iter().map(|j| j.id).collect();
-            cluster.last_node.retain(|job, _| known.contains(job));
-            cluster.results.retain(|job, _| known.contains(job));
-            cluster.failed.retain(|job, _| known.contains(job));
-            cluster.handled.retain(|job, _| known.contains(job));
-            cluster.stays.retain(|job, _| known.contains(job));
+            cluster.last_node.retain(|job, _| jobs.has(*job));
+            cluster.results.retain(|job, _| jobs.has(*job));
+            cluster.failed.retain(|job, _| jobs.has(*job));
+            cluster.handled.retain(|job, _| jobs.has(*job));
+            cluster.stays.retain(|job, _| jobs.has(*job));
             cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
-            cluster.jobs.clone_from(&jobs);
+            cluster.jobs = jobs.clone();
             drop(cluster);
             self.note_claims(&jobs);
-            self.relocations.poll(Arc::new(jobs));
-            self.notes().retain(|job| known.contains(&job));
+            self.relocations.poll(jobs.clone());
+            self.notes().retain(|job| jobs.has(job));
         }
         for (name, address) in new {
             self.watch(name, address);

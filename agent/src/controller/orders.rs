@@ -1,14 +1,20 @@
 //! Orders to Slurm, one after the other on one thread, and no faster than slurmctld can bear: a burst at once, then a few a
-//! second. Hundreds of jobs that are preempted in one moment must not stop the scheduler that preempted them. Orders by which a node
-//! becomes free go before all others: somebody waits for that node.
+//! second. Hundreds of jobs that are preempted in one moment must not stop the scheduler that preempted them.
+//!
+//! Orders by which a node becomes free go before all others: somebody waits for that node. Of those that say the same of
+//! several jobs ([`Bulk`]) one command takes all that wait; if Slurm refuses it, each is given by itself.
 use std::{
     collections::VecDeque,
     panic::AssertUnwindSafe,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, Sender, at, bounded, never, select_biased};
+use crate::{
+    effects::Clock,
+    slurm::{Slurm, SlurmError},
+};
 
 /// Commands that may follow each other without a pause.
 const BURST: u32 = 40;
@@ -16,6 +22,8 @@ const BURST: u32 = 40;
 const PER_COMMAND_MS: u64 = 200;
 /// Orders that wait at the most; who gives one more, waits until there is room.
 const MOST_WAITING: usize = 4096;
+/// Jobs in one command: their numbers fit into a command line of any length that is usual.
+const MOST_JOBS: usize = 200;
 /// Between two tries of an order that is to be tried again.
 const AGAIN: Duration = Duration::from_millis(250);
 
@@ -28,28 +36,110 @@ pub(super) enum Tried {
     Again,
 }
 
-/// An order: how many commands it takes, and what it does.
-struct Task {
+/// An order that one command gives for many jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bulk {
+    /// Back into the queue, and held there.
+    RequeueHold,
+    /// Let a held job go.
+    Release,
+}
+
+/// An order of its own: how many commands it takes, and what it does.
+struct Own {
     commands: u32,
     run: Box<dyn FnMut() -> Tried + Send>,
 }
 
-/// The way to the thread.
-#[derive(Debug, Clone)]
+/// A job's part of a command for many.
+struct Part {
+    job: u32,
+    /// Takes the answer.
+    done: Box<dyn FnOnce(Result<(), SlurmError>) + Send>,
+}
+
+enum Task {
+    Own(Own),
+    Bulk(Bulk, Part),
+}
+
+/// What the thread is to do next.
+enum Next {
+    Own(Own),
+    Bulk(Bulk, Vec<Part>),
+}
+
+/// What waits. Pure: time is handed in.
+#[derive(Default)]
+struct Queue {
+    /// Orders by which a node becomes free.
+    first: VecDeque<Task>,
+    rest: VecDeque<Task>,
+    again: VecDeque<(Instant, Own)>,
+    /// Nobody can give orders any more.
+    closed: bool,
+}
+
+impl Queue {
+    /// An order that frees a node, else one whose next try is due, else the oldest.
+    fn next(&mut self, now: Instant) -> Option<Next> {
+        if let Some(next) = pop(&mut self.first) {
+            return Some(next);
+        }
+        if self.due().is_some_and(|at| at <= now) {
+            return self.again.pop_front().map(|(_, own)| Next::Own(own));
+        }
+        pop(&mut self.rest)
+    }
+
+    /// When the next try of some order is due.
+    fn due(&self) -> Option<Instant> {
+        self.again.front().map(|(at, _)| *at)
+    }
+
+    fn is_full(&self) -> bool {
+        self.first.len() + self.rest.len() >= MOST_WAITING
+    }
+}
+
+/// The oldest order, with all that fit into the same command.
+fn pop(tasks: &mut VecDeque<Task>) -> Option<Next> {
+    match tasks.pop_front()? {
+        Task::Own(own) => Some(Next::Own(own)),
+        Task::Bulk(kind, part) => {
+            let mut parts = vec![part];
+            for task in std::mem::take(tasks) {
+                match task {
+                    Task::Bulk(same, part) if same == kind && parts.len() < MOST_JOBS => parts.push(part),
+                    other => tasks.push_back(other),
+                }
+            }
+            Some(Next::Bulk(kind, parts))
+        }
+    }
+}
+
+/// The way to the thread, which ends with it.
 pub(super) struct Orders {
-    first: Sender<Task>,
-    queue: Sender<Task>,
+    shared: Arc<Shared>,
 }
 
-/// The thread's ends.
-struct Waiting {
-    first: Receiver<Task>,
-    queue: Receiver<Task>,
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// There is something to do, or the end.
+    more: Condvar,
+    /// There is room again.
+    room: Condvar,
 }
 
-impl std::fmt::Debug for Task {
+impl std::fmt::Debug for Orders {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Task").field("commands", &self.commands).finish_non_exhaustive()
+        let queue = self.shared.queue();
+        f.debug_struct("Orders")
+            .field("first", &queue.first.len())
+            .field("rest", &queue.rest.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -86,75 +176,143 @@ impl Pace {
     }
 }
 
+impl Shared {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Waits for the next order; `None`: there will be none.
+    fn take(&self) -> Option<Next> {
+        let mut queue = self.queue();
+        loop {
+            let now = Instant::now();
+            if let Some(next) = queue.next(now) {
+                self.room.notify_all();
+                return Some(next);
+            }
+            queue = match queue.due() {
+                Some(at) => {
+                    let waited = self.more.wait_timeout(queue, at.saturating_duration_since(now));
+                    waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
+                }
+                None if queue.closed => return None,
+                None => self.more.wait(queue).unwrap_or_else(std::sync::PoisonError::into_inner),
+            };
+        }
+    }
+}
+
 impl Orders {
     /// Starts the thread.
-    pub(super) fn start() -> Self {
-        let (first, urgent) = bounded(MOST_WAITING);
-        let (queue, ordinary) = bounded(MOST_WAITING);
-        let waiting = Waiting {
-            first: urgent,
-            queue: ordinary,
-        };
-        if let Err(e) = thread::Builder::new().name("orders".into()).spawn(move || work(&waiting)) {
+    pub(super) fn start(clock: Arc<dyn Clock>, slurm: Arc<dyn Slurm>) -> Self {
+        let shared = Arc::new(Shared::default());
+        let waiting = shared.clone();
+        if let Err(e) = thread::Builder::new()
+            .name("orders".into())
+            .spawn(move || work(&waiting, &*clock, &*slurm))
+        {
             log::error!("cannot start the thread that gives orders to Slurm: {e}");
         }
-        Self { first, queue }
+        Self { shared }
     }
 
     /// Puts an order behind the others. `commands`: how many it runs.
     pub(super) fn give(&self, commands: u32, run: impl FnMut() -> Tried + Send + 'static) {
-        let _ = self.queue.send(Task {
-            commands,
-            run: Box::new(run),
-        });
+        let run = Box::new(run);
+        self.put(Task::Own(Own { commands, run }), false);
     }
 
     /// The same for an order by which a node becomes free.
     pub(super) fn give_first(&self, commands: u32, run: impl FnMut() -> Tried + Send + 'static) {
-        let _ = self.first.send(Task {
-            commands,
-            run: Box::new(run),
-        });
+        let run = Box::new(run);
+        self.put(Task::Own(Own { commands, run }), true);
+    }
+
+    /// An order that goes with its like of other jobs; `done` takes Slurm's answer.
+    pub(super) fn give_bulk(&self, kind: Bulk, job: u32, done: impl FnOnce(Result<(), SlurmError>) + Send + 'static) {
+        let done = Box::new(done);
+        self.put(Task::Bulk(kind, Part { job, done }), kind == Bulk::RequeueHold);
+    }
+
+    fn put(&self, task: Task, first: bool) {
+        let mut queue = self.shared.queue();
+        while queue.is_full() {
+            queue = self.shared.room.wait(queue).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        if first {
+            queue.first.push_back(task);
+        } else {
+            queue.rest.push_back(task);
+        }
+        self.shared.more.notify_one();
     }
 }
 
-/// The next order: one that frees a node, else the oldest. `None`: one that is to be tried again is `due`, or nobody can give orders any more.
-fn next(waiting: &Waiting, due: Option<Instant>) -> Option<Task> {
-    let due = due.map_or_else(never, at);
-    select_biased! {
-        recv(waiting.first) -> task => task.ok(),
-        recv(due) -> _ => None,
-        recv(waiting.queue) -> task => task.ok(),
+impl Drop for Orders {
+    fn drop(&mut self) {
+        self.shared.queue().closed = true;
+        self.shared.more.notify_one();
     }
 }
 
-fn work(waiting: &Waiting) {
+fn work(shared: &Shared, clock: &dyn Clock, slurm: &dyn Slurm) {
     let begun = Instant::now();
-    let now_ms = || u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut pace = Pace::new(0);
-    let mut again: VecDeque<(Instant, Task)> = VecDeque::new();
-    loop {
-        let due = again.front().map(|(at, _)| *at);
-        let task = next(waiting, due).or_else(|| again.pop_front().map(|(_, task)| task));
-        // Without orders to try again there is no end of waiting but that of the controller.
-        let Some(mut task) = task else { return };
-        let wait = pace.wait_ms(now_ms(), task.commands);
-        if wait > 0 {
-            // Nothing else may overtake it.
-            let _ = never::<()>().recv_timeout(Duration::from_millis(wait));
-        }
+    let mut wait_for = |commands| {
+        let now_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let wait = pace.wait_ms(now_ms, commands);
+        // Nothing else may overtake it.
+        clock.sleep(Duration::from_millis(wait));
+    };
+    while let Some(next) = shared.take() {
         // One order that goes wrong must not end all the others.
-        match std::panic::catch_unwind(AssertUnwindSafe(|| (task.run)())) {
-            Ok(Tried::Done) => {}
-            Ok(Tried::Again) => again.push_back((Instant::now() + AGAIN, task)),
-            Err(_) => log::error!("an order to Slurm was given up by a panic"),
+        let done = std::panic::catch_unwind(AssertUnwindSafe(|| match next {
+            Next::Own(mut own) => {
+                wait_for(own.commands);
+                if (own.run)() == Tried::Again {
+                    shared.queue().again.push_back((Instant::now() + AGAIN, own));
+                }
+            }
+            Next::Bulk(kind, parts) => give_all(slurm, kind, parts, &mut wait_for),
+        }));
+        if done.is_err() {
+            log::error!("an order to Slurm was given up by a panic");
         }
+    }
+}
+
+/// One command for all, and one for each where Slurm refuses that: one of the jobs may have ended.
+fn give_all(slurm: &dyn Slurm, kind: Bulk, parts: Vec<Part>, wait_for: &mut dyn FnMut(u32)) {
+    let command = |jobs: &[u32]| match kind {
+        Bulk::RequeueHold => slurm.requeuehold(jobs),
+        Bulk::Release => slurm.release(jobs),
+    };
+    let jobs: Vec<u32> = parts.iter().map(|p| p.job).collect();
+    wait_for(1);
+    match command(&jobs) {
+        Err(e) if jobs.len() > 1 && !e.is_transient() => {
+            for part in parts {
+                wait_for(1);
+                (part.done)(command(&[part.job]));
+            }
+        }
+        all => parts.into_iter().for_each(|part| (part.done)(all.clone())),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use crossbeam_channel::bounded;
+
     use super::*;
+    use crate::{
+        effects::SystemClock,
+        slurm::{FakeOp, FakeSlurm, Fault},
+    };
+
+    fn orders() -> Orders {
+        Orders::start(Arc::new(SystemClock), Arc::new(FakeSlurm::with_nodes(1)))
+    }
 
     #[test]
     fn a_burst_goes_at_once_and_what_follows_a_few_a_second() {
@@ -178,7 +336,7 @@ mod tests {
 
     #[test]
     fn an_order_that_frees_a_node_overtakes_those_that_wait() {
-        let orders = Orders::start();
+        let orders = orders();
         let (told, heard) = bounded(10);
         let (go, gate) = bounded::<()>(0);
         orders.give(1, move || {
@@ -202,9 +360,76 @@ mod tests {
         assert_eq!(said, ["requeue", "steer", "release"]);
     }
 
+    /// Orders for some jobs behind one that holds up the thread, so that they wait together. Returns Slurm's answers.
+    fn together(slurm: &Arc<FakeSlurm>, jobs: &[u32]) -> Vec<Result<(), SlurmError>> {
+        let orders = Orders::start(Arc::new(SystemClock), slurm.clone());
+        let (go, gate) = bounded::<()>(0);
+        orders.give(1, move || {
+            gate.recv().unwrap();
+            Tried::Done
+        });
+        let (told, heard) = bounded(jobs.len());
+        for job in jobs {
+            let told = told.clone();
+            orders.give_bulk(Bulk::Release, *job, move |done| told.send(done).unwrap());
+        }
+        go.send(()).unwrap();
+        let answers = jobs.iter().map(|_| heard.recv_timeout(Duration::from_secs(20)).unwrap());
+        answers.collect()
+    }
+
+    fn held_jobs(slurm: &FakeSlurm, n: u32) -> Vec<u32> {
+        let submit = |_| {
+            let job = slurm.submit(crate::slurm::FakeJob::default());
+            slurm.hold(job).unwrap();
+            job
+        };
+        (0..n).map(submit).collect()
+    }
+
+    #[test]
+    fn the_same_order_for_many_jobs_is_one_command() {
+        let slurm = Arc::new(FakeSlurm::with_nodes(1));
+        let jobs = held_jobs(&slurm, 50);
+        assert!(together(&slurm, &jobs).iter().all(Result::is_ok));
+        assert_eq!(slurm.calls(FakeOp::Release), 1);
+        assert!(jobs.iter().all(|job| !slurm.job(*job).unwrap().unwrap().brief.is_held()));
+    }
+
+    #[test]
+    fn one_job_that_slurm_refuses_costs_the_others_nothing() {
+        let slurm = Arc::new(FakeSlurm::with_nodes(1));
+        let mut jobs = held_jobs(&slurm, 2);
+        jobs.insert(1, 9999);
+        let answers = together(&slurm, &jobs);
+        assert_eq!(
+            answers.iter().map(Result::is_ok).collect::<Vec<_>>(),
+            [true, false, true],
+            "{answers:?}"
+        );
+    }
+
+    #[test]
+    fn a_slurmctld_that_does_not_answer_is_asked_once_and_not_for_each_job() {
+        let slurm = Arc::new(FakeSlurm::with_nodes(1));
+        let jobs = held_jobs(&slurm, 3);
+        let error = SlurmError::Timeout {
+            program: "scontrol",
+            after: Duration::from_secs(15),
+        };
+        slurm.inject(Fault {
+            op: FakeOp::Release,
+            error: error.clone(),
+            carried_out: false,
+            times: 1,
+        });
+        assert_eq!(together(&slurm, &jobs), [Err(error.clone()), Err(error.clone()), Err(error)]);
+        assert_eq!(slurm.calls(FakeOp::Release), 1);
+    }
+
     #[test]
     fn an_order_that_panics_ends_no_other() {
-        let orders = Orders::start();
+        let orders = orders();
         let (told, heard) = bounded(1);
         orders.give(1, || panic!("on purpose"));
         orders.give(1, move || {
@@ -216,7 +441,7 @@ mod tests {
 
     #[test]
     fn an_order_that_is_to_be_tried_again_holds_up_no_other() {
-        let orders = Orders::start();
+        let orders = orders();
         let (told, heard) = bounded(10);
         let first = told.clone();
         let mut tries = 0;

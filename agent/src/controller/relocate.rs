@@ -22,14 +22,14 @@ use std::{
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::{
-    Controller, admission,
-    orders::Tried,
+    Controller, Jobs, admission,
+    orders::{Bulk, Tried},
     placement::{is_ours, reservation_of},
 };
 use crate::{
     cluster::{PeerReply, PeerRequest},
     core::relocation::{Effect, Event, JobMove, JobSeen, Order, OrderError, Relocation, Reply, Standing, Step, Word},
-    slurm::{JobBrief, JobState, JobUpdate, SlurmError},
+    slurm::{JobState, JobUpdate, SlurmError},
 };
 
 /// Longest time for one move, after which its source is asked what became of it.
@@ -46,7 +46,7 @@ type Ask = Box<dyn FnOnce() + Send>;
 /// What comes to the thread.
 enum Inbox {
     Begin { record: Box<JobMove>, resumed: bool },
-    Poll(Arc<Vec<JobBrief>>),
+    Poll(Arc<Jobs>),
     Event { job: u32, event: Event },
     PlaceLeft { job: u32 },
 }
@@ -89,7 +89,7 @@ impl Default for Relocations {
 
 impl Relocations {
     /// Jobs as Slurm has them.
-    pub(super) fn poll(&self, jobs: Arc<Vec<JobBrief>>) {
+    pub(super) fn poll(&self, jobs: Arc<Jobs>) {
         let _ = self.inbox.send(Inbox::Poll(jobs));
     }
 
@@ -200,7 +200,7 @@ struct Driver {
     c: Arc<Controller>,
     active: BTreeMap<u32, Active>,
     /// Of the last poll.
-    jobs: Arc<Vec<JobBrief>>,
+    jobs: Arc<Jobs>,
 }
 
 impl Driver {
@@ -282,7 +282,7 @@ impl Driver {
 
     /// The poll's view of a job.
     fn seen(&self, job: u32) -> Option<JobSeen> {
-        let brief = self.jobs.iter().find(|j| j.id == job)?;
+        let brief = self.jobs.by_id(job)?;
         let standing = if brief.state.is_waiting() {
             Standing::Waiting
         } else if brief.state.is_on_nodes() {
@@ -542,10 +542,9 @@ impl Driver {
             let nodes = req_nodes.clone();
             self.c.notes().change(job, |n| n.req_nodes = nodes);
         }
-        let frees_node = matches!(order, Order::Requeue { .. } | Order::Cancel);
         let c = self.c.clone();
-        let run = move || {
-            let done = give(&c, job, &order).or_else(|e| if e.is_already_pending() { Ok(()) } else { Err(e) });
+        let answered = move |done: Result<(), SlurmError>| {
+            let done = done.or_else(|e| if e.is_already_pending() { Ok(()) } else { Err(e) });
             let done = done.map_err(|e| {
                 if e.is_transient() {
                     OrderError::NoAnswer(e.to_string())
@@ -554,12 +553,23 @@ impl Driver {
                 }
             });
             c.relocations.tell(job, Event::Ordered(done));
-            Tried::Done
         };
-        if frees_node {
-            self.c.orders.give_first(1, run);
-        } else {
-            self.c.orders.give(1, run);
+        let frees_node = matches!(order, Order::Requeue { .. } | Order::Cancel);
+        let c = self.c.clone();
+        match order {
+            Order::Requeue { hold: true } => self.c.orders.give_bulk(Bulk::RequeueHold, job, answered),
+            Order::Release => self.c.orders.give_bulk(Bulk::Release, job, answered),
+            order => {
+                let run = move || {
+                    answered(give(&c, job, &order));
+                    Tried::Done
+                };
+                if frees_node {
+                    self.c.orders.give_first(1, run);
+                } else {
+                    self.c.orders.give(1, run);
+                }
+            }
         }
     }
 
@@ -577,7 +587,7 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
     let slurm = &c.world.slurm;
     let update = |update: JobUpdate| slurm.update_job(job, &update);
     match order {
-        Order::Requeue { hold: true } => slurm.requeuehold(job),
+        Order::Requeue { hold: true } => slurm.requeuehold(&[job]),
         Order::Requeue { hold: false } => slurm.requeue(job),
         Order::Hold => slurm.hold(job),
         Order::AllowRequeue => update(JobUpdate {
@@ -595,7 +605,7 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
             req_nodes: (!req_nodes.is_empty()).then(Vec::new),
             ..JobUpdate::default()
         }),
-        Order::Release => slurm.release(job),
+        Order::Release => slurm.release(&[job]),
         Order::Priority(priority) => update(JobUpdate {
             priority: Some(*priority),
             ..JobUpdate::default()

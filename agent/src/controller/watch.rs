@@ -1,5 +1,6 @@
 //! What sets a move off: a job in its grace time, a node put into drain, somebody who asks.
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -43,48 +44,41 @@ impl Controller {
         let feature = &self.config.controller.feature;
         let (jobs, draining) = {
             let cluster = self.cluster();
-            let is_vm = |j: &&JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
-            let draining: Vec<String> = cluster
-                .slurm_nodes
-                .values()
-                .filter(|n| n.is_draining())
-                .map(|n| n.name.clone())
-                .collect();
-            let jobs: Vec<JobBrief> = cluster
-                .jobs
-                .iter()
-                .filter(is_vm)
-                .filter(|j| !cluster.moves.contains_key(&j.id) && !cluster.planning.contains(&j.id))
-                .cloned()
-                .collect();
-            (jobs, draining)
+            let draining = cluster.slurm_nodes.values().filter(|n| n.is_draining());
+            let draining: BTreeSet<String> = draining.map(|n| n.name.clone()).collect();
+            (cluster.jobs.clone(), draining)
         };
         self.give_way();
         self.put_node_lists_back();
         self.put_limits_back();
-        for j in jobs {
-            let Some(from) = j
-                .batch_host
-                .clone()
-                .or_else(|| j.nodes.first().cloned())
-                .filter(|_| j.state.is_on_nodes())
-            else {
+        let is_vm = |j: &JobBrief| j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()));
+        for j in jobs.iter().filter(|j| is_vm(j) && j.state.is_on_nodes()) {
+            let Some(from) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()) else {
                 continue;
             };
+            if !(j.in_grace() || draining.contains(&from)) || self.is_moving(j.id) {
+                continue;
+            }
             if j.in_grace() {
                 if self.cluster().handled.get(&j.id) == Some(&j.restarts) {
                     continue;
                 }
                 self.cluster().handled.insert(j.id, j.restarts);
-                let end = grace_end(&j, || self.grace_of(&j.partition));
+                let end = grace_end(j, || self.grace_of(&j.partition));
                 log::info!("job {}: preempted on {from}, grace ends at {end:?}", j.id);
                 let deadline_ms = end.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
-                self.plan_aside(j, from, "preemption", deadline_ms);
-            } else if draining.contains(&from) && self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
+                self.plan_aside(j.clone(), from, "preemption", deadline_ms);
+            } else if self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
                 log::info!("job {}: {from} is being drained", j.id);
-                self.plan_aside(j, from, "drain", None);
+                self.plan_aside(j.clone(), from, "drain", None);
             }
         }
+    }
+
+    /// A move of the job is under way or being planned.
+    fn is_moving(&self, job: u32) -> bool {
+        let cluster = self.cluster();
+        cluster.moves.contains_key(&job) || cluster.planning.contains(&job)
     }
 
     /// GraceTime of a partition; a guess where Slurm does not say it, or where it is the QOS's.
@@ -126,7 +120,7 @@ impl Controller {
         for (job, notes) in all {
             let waits = || {
                 let cluster = self.cluster();
-                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| j.id == job && j.state.is_waiting())
+                !cluster.moves.contains_key(&job) && cluster.jobs.by_id(job).is_some_and(|j| j.state.is_waiting())
             };
             if notes.req_nodes.is_empty() || !waits() {
                 continue;
@@ -149,8 +143,8 @@ impl Controller {
             let Some(time) = notes.time else { continue };
             let starts_over = {
                 let cluster = self.cluster();
-                let later = |j: &&JobBrief| j.id == job && (j.state.is_waiting() || j.state.is_on_nodes()) && j.restarts > time.restarts;
-                !cluster.moves.contains_key(&job) && cluster.jobs.iter().any(|j| later(&j))
+                let later = |j: &JobBrief| (j.state.is_waiting() || j.state.is_on_nodes()) && j.restarts > time.restarts;
+                !cluster.moves.contains_key(&job) && cluster.jobs.by_id(job).is_some_and(later)
             };
             if !starts_over {
                 continue;

@@ -7,7 +7,9 @@ use super::types::{
     ReservationSpec, SlurmConfig,
 };
 use super::{Slurm, SlurmError, parse, parse_admin, parse_requests};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 /// How to run Slurm's commands.
@@ -44,6 +46,18 @@ impl Default for SlurmSettings {
 pub struct SlurmCommands {
     settings: SlurmSettings,
     env: Vec<(String, String)>,
+    /// How orders name the jobs of the last poll.
+    named: Mutex<HashMap<JobId, OrderName>>,
+}
+
+/// How an order must name a job so that it means this one alone. A name once true stays true: that of an array's part that may still be
+/// divided is not kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum OrderName {
+    /// Its number.
+    Number,
+    /// A task of an array: the array's number and the task's index.
+    Task(JobId, String),
 }
 
 impl SlurmCommands {
@@ -59,7 +73,11 @@ impl SlurmCommands {
         if let Some(conf) = &settings.conf {
             env.push(("SLURM_CONF".to_owned(), conf.to_string_lossy().into_owned()));
         }
-        Self { settings, env }
+        Self {
+            settings,
+            env,
+            named: Mutex::default(),
+        }
     }
 
     fn path(&self, program: &'static str) -> Result<PathBuf, SlurmError> {
@@ -129,8 +147,24 @@ impl SlurmCommands {
         }
     }
 
+    /// The name of a job in an order. One question to Slurm where the last poll did not tell it.
     fn ordered(&self, id: JobId) -> Result<String, SlurmError> {
+        match self.named().get(&id) {
+            Some(OrderName::Number) => return Ok(id.to_string()),
+            Some(OrderName::Task(array, task)) => return Ok(format!("{array}_{task}")),
+            None => {}
+        }
         Ok(self.short(id)?.ok_or(SlurmError::NoSuchJob)?.0)
+    }
+
+    /// The same for several, in one word.
+    fn ordered_all(&self, ids: &[JobId]) -> Result<String, SlurmError> {
+        let names: Result<Vec<String>, SlurmError> = ids.iter().map(|id| self.ordered(*id)).collect();
+        names.map(|n| n.join(","))
+    }
+
+    fn named(&self) -> MutexGuard<'_, HashMap<JobId, OrderName>> {
+        self.named.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn squeue(&self, more: &[&str], format: String) -> Result<String, SlurmError> {
@@ -146,6 +180,15 @@ impl SlurmCommands {
 }
 
 /// Names go into `key=value` arguments and lists: nothing that could end one and begin another.
+/// What a poll tells of a job's name in orders; `None`: it has to be asked for.
+fn order_name(job: &JobBrief) -> Option<OrderName> {
+    match (&job.array, &job.het) {
+        (None, None) => Some(OrderName::Number),
+        (Some((array, task)), None) if task.bytes().all(|b| b.is_ascii_digit()) => Some(OrderName::Task(*array, task.clone())),
+        _ => None,
+    }
+}
+
 fn name<'a>(what: &str, text: &'a str) -> Result<&'a str, SlurmError> {
     let fine = !text.is_empty()
         && text.len() <= 255
@@ -267,7 +310,10 @@ impl Slurm for SlurmCommands {
     }
 
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
-        parse::briefs(&self.squeue(&[], parse::squeue_format())?)
+        let jobs = parse::briefs(&self.squeue(&[], parse::squeue_format())?)?;
+        let named = jobs.iter().filter_map(|j| Some((j.id, order_name(j)?))).collect();
+        *self.named() = named;
+        Ok(jobs)
     }
 
     fn requests(&self) -> Result<Vec<JobRequest>, SlurmError> {
@@ -291,9 +337,9 @@ impl Slurm for SlurmCommands {
             .ok_or_else(|| SlurmError::parse("NodeName", &text))
     }
 
-    fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError> {
-        let (node, features) = (name("node", node)?, names("feature", features)?);
-        self.scontrol(&["update", &format!("NodeName={node}"), &format!("ActiveFeatures={features}")])
+    fn set_active_features(&self, nodes: &[String], features: &[String]) -> Result<(), SlurmError> {
+        let (nodes, features) = (names("node", nodes)?, names("feature", features)?);
+        self.scontrol(&["update", &format!("NodeName={nodes}"), &format!("ActiveFeatures={features}")])
             .map(|_| ())
     }
 
@@ -301,8 +347,8 @@ impl Slurm for SlurmCommands {
         self.scontrol(&["requeue", "Incomplete", &self.ordered(job)?]).map(|_| ())
     }
 
-    fn requeuehold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeuehold", "Incomplete", &self.ordered(job)?]).map(|_| ())
+    fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.scontrol(&["requeuehold", "Incomplete", &self.ordered_all(jobs)?]).map(|_| ())
     }
 
     fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
@@ -314,8 +360,8 @@ impl Slurm for SlurmCommands {
         self.scontrol(&["hold", &self.ordered(job)?]).map(|_| ())
     }
 
-    fn release(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["release", &self.ordered(job)?]).map(|_| ())
+    fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.scontrol(&["release", &self.ordered_all(jobs)?]).map(|_| ())
     }
 
     fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {

@@ -59,14 +59,15 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     fn node(&self, name: &str) -> Result<NodeInfo, SlurmError>;
 
     /// Sets what features a node offers now. Must be a part of its available features. Running jobs are left alone; the list is lost at a reconfigure.
-    fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError>;
+    fn set_active_features(&self, nodes: &[String], features: &[String]) -> Result<(), SlurmError>;
 
     /// Ends this run and puts the job back into the queue. A job that does not run (any more) is left as it is, without an
     /// error: Slurm would otherwise bring back to life what has just been cancelled (scontrol(1), `Incomplete`).
     fn requeue(&self, job: JobId) -> Result<(), SlurmError>;
 
-    /// The same, and held there until [`release`](Slurm::release).
-    fn requeuehold(&self, job: JobId) -> Result<(), SlurmError>;
+    /// The same for some jobs, and held there until [`release`](Slurm::release). After an error it is unknown which of several it was carried
+    /// out for.
+    fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
     /// Ends this run and puts the job into the queue, held, in the state `SPECIAL_EXIT`: nothing else makes that state by
     /// itself, so it says that the job met a broken node. Its owner may do that.
@@ -75,8 +76,8 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// Holds a waiting job.
     fn hold(&self, job: JobId) -> Result<(), SlurmError>;
 
-    /// Lets a held job go.
-    fn release(&self, job: JobId) -> Result<(), SlurmError>;
+    /// Lets held jobs go. After an error it is unknown which of several it was carried out for.
+    fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
     /// Changes a job, all or nothing.
     fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError>;

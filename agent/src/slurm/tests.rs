@@ -494,11 +494,11 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         ..JobUpdate::default()
     };
     assert!(slurm.update_job(victim.id, &limit).is_err(), "no new limit within grace");
-    slurm.requeuehold(victim.id).unwrap();
+    slurm.requeuehold(&[victim.id]).unwrap();
     let now = || slurm.job(victim.id).unwrap().unwrap();
     until("back in the queue", &|| now().brief.state == JobState::Pending);
     assert!(now().brief.is_held());
-    slurm.requeuehold(victim.id).expect("a second time it changes nothing");
+    slurm.requeuehold(&[victim.id]).expect("a second time it changes nothing");
     let steer = JobUpdate {
         reservation: Some(Some(spec.name.clone())),
         start_now: true,
@@ -507,7 +507,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         ..JobUpdate::default()
     };
     slurm.update_job(victim.id, &steer).unwrap();
-    slurm.release(victim.id).unwrap();
+    slurm.release(&[victim.id]).unwrap();
     until("runs on the reserved node", &|| now().brief.state == JobState::Running);
     let after = now();
     assert_eq!(
@@ -538,12 +538,12 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
     assert_eq!(slurm.create_reservation(&named).unwrap().nodes, ["n1"]);
     assert!(slurm.delete_reservation("vm-n").unwrap());
     let features = || slurm.nodes().unwrap().into_iter().find(|n| n.name == "n1").unwrap().active_features;
-    slurm.set_active_features("n1", &[]).unwrap();
+    slurm.set_active_features(&["n1".into()], &[]).unwrap();
     assert!(features().is_empty());
-    slurm.set_active_features("n1", &["vm".into()]).unwrap();
+    slurm.set_active_features(&["n1".into()], &["vm".into()]).unwrap();
     assert_eq!(features(), ["vm"]);
-    assert!(slurm.set_active_features("n1", &["nosuch".into()]).is_err());
-    assert!(slurm.set_active_features("n1 State=DOWN", &[]).is_err(), "not a name");
+    assert!(slurm.set_active_features(&["n1".into()], &["nosuch".into()]).is_err());
+    assert!(slurm.set_active_features(&["n1 State=DOWN".into()], &[]).is_err(), "not a name");
 
     assert_eq!(slurm.job(4_000_000).unwrap(), None);
     assert_eq!(slurm.requeue(4_000_000), Err(SlurmError::NoSuchJob));

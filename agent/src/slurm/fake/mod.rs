@@ -287,6 +287,12 @@ impl FakeSlurm {
     }
 }
 
+/// As scontrol does it: all are tried, and the first error is told.
+fn each(jobs: &[JobId], mut act: impl FnMut(JobId) -> Result<(), SlurmError>) -> Result<(), SlurmError> {
+    let done: Vec<Result<(), SlurmError>> = jobs.iter().map(|job| act(*job)).collect();
+    done.into_iter().collect()
+}
+
 impl Slurm for FakeSlurm {
     fn job(&self, id: JobId) -> Result<Option<JobInfo>, SlurmError> {
         self.call(FakeOp::Job, |m| Ok(m.info(id)))
@@ -323,16 +329,18 @@ impl Slurm for FakeSlurm {
         })
     }
 
-    fn set_active_features(&self, node: &str, features: &[String]) -> Result<(), SlurmError> {
-        self.call(FakeOp::SetFeatures, |m| m.set_active_features(node, features))
+    fn set_active_features(&self, nodes: &[String], features: &[String]) -> Result<(), SlurmError> {
+        self.call(FakeOp::SetFeatures, |m| {
+            nodes.iter().try_for_each(|n| m.set_active_features(n, features))
+        })
     }
 
     fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
         self.call(FakeOp::Requeue, |m| m.requeue(job, false))
     }
 
-    fn requeuehold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.call(FakeOp::RequeueHold, |m| m.requeue(job, true))
+    fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.call(FakeOp::RequeueHold, |m| each(jobs, |job| m.requeue(job, true)))
     }
 
     fn requeue_special(&self, job: JobId) -> Result<(), SlurmError> {
@@ -343,8 +351,8 @@ impl Slurm for FakeSlurm {
         self.call(FakeOp::Hold, |m| m.set_held(job, true))
     }
 
-    fn release(&self, job: JobId) -> Result<(), SlurmError> {
-        self.call(FakeOp::Release, |m| m.set_held(job, false))
+    fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.call(FakeOp::Release, |m| each(jobs, |job| m.set_held(job, false)))
     }
 
     fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {

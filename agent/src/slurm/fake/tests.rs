@@ -75,7 +75,7 @@ fn a_preempted_job_is_steered_to_a_reserved_node_and_keeps_its_number() {
             .is_busy()
     );
 
-    slurm.requeuehold(victim).unwrap();
+    slurm.requeuehold(&[victim]).unwrap();
     assert_eq!(
         slurm.events(),
         [FakeEvent::Ending {
@@ -99,11 +99,11 @@ fn a_preempted_job_is_steered_to_a_reserved_node_and_keeps_its_number() {
     slurm.epilog_done(victim, "n1");
     slurm.tick(103);
     assert!(started(&slurm, high).is_some());
-    slurm.requeuehold(victim).expect("a second time it changes nothing");
+    slurm.requeuehold(&[victim]).expect("a second time it changes nothing");
     slurm.update_job(victim, &steer).unwrap();
     slurm.tick(104);
     assert_eq!(started(&slurm, victim), None, "held");
-    slurm.release(victim).unwrap();
+    slurm.release(&[victim]).unwrap();
     slurm.tick(105);
     assert_eq!(started(&slurm, victim), Some((vec!["n2".to_owned()], 1)));
     assert!(slurm.delete_reservation("vm-1").is_err(), "in use");
@@ -160,7 +160,7 @@ fn a_lost_answer_leaves_the_order_carried_out() {
         carried_out: true,
         times: 1,
     });
-    assert_eq!(slurm.requeuehold(job), Err(error));
+    assert_eq!(slurm.requeuehold(&[job]), Err(error));
     assert_eq!(slurm.job(job).unwrap().unwrap().brief.state, JobState::Completing);
     slurm.set_unreachable(true);
     assert!(slurm.ping().unwrap_err().is_transient());
@@ -169,11 +169,11 @@ fn a_lost_answer_leaves_the_order_carried_out() {
 #[test]
 fn a_node_without_the_feature_gets_no_new_job_and_a_reconfigure_gives_the_feature_back() {
     let slurm = FakeSlurm::with_nodes(1);
-    slurm.set_active_features("n1", &[]).unwrap();
+    slurm.set_active_features(&["n1".into()], &[]).unwrap();
     let job = slurm.submit(FakeJob::default());
     slurm.tick(0);
     assert_eq!(started(&slurm, job), None);
-    assert!(slurm.set_active_features("n1", &["nosuch".into()]).is_err());
+    assert!(slurm.set_active_features(&["n1".into()], &["nosuch".into()]).is_err());
     slurm.reconfigure();
     slurm.tick(1);
     assert!(started(&slurm, job).is_some());

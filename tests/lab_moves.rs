@@ -142,3 +142,45 @@ fn a_move_by_hand_tells_how_it_goes_and_leaves_the_job_as_it_was() {
     m.nothing_left();
     lab.down().expect("down");
 }
+
+#[test]
+fn a_node_that_cannot_write_its_ledger_neither_takes_nor_sends_a_guest_and_the_guest_goes_on() {
+    let lab = lab(
+        "unwritten",
+        Options {
+            vm_disk_mib: 256,
+            ..options(2)
+        },
+    );
+    let m = Mover::new(&lab, "unwritten", 2);
+    let count = Count::to(300);
+    let job = m.count(count, "out", "-w n1");
+    m.wait_lines("out", 10);
+    let refusals = [
+        ("n2", "n2 is not healthy: /var/lib/slurm-vm: only "),
+        ("n1", "its record cannot be written on n1: "),
+    ];
+    for (node, why) in refusals {
+        let fill = lab.node(node, &["sh", "-c", "cat /dev/zero > /var/lib/slurm-vm/filler"]);
+        assert!(!fill.status.success(), "{node} has more room than it should");
+        let said = m.t.sh(&format!("svm migrate {job} n2"));
+        assert_eq!(said.code, Some(1), "{said:?}");
+        assert!(said.err.contains(why), "{said:?}");
+        let lines = m.lines("out");
+        m.wait_lines("out", lines + 5);
+        assert_eq!(m.vm_state(job), "running");
+        assert!(lab.node(node, &["rm", "/var/lib/slurm-vm/filler"]).status.success());
+        m.wait_healthy();
+    }
+    // With room again it moves, at the latest with the next try.
+    let mut last = String::new();
+    common::wait_with("a move", &mut last, |last| {
+        let said = m.t.sh(&format!("svm migrate {job} n2"));
+        *last = format!("{said:?}");
+        said.code == Some(0)
+    });
+    m.completed(job, 1);
+    m.check("out", count.numbers);
+    m.nothing_left();
+    lab.down().expect("down");
+}

@@ -22,7 +22,7 @@ use crate::{
     config::{Config, DomainTypeChoice},
     core::{End, Life, Record, record::domain_name},
     effects::{World, trusted::Distrust},
-    hypervisor::{DomainEvent, DomainType, HostInfo, StopReason},
+    hypervisor::{DomainEvent, DomainType, HostInfo, StateReason, StopReason},
     vm::{self, Attach, Birth, Request, view},
 };
 
@@ -839,6 +839,11 @@ impl Node {
                     });
                     self.tell(&name, crate::core::Event::DomainEnded { how: how.into() });
                 }
+                DomainEvent::Resumed {
+                    name,
+                    reason: StateReason::Migrated,
+                    ..
+                } => self.tell(&name, crate::core::Event::Arrived),
                 DomainEvent::ConnectionBack => self.recheck(),
                 DomainEvent::ConnectionLost => log::warn!("the connection to libvirt is lost"),
                 other => log::debug!("{other:?}"),

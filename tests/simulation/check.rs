@@ -125,5 +125,7 @@ pub fn kind(event: &Event) -> &'static str {
         Event::Pinned(Ok(_)) => "pinned",
         Event::Pinned(Err(_)) => "pin-failed",
         Event::GiveUp => "give-up",
+        Event::NotRecorded { .. } => "not-recorded",
+        Event::ClockStepped { .. } => "clock-stepped",
     }
 }

@@ -6,7 +6,7 @@ use std::{
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
-    core::{Allocation, Effect, Event, HandOverError, Life, MoveIdentity, Plan, Record, Vm, relocation::Event as MoveEvent},
+    core::{Allocation, Effect, Event, Gate, HandOverError, Life, MoveIdentity, Plan, Record, Vm, relocation::Event as MoveEvent},
     hypervisor::{
         Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
@@ -177,6 +177,8 @@ pub enum Order {
 #[derive(Debug)]
 pub struct Owner {
     pub vm: Vm,
+    /// Effects, and what waits while the ledger cannot be written.
+    pub gate: Gate<Effect, Event>,
     pub releases: Vec<u64>,
     pub move_reply: Option<u64>,
     pub link: u64,
@@ -189,6 +191,8 @@ pub struct Node {
     pub vms: BTreeMap<u32, Owner>,
     /// What survives the agent.
     pub ledger: BTreeMap<u32, Record>,
+    /// Until then the ledger's file system is full.
+    pub full_until: u64,
     /// Destinations that have said yes, by job: their agent's epoch. Forgotten when this agent dies.
     pub departures: BTreeMap<u32, u64>,
 }
@@ -438,6 +442,7 @@ impl Cluster {
             .collect::<Vec<_>>()
         {
             for job in jobs {
+                self.write_again(&node, job);
                 self.core(&node, job, Event::Tick);
             }
         }
@@ -455,6 +460,9 @@ impl Cluster {
         for h in self.hypervisors.values() {
             h.clear_faults();
             h.connect(true);
+        }
+        for node in self.nodes.values_mut() {
+            node.full_until = 0;
         }
         self.slurm_away = false;
         self.slurm.set_unreachable(false);
@@ -575,7 +583,21 @@ impl Cluster {
             self.say(&format!("{node}: libvirt away"));
             self.hypervisors[&node].connect(false);
             let after = self.random.between(500, 20_000);
-            self.at(after, Message::Libvirt { node, up: true });
+            self.at(
+                after,
+                Message::Libvirt {
+                    node: node.clone(),
+                    up: true,
+                },
+            );
+        }
+        if self.random.permille(5) {
+            let until = self.now + self.random.between(200, 15_000);
+            self.say(&format!("{node}: no space for the ledger until {until}"));
+            self.count("full ledgers");
+            if let Some(n) = self.nodes.get_mut(&node) {
+                n.full_until = until;
+            }
         }
         if self.random.permille(3) {
             self.say("slurmctld away");
@@ -638,6 +660,7 @@ impl Cluster {
         let link = self.id();
         let owner = Owner {
             vm,
+            gate: Gate::default(),
             releases: vec![],
             move_reply: None,
             link,
@@ -673,6 +696,12 @@ impl Cluster {
         let Some(owner) = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job)) else {
             return;
         };
+        if owner.gate.is_shut().is_some() {
+            if event != Event::Tick {
+                owner.gate.hold(event);
+            }
+            return;
+        }
         let before = owner.vm.record.life.name();
         let kind = kind(&event);
         let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);
@@ -690,7 +719,7 @@ impl Cluster {
         if let Some(n) = self.nodes.get_mut(node)
             && n.vms
                 .get(&job)
-                .is_some_and(|o| o.vm.record.life.is_over_here() && o.releases.is_empty())
+                .is_some_and(|o| o.vm.record.life.is_over_here() && o.releases.is_empty() && !o.gate.is_behind())
         {
             n.vms.remove(&job);
         }

@@ -1,20 +1,97 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
-    core::{Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts},
+    core::{Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts},
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
     vm::supersede::is_superseded,
 };
 
-use crate::cluster::{Act, Cluster, LibvirtJob, Message, Node, Order, SaveFile, domain, given, plan, spec, view};
+use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Node, Order, Owner, SaveFile, domain, given, plan, spec, view};
+
+/// As the owner of a VM has it.
+const UNRECORDED_MS: u64 = 5_000;
 
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
-        for effect in effects {
+        if let Some(owner) = self.owner(node, job) {
+            owner.gate.push(effects);
+        }
+        while let Some(effect) = self.owner(node, job).and_then(|o| o.gate.next_effect()) {
             self.effect(node, job, effect);
         }
     }
 
+    fn owner(&mut self, node: &str, job: u32) -> Option<&mut Owner> {
+        self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job))
+    }
+
+    fn persist(&mut self, node: &str, job: u32) {
+        let now = self.now;
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let full = now < n.full_until;
+        let Some(owner) = n.vms.get_mut(&job) else { return };
+        if !full {
+            owner.gate.written();
+            n.ledger.insert(job, owner.vm.record.clone());
+        } else if owner.vm.goes_on_unrecorded() {
+            owner.gate.pass(now, "no space".into());
+        } else {
+            owner.gate.shut(now, Effect::Persist, "no space".into());
+            self.count("writes that failed");
+        }
+    }
+
+    /// As an owner does with each tick.
+    pub fn write_again(&mut self, node: &str, job: u32) {
+        let now = self.now;
+        let Some(owner) = self.owner(node, job).filter(|o| o.gate.is_behind()) else {
+            return;
+        };
+        if owner.gate.is_shut().is_none() {
+            self.persist(node, job);
+            self.retire(node, job);
+            return;
+        }
+        owner.gate.open();
+        self.carry_out(node, job, vec![]);
+        let Some(owner) = self.owner(node, job) else { return };
+        if let Some(why) = owner.gate.overdue(now, UNRECORDED_MS) {
+            let waits = owner.gate.waiting().find_map(Busy::of);
+            let instead = owner.vm.on_event(now, AWAIT_JOB_MS, Event::NotRecorded { why, waits });
+            if !instead.is_empty() {
+                owner.gate.replace([]);
+                self.say(&format!("{node}: job {job}: given up without a record"));
+                self.count("given up without a record");
+                self.carry_out(node, job, instead);
+            }
+        }
+        while let Some(event) = self.owner(node, job).and_then(|o| o.gate.next_event()) {
+            self.core(node, job, event);
+        }
+        self.retire(node, job);
+    }
+
+    /// What must never be begun before the ledger says so.
+    fn check_recorded(&mut self, node: &str, job: u32, effect: &Effect) {
+        let acts = matches!(
+            Busy::of(effect),
+            Some(Busy::Start | Busy::AskDestination | Busy::Migrate | Busy::Save | Busy::Restore)
+        );
+        let n = &self.nodes[node];
+        let (Some(owner), recorded) = (n.vms.get(&job), n.ledger.get(&job)) else {
+            return;
+        };
+        let (is, was) = (owner.vm.record.life.clone(), recorded.map(|r| r.life.clone()));
+        if acts && was.as_ref() != Some(&is) {
+            self.wrong.push(format!(
+                "job {job}: {node} begins {effect:?} as {}, and its ledger says {}",
+                is.name(),
+                was.map_or("nothing", |w| w.name())
+            ));
+        }
+    }
+
     fn effect(&mut self, node: &str, job: u32, effect: Effect) {
+        self.check_recorded(node, job, &effect);
         let Some(n) = self.nodes.get_mut(node) else { return };
         let epoch = n.epoch;
         let Some(owner) = n.vms.get_mut(&job) else { return };
@@ -26,9 +103,7 @@ impl Cluster {
             act,
         };
         match effect {
-            Effect::Persist => {
-                n.ledger.insert(job, record);
-            }
+            Effect::Persist => self.persist(node, job),
             Effect::Journal(_) | Effect::Sessions(_) | Effect::SetClock => {}
             Effect::CloseGuest => owner.link = 0,
             Effect::OpenGuest => {
@@ -473,6 +548,9 @@ impl Cluster {
             .ok()?
             .is_some_and(|d| d.state == DomainState::Running);
         if self.nodes[node].vms.contains_key(&job) {
+            if self.nodes[node].vms[&job].gate.is_shut().is_some() {
+                return None;
+            }
             self.answered = None;
             let by = by.clone();
             self.core(
@@ -514,6 +592,9 @@ impl Cluster {
         let Some(guest) = self.nodes[to].vms.get(&job).map(|o| o.vm.record.boot_id.clone()) else {
             return Err(HandOverError::NotThisMove(format!("{to} has no VM")));
         };
+        if self.nodes[to].vms[&job].gate.is_shut().is_some() {
+            return Err(HandOverError::NotNow(format!("{to} cannot write its ledger")));
+        }
         (self.taken, self.adopted) = (None, false);
         self.core(
             to,
@@ -530,7 +611,11 @@ impl Cluster {
                 .push(format!("job {job}: on {to} the guest of {there} took the offsets of {boot} over"));
         }
         self.count("hand-overs");
-        let Some(taken) = self.taken.take() else {
+        let taken = self.taken.take();
+        if taken.is_none() && self.nodes[to].vms.get(&job).is_some_and(|o| o.gate.is_shut().is_some()) {
+            return Err(HandOverError::NotNow(format!("{to} could not write its ledger")));
+        }
+        let Some(taken) = taken else {
             self.wrong.push(format!("job {job}: {to} does not answer a hand-over"));
             return Ok(());
         };
@@ -664,10 +749,18 @@ impl Cluster {
             return;
         }
         let Life::Leaving { by, .. } = record.life else { return };
-        record.life = Life::Arriving { from: from.into(), by };
+        record.life = Life::Arriving {
+            from: from.into(),
+            by: by.clone(),
+        };
         record.come_to(to);
         let (vm, effects) = Vm::expected(record);
         self.adopt(to, job, vm, effects);
+        if self.nodes[to].vms[&job].gate.is_shut().is_some() {
+            self.core(to, job, Event::Abandoned { by });
+            self.tell(from, epoch, job, Event::DestinationReady(Err("no space for its record".into())));
+            return;
+        }
         let to_epoch = self.nodes[to].epoch;
         if let Some(n) = self.nodes.get_mut(from)
             && n.epoch == epoch
@@ -688,7 +781,7 @@ impl Cluster {
             self.answer(id, Err("no such VM".into()));
             return;
         };
-        let busy = owner.move_reply.is_some();
+        let busy = owner.move_reply.is_some() || owner.gate.is_shut().is_some();
         let generation = owner.vm.record.generation;
         match order {
             Order::MoveOut { .. } | Order::Save if busy => self.answer(id, Err("another move is under way".into())),

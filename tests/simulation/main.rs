@@ -84,7 +84,14 @@ fn whatever_goes_wrong_each_guest_runs_once_and_nothing_is_left() {
         ] {
             assert!(reached.get(state).is_some_and(|e| e.len() >= 4), "{state} is hardly reached");
         }
-        for what in ["jobs finished", "live moves", "saves", "restores", "agents killed"] {
+        for what in [
+            "jobs finished",
+            "live moves",
+            "saves",
+            "restores",
+            "agents killed",
+            "writes that failed",
+        ] {
             assert!(counts.get(what).is_some_and(|n| *n >= 20), "hardly any {what}");
         }
     }

@@ -183,6 +183,19 @@ pub enum Event {
     Pinned(Result<Allocation, String>),
     /// Stop the VM so that the job can start over elsewhere.
     GiveUp,
+    /// The wall clock was set by so many milliseconds (negative: back). Deadlines are spans of time, and move along.
+    ClockStepped {
+        /// Milliseconds.
+        by_ms: i64,
+    },
+    /// The record, as it is now, has not been written for a while ([`super::gate`]). Effects in answer to it replace those that wait behind
+    /// the write; without any they go on waiting.
+    NotRecorded {
+        /// What the file system says, as a fragment.
+        why: String,
+        /// The long effect that waits behind the write: it has not begun.
+        waits: Option<super::Busy>,
+    },
 }
 
 /// What is to be done; each ends in the event named. Of those that take long only one is under way at a time

@@ -14,6 +14,9 @@ impl Vm {
     /// long a VM waits for what another side owes it: its job, or its own arrival.
     pub fn on_event(&mut self, now_ms: u64, await_job_ms: u64, event: Event) -> Vec<Effect> {
         use Effect as Do;
+        if let Event::ClockStepped { by_ms } = event {
+            return self.clock_stepped(by_ms);
+        }
         // What the other end of a move says or asks goes by the record.
         let is_of_the_other_end = matches!(event, Event::TookOver { .. } | Event::Kept { .. } | Event::Asked { .. });
         if self.unclear.is_some() && !is_of_the_other_end {
@@ -139,7 +142,7 @@ impl Vm {
                 vec![Do::ResumeDomain]
             }
             (Life::AwaitingJob { .. }, Event::JobHere { run }) => {
-                self.record.run = run;
+                self.record.begin_run(run);
                 self.pinning = Pinning::NOW;
                 self.record.await_until_ms = None;
                 let mut effects = self.go_on(format!("run {run}: the job is back with its VM"));
@@ -147,7 +150,7 @@ impl Vm {
                 effects
             }
             (Life::Arriving { .. }, Event::JobHere { run }) => {
-                self.record.run = run;
+                self.record.begin_run(run);
                 self.job_here = true;
                 vec![Do::Persist]
             }
@@ -163,7 +166,7 @@ impl Vm {
                 if self.record.run != run {
                     self.pinning = Pinning::NOW;
                 }
-                self.record.run = run;
+                self.record.begin_run(run);
                 self.job_unsure = false;
                 // A move that fails from here on leaves the VM where its job is.
                 self.record.await_until_ms = None;
@@ -554,6 +557,8 @@ impl Vm {
                 if here == Some(false) { self.stop(End::Released) } else { vec![] }
             }
 
+            (_, Event::NotRecorded { why, waits }) => waits.map_or_else(Vec::new, |waits| self.not_recorded(&why, waits)),
+
             // What comes too late, too early or twice changes nothing.
             (
                 _,
@@ -577,7 +582,8 @@ impl Vm {
                 | Event::SaveWritten(_)
                 | Event::Restored(_)
                 | Event::Resumed(_)
-                | Event::GiveUp,
+                | Event::GiveUp
+                | Event::ClockStepped { .. },
             ) => vec![],
         }
     }

@@ -92,6 +92,24 @@ pub enum Busy {
     Destroy,
 }
 
+impl Busy {
+    /// The long effect that this is, if it is one.
+    #[must_use]
+    pub fn of(effect: &Effect) -> Option<Self> {
+        Some(match effect {
+            Effect::Prepare => Self::Prepare,
+            Effect::StartDomain => Self::Start,
+            Effect::AskDestination => Self::AskDestination,
+            Effect::Migrate => Self::Migrate,
+            Effect::HandOver => Self::HandOver,
+            Effect::WriteSave => Self::Save,
+            Effect::Restore => Self::Restore,
+            Effect::Destroy => Self::Destroy,
+            _ => return None,
+        })
+    }
+}
+
 /// How often ending a domain is tried before the epilog is told.
 pub(super) const DESTROY_ATTEMPTS: u32 = 3;
 /// How often the output offsets are offered to the destination.
@@ -376,6 +394,71 @@ impl Vm {
         effects
     }
 
+    /// All that is to be done at a time is to be done that much later, or earlier.
+    pub(super) fn clock_stepped(&mut self, by_ms: i64) -> Vec<Effect> {
+        let before = (self.record.life.clone(), self.record.await_until_ms);
+        let shift = |at: &mut u64| *at = at.saturating_add_signed(by_ms);
+        match &mut self.record.life {
+            Life::Booting { deadline_ms } | Life::AwaitingJob { deadline_ms } => shift(deadline_ms),
+            _ => {}
+        }
+        self.record.await_until_ms.iter_mut().for_each(shift);
+        self.unknown_since_ms.iter_mut().for_each(shift);
+        self.arrive_by_ms.iter_mut().for_each(shift);
+        // 0 says that it is time.
+        for at in [&mut self.look_at_ms, &mut self.retry_at_ms] {
+            if *at > 0 {
+                shift(at);
+            }
+        }
+        if let Pinning::Due { at_ms, .. } = &mut self.pinning
+            && *at_ms > 0
+        {
+            shift(at_ms);
+        }
+        if before == (self.record.life.clone(), self.record.await_until_ms) {
+            return vec![];
+        }
+        let line = format!("the node's clock was set by {:.1} s, and deadlines with it", seconds(by_ms));
+        vec![Effect::Persist, Effect::Journal(line)]
+    }
+
+    /// The record cannot be written, and what waits behind it has not begun: it is given up, and the ledger's word is true again.
+    pub(super) fn not_recorded(&mut self, why: &str, waits: Busy) -> Vec<Effect> {
+        let why = format!("its record cannot be written on {}: {why}", self.record.node);
+        match self.record.life.clone() {
+            Life::Preparing | Life::Booting { .. } | Life::Restoring { .. } if self.ended(waits) => self.stop(End::NodeFault { how: why }),
+            Life::Leaving { to, by, stage } if stage != LeavingStage::Finishing && self.ended(waits) => {
+                let mut effects = vec![Effect::AnswerMove(Err(why.clone()))];
+                if stage == LeavingStage::Copying {
+                    effects.push(Effect::AbandonDestination { to, by });
+                }
+                effects.extend(self.stay_unrecorded(&why));
+                effects
+            }
+            Life::Saving { .. } if self.ended(waits) => {
+                let mut effects = vec![Effect::AnswerMove(Err(why.clone()))];
+                effects.extend(self.stay_unrecorded(&why));
+                effects
+            }
+            _ => vec![],
+        }
+    }
+
+    fn stay_unrecorded(&mut self, why: &str) -> Vec<Effect> {
+        match self.then.take() {
+            Some(end) => self.stop(end),
+            None => self.go_on(format!("{why}; the guest goes on here")),
+        }
+    }
+
+    /// What may be done although the record cannot be written: all that is left is the VM's end, or it is elsewhere, and an agent that is
+    /// restarted with an older record comes to the same.
+    #[must_use]
+    pub fn goes_on_unrecorded(&self) -> bool {
+        self.record.life.is_over_here() || matches!(self.record.life, Life::Stopping { .. })
+    }
+
     /// Whether what the source of a move hands over is for this VM, which came or comes by that very move; `Ok(false)` when
     /// it was taken before.
     pub(super) fn is_of_our_arrival(&self, by: &MoveIdentity) -> Result<bool, HandOverError> {
@@ -450,4 +533,9 @@ impl Vm {
         }
         vec![Effect::Persist]
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a span for a log line")]
+fn seconds(ms: i64) -> f64 {
+    ms as f64 / 1000.0
 }

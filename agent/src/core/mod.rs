@@ -14,6 +14,7 @@
 //! resume it; after that, never.* libvirt's own handshake is the commit point of a live move: its Finish phase starts
 //! the guest at the destination and only then ends the source. When it is unclear, neither side resumes.
 mod event;
+pub mod gate;
 pub mod identity;
 mod life;
 mod machine;
@@ -22,9 +23,10 @@ mod recovery;
 pub mod relocation;
 
 pub use event::{Effect, Event, Failure, KeptOutput, SessionNews, Whereabouts};
+pub use gate::Gate;
 pub use identity::{ArrivedBy, HandOverError, MoveIdentity, MoveQuestion};
 pub use machine::{Busy, Vm};
-pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record};
+pub use record::{Allocation, End, LeavingStage, Life, Plan, ProgramRecord, Record, RunState};
 
 #[cfg(test)]
 pub(crate) mod tests;

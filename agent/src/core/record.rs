@@ -68,6 +68,36 @@ pub struct Record {
     /// field may lose it: then what the source still has to hand over is refused, and the output goes on at what is on record.
     #[serde(default)]
     pub arrived_by: Option<ArrivedBy>,
+    /// What is known of the job's present run here. An agent that does not know the field may lose it: then a script that ends in its grace
+    /// time may be run a second time, as before there was this field.
+    #[serde(default, skip_serializing_if = "RunState::is_plain")]
+    pub run_state: RunState,
+}
+
+/// What is known of the job's present run on this node; it ends with the run, and does not travel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunState {
+    /// The job is being preempted. Slurm (24.05 and later) requeues it when its script ends from here on.
+    pub in_grace: bool,
+    /// Its shims were told to end so that the job starts over: what the program does now is for nobody.
+    pub parted: bool,
+    /// Slurm's restart count as the shims report it.
+    pub restart: u32,
+}
+
+impl RunState {
+    /// Nothing is known.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Slurm puts the job back into the queue when its script ends now, so that the end must be on record. A job that was requeued in its
+    /// grace time is requeued once more when it ends: Slurm has not forgotten.
+    #[must_use]
+    pub fn is_run_again_at_its_end(&self) -> bool {
+        (self.in_grace || self.restart > 0) && !self.parted
+    }
 }
 
 /// What Slurm gave the job on one node. Of a VM that has come to a node before its job nothing is given there yet: only the
@@ -315,10 +345,19 @@ impl Record {
     pub fn come_to(&mut self, node: &str) {
         node.clone_into(&mut self.node);
         self.arrived_by = None;
+        self.run_state = RunState::default();
         self.allocation = self.allocation.take().map(|given| Allocation {
             restarts: given.restarts,
             ..Allocation::default()
         });
+    }
+
+    /// The job begins a run here.
+    pub fn begin_run(&mut self, run: u64) {
+        if self.run != run {
+            self.run_state = RunState::default();
+        }
+        self.run = run;
     }
 
     /// A VM's record at its beginning: the first run, nothing prepared yet, made at time 0.
@@ -345,6 +384,7 @@ impl Record {
             boot_id: None,
             await_until_ms: None,
             arrived_by: None,
+            run_state: RunState::default(),
         }
     }
 

@@ -286,7 +286,18 @@ fn events() -> Vec<Event> {
         Event::Pinned(Ok(given(1))),
         Event::Pinned(Err(why())),
         Event::GiveUp,
+        Event::ClockStepped { by_ms: 1_000 },
+        not_recorded(None),
+        not_recorded(Some(Busy::Migrate)),
+        not_recorded(Some(Busy::Save)),
     ]
+}
+
+fn not_recorded(waits: Option<Busy>) -> Event {
+    Event::NotRecorded {
+        why: "no space left".into(),
+        waits,
+    }
 }
 
 /// Acts whose intent must be on record first.
@@ -926,4 +937,90 @@ fn offsets_that_come_before_a_restarted_agent_has_found_its_vm_are_taken_all_the
     assert!(told.did(&Effect::AnswerSource(Ok(()))) && matches!(told.last[0], Effect::Adopt(_)));
     assert!(!told.did(&Effect::OpenGuest), "it is not known yet whether libvirt has the domain");
     assert!(told.then(Event::DomainIs(Some(true))).did(&Effect::OpenGuest));
+}
+
+#[test]
+fn what_has_not_begun_is_given_up_when_its_record_cannot_be_written() {
+    let told = Told::begin(Vm::new(record(Life::Preparing))).then(not_recorded(Some(Busy::Prepare)));
+    assert!(matches!(
+        &told.vm.record.life,
+        Life::Stopping { why: End::NodeFault { how } } if how.contains("no space left")
+    ));
+    assert!(told.last.contains(&Effect::Destroy), "an overlay may be there");
+
+    for (told, waits) in [
+        (running().then(move_out()), Busy::AskDestination),
+        (copying(), Busy::Migrate),
+        (running().then(save()), Busy::Save),
+    ] {
+        let told = told.then(not_recorded(Some(waits)));
+        assert!(told.is("running"), "{waits:?}: {:?}", told.vm.record.life);
+        let answer = told.last.iter().position(|e| matches!(e, Effect::AnswerMove(Err(_))));
+        let write = told.last.iter().position(|e| *e == Effect::Persist);
+        assert!(
+            answer.is_some() && answer < write,
+            "{waits:?}: who asked hears of it although nothing can be written"
+        );
+        assert_eq!(told.vm.busy(), None);
+    }
+}
+
+#[test]
+fn what_has_begun_waits_until_its_record_can_be_written() {
+    for told in [running(), copying(), running().then(save())] {
+        let before = told.vm.record.life.clone();
+        let told = told.then(not_recorded(None));
+        assert!(told.last.is_empty());
+        assert_eq!(told.vm.record.life, before);
+    }
+}
+
+#[test]
+fn a_clock_that_is_set_ends_no_guest_before_its_time_and_none_later() {
+    let hour = 3_600_000;
+    let late = |mut told: Told| {
+        told.now = 10_000_000;
+        told
+    };
+    let booting = || {
+        late(Told::begin(Vm::new(record(Life::Preparing))))
+            .then(prepared())
+            .then(Event::DomainStarted(Ok(())))
+    };
+    let awaiting = || late(arriving()).then(Event::Arrived);
+    for step in [hour, -hour] {
+        let set = |told: Told| {
+            let mut told = told;
+            told.now = told.now.saturating_add_signed(step);
+            told.then(Event::ClockStepped { by_ms: step })
+        };
+        let told = set(booting()).after(1_000);
+        assert!(told.is("booting"), "set by {step}: {:?}", told.vm.record.life);
+        assert!(told.all.contains(&Effect::Persist));
+        assert!(set(booting()).after(10 * AWAIT + 3_600_000).is("stopping"), "set by {step}");
+        let told = set(awaiting()).after(1_000);
+        assert!(told.is("awaiting-job") && !told.last.contains(&Effect::AskJob), "set by {step}");
+        assert!(set(awaiting()).after(AWAIT + 1_000).last.contains(&Effect::AskJob), "set by {step}");
+    }
+}
+
+#[test]
+fn what_is_known_of_a_run_is_in_the_record_until_the_run_is_over() {
+    let mut told = running();
+    told.vm.record.run_state = RunState {
+        in_grace: true,
+        parted: false,
+        restart: 1,
+    };
+    assert!(told.vm.record.run_state.is_run_again_at_its_end());
+    let kept: Record = serde_json::from_str(&serde_json::to_string(&told.vm.record).unwrap()).unwrap();
+    assert_eq!(kept.run_state, told.vm.record.run_state, "an agent that is restarted knows it");
+    let again = told.vm.record.run;
+    let told = told.then(Event::JobHere { run: again });
+    assert!(told.vm.record.run_state.in_grace, "the same run");
+    let told = told.then(Event::JobHere { run: again + 1 });
+    assert!(told.vm.record.run_state.is_plain(), "another run");
+    let mut elsewhere = kept;
+    elsewhere.come_to("n2");
+    assert!(elsewhere.run_state.is_plain());
 }

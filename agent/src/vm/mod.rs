@@ -60,6 +60,8 @@ pub enum Request {
     View(Sender<VmView>),
     /// The record as it is, for moves and recovery.
     Record(Sender<Record>),
+    /// Is the record written? Why it cannot be is the error.
+    Recorded(Sender<Result<(), String>>),
     /// Something happened.
     Core(Event),
     /// Move the VM; answered when it has moved or stays.

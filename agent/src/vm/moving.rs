@@ -34,7 +34,7 @@ use super::{
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts},
+    core::{Event, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts},
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::Node,
@@ -372,7 +372,18 @@ pub fn import(
     let libvirt = libvirt_socket(&node.config.hypervisor.uri);
     let end = node.peers.admit(&move_id, token, from, libvirt)?;
     let job = record.job;
+    let by = match &record.life {
+        Life::Arriving { by, .. } => by.clone(),
+        other => return Err(format!("the VM is {} here", other.name())),
+    };
     node.expect(record)?;
+    // A guest that lands here without a record is ended by the agent's next start.
+    let owner = node.owner(job).ok_or("its owner has ended")?;
+    let recorded = node.ask(&owner, Request::Recorded);
+    if let Err(why) = recorded.unwrap_or_else(|| Err("its owner does not answer".into())) {
+        let _ = owner.send(Request::Core(Event::Abandoned { by }));
+        return Err(why);
+    }
     node.moves.arriving().insert(move_id, Arrival { job, _end: end });
     node.world.faults.pass("import.after")?;
     Ok(PeerReply::Ready { disk })

@@ -21,7 +21,7 @@ use super::{
     saving, start, supersede, view,
 };
 use crate::{
-    core::{Allocation, Effect, Event, Failure, HandOverError, KeptOutput, Life, Record, SessionNews, Vm},
+    core::{Allocation, Busy, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
     limits::ORDERS_PER_VM,
@@ -48,6 +48,10 @@ pub enum Birth {
 
 /// How often the core is told that time has passed.
 const TICK: Duration = Duration::from_millis(500);
+/// After so many milliseconds without a record, what has not begun is given up.
+const UNRECORDED_MS: u64 = 5_000;
+/// A wall clock that is off by so many milliseconds since the last look was set.
+const CLOCK_STEP_MS: u64 = 1_000;
 /// How long shims get to sync their output when the VM leaves.
 const HAND_OVER: Duration = Duration::from_secs(5);
 
@@ -67,20 +71,20 @@ struct Owner {
     /// Who waits for an answer to what the other end of a move asks; likewise.
     asked: Option<Sender<Result<bool, String>>>,
     hand_over: Option<HandOver>,
+    /// Effects, and what waits while the record cannot be written.
+    gate: Gate<Effect, Event>,
+    /// Programs whose start waits for that.
+    unstarted: Vec<ToGuest>,
     next_request: u64,
-    /// Slurm's restart count as the shims report it.
-    restart: u32,
     /// What set the save off that is under way.
     save_cause: String,
     /// Who waits to be told what a SIGTERM means.
     explain: Explain,
     /// Orders that the guest has not carried out.
     orders: usize,
-    /// The job is being preempted.
-    in_grace: bool,
-    /// Its shims were told to end so that the job starts over: what the program does now is for nobody.
-    parted: bool,
     started_at: Instant,
+    /// The wall clock in Unix milliseconds, and when it showed that.
+    clock: (u64, Instant),
 }
 
 /// Shims that still have to report that their output is safe.
@@ -115,6 +119,7 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
         let domain = vm.record.domain();
         let dir = node.world.store.vm_dir(&domain);
         let programs = Programs::new(&vm.record.programs, dir, u64::from(node.config.node.spool_mib) << 20, resumed);
+        let clock = (node.world.clock.now_ms(), Instant::now());
         let mut owner = Owner {
             node,
             domain,
@@ -129,14 +134,14 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
             source: None,
             asked: None,
             hand_over: None,
+            gate: Gate::default(),
+            unstarted: Vec::new(),
             next_request: 1,
-            restart: 0,
             explain: Explain::default(),
             orders: 0,
-            in_grace: false,
-            parted: false,
             save_cause: String::new(),
             started_at: Instant::now(),
+            clock,
         };
         owner.carry_out(effects);
         owner.run(&rx);
@@ -169,13 +174,16 @@ impl Owner {
                 if self.hand_over.as_ref().is_some_and(|h| Instant::now() >= h.deadline) {
                     self.end_hand_over();
                 }
+                self.write_again();
+                self.watch_clock();
                 self.core(Event::Tick);
                 self.ask_cause();
                 for line in self.programs.take_complaints() {
                     self.journal(&line);
                 }
             }
-            if self.vm.record.life.is_over_here() && self.releases.is_empty() && !self.programs.attached() {
+            let idle = !self.gate.is_behind() && self.releases.is_empty() && !self.programs.attached();
+            if self.vm.record.life.is_over_here() && idle {
                 self.programs.forget_spools();
                 if self.node.retire(&self.vm.record, rx) {
                     return;
@@ -184,7 +192,31 @@ impl Owner {
         }
     }
 
+    /// Deadlines are kept as times of the wall clock, which others set.
+    fn watch_clock(&mut self) {
+        let (wall_ms, at) = self.clock;
+        self.clock = (self.node.world.clock.now_ms(), Instant::now());
+        let passed_ms = u64::try_from(self.clock.1.duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        let by_ms = i128::from(self.clock.0) - i128::from(wall_ms) - i128::from(passed_ms);
+        if by_ms.unsigned_abs() >= u128::from(CLOCK_STEP_MS) {
+            self.core(Event::ClockStepped {
+                by_ms: i64::try_from(by_ms).unwrap_or(i64::MAX),
+            });
+        }
+    }
+
     fn core(&mut self, event: Event) {
+        if self.gate.is_shut().is_some() {
+            // Time is told again.
+            if event != Event::Tick {
+                self.gate.hold(event);
+            }
+            return;
+        }
+        self.decide(event);
+    }
+
+    fn decide(&mut self, event: Event) {
         if !matches!(event, Event::Tick) {
             log::debug!("job {}: {} <- {event:?}", self.vm.record.job, self.vm.record.life.name());
         }
@@ -234,6 +266,10 @@ impl Owner {
             }
             Request::Core(event) => self.core(event),
             Request::MoveOut { order, reply } => {
+                if let Some(why) = self.unrecorded() {
+                    let _ = reply.send(Err(why));
+                    return;
+                }
                 if self.move_reply.is_some() {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
@@ -248,6 +284,10 @@ impl Owner {
                 self.core(event);
             }
             Request::Save { cause, reply } => {
+                if let Some(why) = self.unrecorded() {
+                    let _ = reply.send(Err(why));
+                    return;
+                }
                 if self.move_reply.is_some() {
                     let _ = reply.send(Err("another move of this VM is under way".into()));
                     return;
@@ -264,6 +304,15 @@ impl Owner {
                 }
             }
             Request::Saved(output) => self.effect(Effect::Keep(output)),
+            Request::Kept { reply, .. } | Request::TookOver { reply, .. } if self.gate.is_shut().is_some() => {
+                let _ = reply.send(Err(HandOverError::NotNow(self.unrecorded().unwrap_or_default())));
+            }
+            Request::Asked { reply, .. } if self.gate.is_shut().is_some() => {
+                let _ = reply.send(Err(self.unrecorded().unwrap_or_default()));
+            }
+            Request::Recorded(reply) => {
+                let _ = reply.send(self.unrecorded().map_or(Ok(()), Err));
+            }
             Request::Kept { by, output, reply } => {
                 self.source = Some(reply);
                 self.core(Event::Kept { by, output });
@@ -286,10 +335,10 @@ impl Owner {
                     .then(|| moving::progress_line(&self.node.world, &self.domain, &self.vm.record.life));
                 let _ = reply.send(text);
             }
-            Request::Grace => self.in_grace = true,
+            Request::Grace => self.run_state(|s| s.in_grace = true),
             Request::Part => {
                 let left = matches!(self.vm.record.life, Life::Gone { .. } | Life::Saved { .. });
-                self.parted = !left;
+                self.run_state(|s| s.parted = !left);
                 self.programs
                     .tell_all(&ToShim::Cause(if left { Cause::Moved } else { Cause::Requeued }));
             }
@@ -297,7 +346,8 @@ impl Owner {
     }
 
     fn attach(&mut self, a: Attach) {
-        self.restart = self.restart.max(a.open.restart);
+        let restart = a.open.restart;
+        self.run_state(|s| s.restart = s.restart.max(restart));
         match &self.vm.record.life {
             Life::Stopping { why } | Life::Stopped { why } => {
                 if let Some(ended) = self
@@ -318,7 +368,7 @@ impl Owner {
                     .unwrap_or((slurm_vm_api::outcome::NODE_FAULT.into(), "the VM of this job was stopped".into()));
                 a.to.send(Frame::Control(ToShim::Failed { outcome, why }));
             }
-            Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } => {
+            Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } if self.gate.is_shut().is_none() => {
                 let session = a.session;
                 let (persist, requests) = self.programs.attach(a);
                 if persist {
@@ -329,10 +379,10 @@ impl Owner {
                 self.send_guest(requests);
             }
             _ => {
-                a.to.send(Frame::Control(ToShim::Progress(format!(
-                    "the VM is {}",
-                    self.vm.record.life.name()
-                ))));
+                let line = self
+                    .unrecorded()
+                    .unwrap_or_else(|| format!("the VM is {}", self.vm.record.life.name()));
+                a.to.send(Frame::Control(ToShim::Progress(line)));
                 self.waiting_attach.push(a);
             }
         }
@@ -372,9 +422,9 @@ impl Owner {
                 self.explain_term(session);
                 vec![]
             }
-            Frame::Control(ToAgent::Notice) if self.in_grace => vec![],
+            Frame::Control(ToAgent::Notice) if self.vm.record.run_state.in_grace => vec![],
             Frame::Control(ToAgent::Notice) => {
-                self.in_grace = true;
+                self.run_state(|s| s.in_grace = true);
                 self.journal("Slurm's preemption notice arrived");
                 self.node.notice(self.vm.record.job);
                 vec![]
@@ -427,7 +477,7 @@ impl Owner {
             return;
         }
         let (node, job) = (self.node.clone(), self.vm.record.job);
-        let (restarts, domain, tx) = (self.restart, self.domain.clone(), self.tx.clone());
+        let (restarts, domain, tx) = (self.vm.record.run_state.restart, self.domain.clone(), self.tx.clone());
         worker(job, "cause", move || {
             let cause = cause::of_term(&*node.world.slurm, job, restarts);
             log::info!("job {job}: SIGTERM because of {cause:?}");
@@ -478,8 +528,7 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
-                // A job that was requeued in its grace time is requeued once more when it ends: Slurm has not forgotten.
-                if (self.in_grace || self.restart > 0) && !self.parted && self.programs.is_batch(program) {
+                if self.vm.record.run_state.is_run_again_at_its_end() && self.programs.is_batch(program) {
                     self.node.keep_completion(&self.vm.record, &status);
                 }
                 let requests = self.programs.exited(program, status, &ends);
@@ -517,7 +566,7 @@ impl Owner {
             m.gap_ms = Some(gap_ms);
             let line = format!("the guest stood still for {gap_ms} ms");
             self.journal(&line);
-            self.effect(Effect::Persist);
+            self.carry_out(vec![Effect::Persist]);
         }
     }
 
@@ -527,6 +576,15 @@ impl Owner {
         }
         self.orders = 0;
         self.programs.link_gone();
+    }
+
+    /// What is learned of the job's run outlasts this agent.
+    fn run_state(&mut self, learn: impl FnOnce(&mut RunState)) {
+        let before = self.vm.record.run_state;
+        learn(&mut self.vm.record.run_state);
+        if self.vm.record.run_state != before {
+            self.carry_out(vec![Effect::Persist]);
+        }
     }
 
     /// Ends and offsets of programs go to the ledger.
@@ -540,6 +598,11 @@ impl Owner {
             return;
         }
         for r in requests {
+            // An agent that was restarted would not know a program that is in no record.
+            if matches!(r, ToGuest::Start { .. }) && self.gate.is_shut().is_some() {
+                self.unstarted.push(r);
+                continue;
+            }
             let order = matches!(r, ToGuest::Signal { .. } | ToGuest::Resize { .. });
             if order && self.orders >= ORDERS_PER_VM {
                 log::debug!(
@@ -578,9 +641,84 @@ impl Owner {
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>) {
-        for effect in effects {
-            self.effect(effect);
+        self.gate.push(effects);
+        while let Some(effect) = self.gate.next_effect() {
+            if effect == Effect::Persist {
+                self.persist();
+            } else {
+                self.effect(effect);
+            }
         }
+    }
+
+    /// Writes the record. If that fails, nothing behind it is done until it can be written.
+    fn persist(&mut self) {
+        self.vm.record.programs = self.programs.records();
+        let world = &self.node.world;
+        let written = world
+            .faults
+            .pass("persist.before")
+            .and_then(|()| world.store.put(&self.vm.record).map_err(|e| crate::text::chain(&e)));
+        match written {
+            Ok(()) => {
+                if self.gate.written() {
+                    log::info!("job {}: its record is written again", self.vm.record.job);
+                }
+                let _ = self.node.world.faults.pass("persist.after");
+                self.node.mark(&self.vm.record);
+            }
+            Err(why) if self.vm.goes_on_unrecorded() => {
+                if self.gate.pass(self.node.world.clock.now_ms(), why.clone()) {
+                    log::error!("job {}: {why}", self.vm.record.job);
+                }
+            }
+            Err(why) => {
+                let now_ms = self.node.world.clock.now_ms();
+                if self.gate.shut(now_ms, Effect::Persist, why.clone()) {
+                    log::error!(
+                        "job {}: {why}: its VM does nothing new until that can be written",
+                        self.vm.record.job
+                    );
+                }
+            }
+        }
+    }
+
+    /// Tries a write that failed again, and goes on with what waits.
+    fn write_again(&mut self) {
+        if self.gate.is_shut().is_none() {
+            if self.gate.is_behind() {
+                self.persist();
+            }
+            return;
+        }
+        self.gate.open();
+        self.carry_out(vec![]);
+        if let Some(why) = self.gate.overdue(self.node.world.clock.now_ms(), UNRECORDED_MS) {
+            let waits = self.gate.waiting().find_map(Busy::of);
+            let await_ms = u64::from(self.node.config.node.await_job_s) * 1000;
+            let event = Event::NotRecorded { why, waits };
+            let instead = self.vm.on_event(self.node.world.clock.now_ms(), await_ms, event);
+            if !instead.is_empty() {
+                self.gate.replace([]);
+                self.carry_out(instead);
+            }
+        }
+        while let Some(event) = self.gate.next_event() {
+            self.decide(event);
+        }
+        if self.gate.is_shut().is_none() {
+            let starts = std::mem::take(&mut self.unstarted);
+            self.send_guest(starts);
+            self.tell_sessions(SessionNews::Ready);
+        }
+    }
+
+    /// Why nothing new can be begun with the VM now.
+    fn unrecorded(&self) -> Option<String> {
+        self.gate
+            .is_shut()
+            .map(|why| format!("its record cannot be written on {}: {why}", self.node.name))
     }
 
     fn effect(&mut self, effect: Effect) {
@@ -590,15 +728,7 @@ impl Owner {
         let job = record.job;
         let domain = self.domain.clone();
         match effect {
-            Effect::Persist => {
-                self.vm.record.programs = self.programs.records();
-                let _ = node.world.faults.pass("persist.before");
-                if let Err(e) = node.world.store.put(&self.vm.record) {
-                    log::error!("job {job}: {}", crate::text::chain(&e));
-                }
-                let _ = node.world.faults.pass("persist.after");
-                node.mark(&self.vm.record);
-            }
+            Effect::Persist => self.persist(),
             Effect::Journal(line) => {
                 log::info!("job {job}: {line}");
                 self.journal(&line);

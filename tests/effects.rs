@@ -74,7 +74,7 @@ const RULES: &[Rule] = &[
             // To go through Files yet.
             ("vm/moving.rs", "directories of a VM's sockets: not yet through Files"),
             (
-                "vm/saving.rs",
+                "vm/saving/",
                 "saves on shared storage: not yet through Files, except that the manifest is written durably",
             ),
         ],
@@ -133,7 +133,7 @@ const RULES: &[Rule] = &[
                 "when the core hears of time, and how long shims get to sync; decisions go by Clock",
             ),
             ("vm/moving.rs", "measures a move; bounds on repeating a hand-over"),
-            ("vm/saving.rs", "measures a save"),
+            ("vm/saving/", "measures a save"),
             ("probe.rs", "bound on the probe guest"),
         ],
     },

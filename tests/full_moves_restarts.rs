@@ -128,7 +128,7 @@ fn slurmctld_dies_or_is_restarted_in_the_middle_of_a_move() {
         m.as_soon_as_on(at, &format!("svm show {job} 2>/dev/null | grep -q State={phase}"), "true");
         if phase == "leaving" {
             // Killed before it has saved its state it forgets the high job, and that the low one has started.
-            m.as_soon_as("test /var/spool/slurmctld/job_state -nt /run/submitted", "true");
+            m.as_soon_as("sleep 0.05; test /var/spool/slurmctld/job_state -nt /run/submitted", "true");
             lab.kill("ctl", "slurmctld").expect("killed");
         } else {
             // Killed here, it would forget that the high job has just been started, and drain its node.

@@ -11,10 +11,11 @@ pub fn run(node: &Arc<Node>) {
     loop {
         node.world.clock.sleep(EVERY);
         node.look_at_shared_dir();
-        for (job, uid) in saving::saved_by(node) {
-            if is_over(node, job, uid) {
-                log::info!("job {job}: ended while it was saved: removing its save");
-                saving::remove_saves(node, &crate::core::record::domain_name(job, 0), true);
+        for save in saving::made_by(node) {
+            let job = save.job;
+            if is_over(node, job, Some(save.uid)) {
+                log::info!("job {job} has ended: removing its save {}", save.dir.display());
+                saving::remove(&save.dir);
                 node.saved_for_nobody(job);
             }
         }

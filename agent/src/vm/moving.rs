@@ -136,8 +136,10 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     if let Some(overlay) = overlay {
         node.world.disks.remove(&overlay).map_err(|e| e.to_string())?;
     }
-    if !not_ours {
-        super::saving::remove_saves(node, &domain, node.job_is_over(record.job));
+    // What ends without having run here may have left its layers to a VM elsewhere: the sweep looks at them when the job has ended.
+    let job_is_over = node.job_is_over(record.job);
+    if !not_ours && (was_there || job_is_over) {
+        super::saving::remove_saves(node, record, job_is_over);
     }
     remove_run_dir(&node.config, &domain);
     node.world.faults.pass("destroy.after")
@@ -395,7 +397,7 @@ fn older(a: &str, b: &str) -> bool {
     matches!((major(a), major(b)), (Some(a), Some(b)) if a < b)
 }
 
-fn base_by_digest(node: &Node, sha256: &str) -> Option<(PathBuf, String)> {
+pub(super) fn base_by_digest(node: &Node, sha256: &str) -> Option<(PathBuf, String)> {
     node.config.images.values().find_map(|image| {
         let disk = image.disk.as_ref()?;
         let base = node.world.disks.base(disk, &image.disk_format).ok()?;

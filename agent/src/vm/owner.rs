@@ -870,7 +870,11 @@ impl Owner {
                 let _ = tx.send(Request::Core(event));
             }),
             Effect::Restore => worker(job, "restore", move || {
-                let done = saving::restore(&node, &record).map(|(done, kept)| {
+                let restored = saving::restore(&node, &record);
+                if restored.as_ref().is_err_and(|e| e.job_left) {
+                    let _ = tx.send(Request::Core(Event::GiveUp));
+                }
+                let done = restored.map(|(done, kept)| {
                     for (program, stream, offset, bytes) in kept {
                         let _ = tx.send(Request::Saved(KeptOutput {
                             program,
@@ -881,6 +885,7 @@ impl Owner {
                     }
                     Box::new(done)
                 });
+                let done = done.map_err(|e| e.why);
                 let _ = tx.send(Request::Core(Event::Restored(done)));
             }),
             Effect::Pin => worker(job, "pin", move || {

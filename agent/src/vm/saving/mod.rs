@@ -1,0 +1,523 @@
+//! A VM saved to shared storage, and brought back wherever its job starts next.
+//!
+//! `SHARED/saves/DOMAIN.GENERATION.BIRTH/{memory,overlay.qcow2,manifest.json}`, the manifest last: without it there is no
+//! save. BIRTH is when the VM began ([`Record::created_ms`], hexadecimal): a later VM of the same job, or of another job that was
+//! given the same number, has saves of its own.
+//!
+//! A restore never writes into the save: it claims it ([`claim`]), puts a fresh qcow2 layer over the saved overlay, restores paused,
+//! marks the save as used (from then on it is only a backing file) and lets the guest run. If it fails before the guest has run, or
+//! the job has left meanwhile, the claim is given back and the save waits on. Leave to restore comes from Slurm, which starts the job
+//! here, not from what a network file system shows; QEMU's image locks stay on. What a save is of must be what is restored: this
+//! cluster, this job in a later run than the one that was saved, and the very base image.
+//! The saves of a VM are removed when it ends where it ran, or when its job has ended.
+mod claim;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use serde::{Deserialize, Serialize};
+use slurm_vm_api::query::MoveView;
+
+use claim::{Claim, Stand, Taken};
+
+use super::{moving::make_run_dir, prepare, private, programs::Kept};
+use crate::{
+    core::{Life, Record, record::domain_name},
+    effects::{store::write_durably, trusted::Distrust},
+    hypervisor::{Disk, DiskCache, DiskFormat, DomainState, SaveFormat, repoint},
+    node::Node,
+};
+
+/// What a save consists of.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    v: u32,
+    record: Record,
+    /// Backing files of the saved overlay, nearest first, with their formats.
+    chain: Vec<(PathBuf, String)>,
+    /// Kept output: program, stream, offset, bytes in hexadecimal.
+    kept: Vec<(u32, usize, u64, String)>,
+}
+
+/// Why a VM was not restored; nothing of it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotRestored {
+    /// As a fragment.
+    pub why: String,
+    /// The job has left, or is leaving: that is nobody's fault, and the save waits for its next run.
+    pub job_left: bool,
+}
+
+impl From<String> for NotRestored {
+    fn from(why: String) -> Self {
+        Self { why, job_left: false }
+    }
+}
+
+/// Directory of the next save of a VM; `None` without shared storage.
+#[must_use]
+pub fn directory(node: &Node, record: &Record) -> Option<PathBuf> {
+    let shared = node.config.shared_dir.as_ref()?;
+    let name = format!("{}.{}{}", record.domain(), record.generation, birth(record));
+    Some(shared.join("saves").join(name))
+}
+
+/// The end of the names of all saves of one VM.
+fn birth(record: &Record) -> String {
+    format!(".{:x}", record.created_ms)
+}
+
+/// Whether a save can be promised now.
+///
+/// # Errors
+/// What stands against it.
+pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
+    let dir = directory(node, record).ok_or("there is no shared storage (shared_dir)")?;
+    let shared = node.config.shared_dir.as_ref().ok_or("there is no shared storage (shared_dir)")?;
+    let need = node.world.hypervisor.memory_in_use(&record.domain()).map_err(|e| e.to_string())?;
+    // What others could forge, no node restores.
+    let saves = shared.join("saves");
+    node.world.files.trusted(&saves).map_err(|e| e.to_string())?;
+    let free = node.world.disks.free_bytes(shared).map_err(|e| e.to_string())?;
+    if need + (64 << 20) > free {
+        return Err(format!(
+            "a save needs {} MiB and {} has {} MiB free",
+            need >> 20,
+            shared.display(),
+            free >> 20
+        ));
+    }
+    Ok(dir)
+}
+
+/// Writes memory, overlay and manifest of a paused VM. After success the domain is gone from here.
+///
+/// # Errors
+/// Why there is no save; the domain is then still there, paused.
+pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
+    node.world.faults.pass("save.before")?;
+    let Life::Saving { at: dir } = &record.life else {
+        return Err("the VM is not being saved".into());
+    };
+    let begun = Instant::now();
+    let _ = fs::remove_dir_all(dir);
+    private::passage(dir, &node.config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+    let memory = dir.join("memory");
+    let domain = record.domain();
+    let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
+    if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
+        let _ = fs::remove_dir_all(dir);
+        return Err(e.to_string());
+    }
+    // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
+    match complete(node, record, dir, begun, kept, cause) {
+        Ok(done) => Ok(done),
+        Err(why) => {
+            if let Some(overlay) = overlay.filter(|o| !o.exists()) {
+                let _ = fs::rename(dir.join("overlay.qcow2"), overlay);
+            }
+            let _ = fs::remove_file(dir.join(claim::MANIFEST));
+            match node.world.hypervisor.restore(&memory, None, true) {
+                Ok(()) => {
+                    let _ = fs::remove_dir_all(dir);
+                    Err(why)
+                }
+                Err(e) => Err(format!(
+                    "{why}; and the guest could not be brought back from {}: {e}",
+                    memory.display()
+                )),
+            }
+        }
+    }
+}
+
+/// The part of a save after the memory: overlay, syncs, manifest last.
+fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
+    let memory = dir.join("memory");
+    let mut bytes = node.world.disks.used_bytes(&memory);
+    let memory_bytes = bytes;
+    let mut files = vec![memory];
+    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
+        let saved = dir.join("overlay.qcow2");
+        fs::rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
+        // libvirt has given it back to root; it is read again under a fresh layer.
+        private::give(&saved, &node.config.peer.qemu_user).map_err(|e| format!("{}: {e}", saved.display()))?;
+        bytes += node.world.disks.used_bytes(&saved);
+        files.push(saved);
+    }
+    for file in &files {
+        fs::File::open(file)
+            .and_then(|f| f.sync_all())
+            .map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    let mut saved = record.clone();
+    saved.life = Life::Restoring { from: dir.to_path_buf() };
+    saved.generation += 1;
+    let done = MoveView {
+        way: "save".into(),
+        from: node.name.clone(),
+        to: String::new(),
+        at: node.world.clock.now_ms() / 1000,
+        bytes,
+        seconds: begun.elapsed().as_secs_f64(),
+        downtime_ms: None,
+        gap_ms: None,
+        cause: cause.into(),
+        outcome: "done".into(),
+    };
+    // An overlay is only renamed.
+    node.saved_at(memory_bytes, begun.elapsed());
+    saved.moves.push(done.clone());
+    let mut chain = Vec::new();
+    if let Some(plan) = &record.plan {
+        chain.extend(plan.layers.iter().map(|l| (l.clone(), "qcow2".to_owned())));
+    }
+    chain.extend(base(node, record)?);
+    let manifest = Manifest {
+        v: 1,
+        record: saved,
+        chain,
+        kept: kept.iter().map(|(p, s, o, b)| (*p, *s, *o, crate::text::hex(b))).collect(),
+    };
+    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| e.to_string())?;
+    write_durably(&dir.join(claim::MANIFEST), &json).map_err(|e| format!("{}: {e}", dir.join(claim::MANIFEST).display()))?;
+    node.world.faults.pass("save.after")?;
+    Ok(done)
+}
+
+/// The base disk that a VM stands on, as this node has it; none for a VM without a disk.
+///
+/// # Errors
+/// When the catalogue's image is another one by now: on another base the guest's disk would be damaged in silence.
+fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, String> {
+    let Some(wanted) = record.plan.as_ref().and_then(|p| p.base_sha256.as_ref()) else {
+        return Ok(None);
+    };
+    let found = super::moving::base_by_digest(node, wanted);
+    let image = &record.spec.image;
+    found.map(Some).ok_or_else(|| {
+        format!(
+            "no image on {} is the one that the VM stands on (image {image}, SHA-256 {wanted}): its disk was replaced; put it back under any name",
+            node.name
+        )
+    })
+}
+
+/// The save of a job that waits on shared storage, as a record that is to be restored. Only what root wrote is believed, and
+/// what others could have written is not looked at.
+#[must_use]
+pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
+    let saves = node.config.shared_dir.as_ref()?.join("saves");
+    let prefix = format!("{}.", domain_name(job, 0));
+    let mut found: Option<Record> = None;
+    for entry in fs::read_dir(&saves).ok()?.flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(&prefix) {
+            continue;
+        }
+        let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(&entry.path()) else {
+            continue;
+        };
+        let Some(m) = read(node, &manifest) else {
+            continue;
+        };
+        let is_its = m.record.job == job && m.record.user.uid == uid && m.record.cluster == node.config.cluster;
+        if is_its && !is_of_another_job(node, &entry.path(), &m.record) && found.as_ref().is_none_or(|f| f.generation < m.record.generation)
+        {
+            found = Some(m.record);
+        }
+    }
+    found
+}
+
+/// A slurmctld that was killed right after a submission gives the number out again; then the save of the one must not become the guest of
+/// the other. Slurm counts the runs of a job, and a save is for a later run than the one that was saved.
+fn is_of_another_job(node: &Node, save: &Path, record: &Record) -> bool {
+    let saved_in = record.allocation.as_ref().and_then(|a| a.restarts);
+    let now = node.world.slurm.job(record.job).ok().flatten().map(|info| info.brief.restarts);
+    // Where Slurm does not answer the restore asks again.
+    if !matches!((saved_in, now), (Some(saved), Some(now)) if now <= saved) {
+        return false;
+    }
+    log::warn!(
+        "job {}: {} is of another job that had this number: it is not used",
+        record.job,
+        save.display()
+    );
+    // For good: this job's own next run could be taken for the one that the save waits for.
+    match claim::take(save, &node.name) {
+        Ok(Taken::Claim(mut claim)) => {
+            if let Err(e) = claim.mark_used() {
+                log::error!("{}: {e}", save.display());
+            }
+        }
+        Ok(Taken::Used) => {}
+        Err(e) => log::error!("{}: {e}", save.display()),
+    }
+    true
+}
+
+fn read(node: &Node, path: &Path) -> Option<Manifest> {
+    let bytes = node.world.files.read_trusted(path).inspect_err(Distrust::complain).ok()?;
+    match serde_json::from_slice::<Manifest>(&bytes) {
+        Ok(m) if m.v == 1 => Some(m),
+        Ok(m) => {
+            log::error!("{}: version {} of a save is not known here", path.display(), m.v);
+            None
+        }
+        Err(e) => {
+            log::error!("{}: {e}", path.display());
+            None
+        }
+    }
+}
+
+/// Whether the job's present run may have this VM.
+fn admit(node: &Node, record: &Record) -> Result<(), NotRestored> {
+    let job = record.job;
+    let left = |why: String| Err(NotRestored { why, job_left: true });
+    let info = match node.world.slurm.job(job) {
+        Ok(info) => info,
+        Err(e) => return Err(format!("Slurm does not say whether job {job} runs here: {e}").into()),
+    };
+    // The job may have been cancelled, or requeued to another node.
+    let here = info.filter(|i| i.brief.state.is_on_nodes() && i.brief.nodes.contains(&node.name));
+    let Some(info) = here else {
+        return left(format!("Slurm does not run job {job} here"));
+    };
+    // A guest that runs for the moment until the job is requeued would have used up its save.
+    if info.brief.in_grace() {
+        return left(format!("job {job} is being preempted"));
+    }
+    let saved_in = record.allocation.as_ref().and_then(|a| a.restarts);
+    if saved_in.is_some_and(|run| info.brief.restarts <= run) {
+        return Err(format!("the save is of another job that had the number {job}").into());
+    }
+    Ok(())
+}
+
+/// Brings a VM back from its save; the guest runs when this returns.
+///
+/// # Errors
+/// Why it cannot be restored; nothing of it runs then.
+pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>), NotRestored> {
+    node.world.faults.pass("restore.before")?;
+    let Life::Restoring { from: dir } = &record.life else {
+        return Err("the VM is not being restored".to_owned().into());
+    };
+    let begun = Instant::now();
+    admit(node, record)?;
+    let mine = crate::node::type_name(node.domain_type());
+    if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
+        return Err(format!("it was saved under {theirs}, this node runs guests with {mine}").into());
+    }
+    let storage = |e: std::io::Error| format!("{}: {e}", dir.display());
+    let taken = claim::take(dir, &node.name).map_err(storage)?;
+    let (_, manifest) = claim::stand(dir).map_err(storage)?;
+    let domain = record.domain();
+    // Loaded already, by an agent that was restarted before it could say so: not a second time.
+    let here = node.world.hypervisor.info(&domain).map_err(|e| e.to_string());
+    let here = here.map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
+    let manifest = read(node, &manifest).ok_or_else(|| format!("{} has no manifest", dir.display()));
+    let manifest = match taken {
+        Taken::Used if here.clone()? => {
+            node.world.hypervisor.resume(&domain).map_err(|e| e.to_string())?;
+            manifest?
+        }
+        Taken::Used => return Err(format!("{} was restored already", dir.display()).into()),
+        Taken::Claim(mut claim) => {
+            let done = here.and_then(|here| Ok((here, manifest?)));
+            let run = done.map_err(NotRestored::from).and_then(|(here, manifest)| {
+                if !here {
+                    make_run_dir(&node.config, &domain)?;
+                    load(node, record, dir, &manifest)?;
+                }
+                admit(node, record)?;
+                claim.mark_used().map_err(storage)?;
+                let_run(node, &domain)?;
+                Ok(manifest)
+            });
+            run.inspect_err(|_| unload(node, record, &claim))?
+        }
+    };
+    // Memory is in the guest again; only the disk layers are still needed.
+    let memory = dir.join("memory");
+    let bytes = node.world.disks.used_bytes(&memory);
+    let _ = fs::remove_file(&memory);
+    node.world.faults.pass("restore.after")?;
+    let kept = manifest
+        .kept
+        .iter()
+        .filter_map(|(p, s, o, hex)| Some((*p, *s, *o, crate::text::unhex(hex)?)))
+        .collect();
+    let from = record.moves.last().map(|m| m.from.clone()).unwrap_or_default();
+    Ok((
+        MoveView {
+            way: "restore".into(),
+            from,
+            to: node.name.clone(),
+            at: node.world.clock.now_ms() / 1000,
+            bytes,
+            seconds: begun.elapsed().as_secs_f64(),
+            downtime_ms: None,
+            gap_ms: None,
+            cause: record.moves.last().map(|m| m.cause.clone()).unwrap_or_default(),
+            outcome: "done".into(),
+        },
+        kept,
+    ))
+}
+
+/// Lets the loaded guest run. An answer that was lost is not taken for a refusal.
+fn let_run(node: &Node, domain: &str) -> Result<(), String> {
+    let Err(e) = node.world.hypervisor.resume(domain) else {
+        return Ok(());
+    };
+    match node.world.hypervisor.info(domain) {
+        Ok(Some(d)) if d.state == DomainState::Running => Ok(()),
+        _ => Err(e.to_string()),
+    }
+}
+
+/// The restore has failed. The save waits on if it is certain that the guest has not run: its domain stands still, or was never made.
+fn unload(node: &Node, record: &Record, claim: &Claim) {
+    let (job, domain) = (record.job, record.domain());
+    let never_ran = match node.world.hypervisor.info(&domain) {
+        Ok(Some(d)) => d.state == DomainState::Paused && matches!(node.world.hypervisor.destroy(&domain), Ok(true)),
+        // One that was let run may have ended at once.
+        Ok(None) => !claim.is_marked(),
+        Err(_) => false,
+    };
+    if !never_ran {
+        log::error!("job {job}: it is not certain that the guest has not run: its save is not used again");
+        return;
+    }
+    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref())
+        && let Err(e) = node.world.disks.remove(overlay)
+    {
+        log::warn!("job {job}: {e}");
+    }
+    if let Err(e) = claim.give_back() {
+        log::error!("job {job}: its save cannot be given back: {e}");
+    }
+}
+
+/// Puts a fresh layer over the saved disk and starts the guest from its memory, paused.
+fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result<(), String> {
+    let memory = dir.join("memory");
+    let saved = node.world.hypervisor.saved(&memory).map_err(|e| e.to_string())?;
+    let mut disks = Vec::new();
+    if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.clone()) {
+        let base = dir.join("overlay.qcow2");
+        node.world.disks.make_overlay(&overlay, &base, "qcow2").map_err(|e| e.to_string())?;
+        let mut backing = vec![(base, DiskFormat::Qcow2)];
+        // The last of the chain is the base image, which this node may have elsewhere.
+        let mut chain = manifest.chain.clone();
+        if let Some(image) = self::base(node, record)? {
+            chain.pop();
+            chain.push(image);
+        }
+        let format = |f: &str| if f == "raw" { DiskFormat::Raw } else { DiskFormat::Qcow2 };
+        backing.extend(chain.into_iter().map(|(p, f)| (p, format(&f))));
+        disks.push(Disk {
+            path: overlay,
+            format: DiskFormat::Qcow2,
+            backing,
+            target: "vda".into(),
+            readonly: false,
+            serial: None,
+            cache: DiskCache::default(),
+        });
+    }
+    let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
+    node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
+}
+
+/// A save that this node has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// The job.
+    pub job: u32,
+    /// The job's user.
+    pub uid: u32,
+}
+
+/// The saves that this node has made, used or not.
+#[must_use]
+pub fn made_by(node: &Node) -> Vec<Made> {
+    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
+        return vec![];
+    };
+    let mut made = Vec::new();
+    for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
+        let dir = entry.path();
+        let Ok((Stand::Waits | Stand::Claimed(_) | Stand::Used, manifest)) = claim::stand(&dir) else {
+            continue;
+        };
+        let is_mine = |m: &Manifest| m.record.node == node.name && m.record.cluster == node.config.cluster;
+        if let Some(m) = read(node, &manifest).filter(is_mine) {
+            let (job, uid) = (m.record.job, m.record.user.uid);
+            made.push(Made { dir, job, uid });
+        }
+    }
+    made
+}
+
+/// Removes a save.
+pub fn remove(dir: &Path) {
+    if let Err(e) = fs::remove_dir_all(dir) {
+        log::warn!("{}: {e}", dir.display());
+    }
+}
+
+/// Whether a save waits for nobody any more: it was restored, or removed because its job has ended. Not when the storage does not answer.
+#[must_use]
+pub fn is_used(save: &Path) -> bool {
+    save.parent().is_some_and(Path::is_dir) && matches!(claim::stand(save), Ok((Stand::Used | Stand::None, _)))
+}
+
+/// Removes the saves of a VM that has ended here, and of no other VM of its job. One that nobody was restored from stays unless the job
+/// is over: a restore that failed here may do better on another node.
+pub fn remove_saves(node: &Node, record: &Record, job_is_over: bool) {
+    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
+        return;
+    };
+    let (begin, end) = (format!("{}.", record.domain()), birth(record));
+    for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let waits = || !matches!(claim::stand(&entry.path()), Ok((Stand::Used | Stand::None, _)));
+        if name.starts_with(&begin) && name.ends_with(&end) && (job_is_over || !waits()) {
+            remove(&entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_is_used_when_its_manifest_is_not_there_and_the_storage_is() {
+        let shared = tempfile::tempdir().unwrap();
+        let saves = shared.path().join("saves");
+        let save = saves.join("slurm-7-0.1.a");
+        assert!(!is_used(&save), "storage that is not mounted says nothing");
+        fs::create_dir_all(&save).unwrap();
+        fs::write(save.join(claim::MANIFEST), "{}").unwrap();
+        assert!(!is_used(&save));
+        let Taken::Claim(mut claimed) = claim::take(&save, "n1").unwrap() else {
+            panic!("used")
+        };
+        assert!(!is_used(&save), "n1 may fail");
+        claimed.mark_used().unwrap();
+        assert!(is_used(&save));
+        fs::remove_dir_all(&save).unwrap();
+        assert!(is_used(&save));
+    }
+}

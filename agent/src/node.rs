@@ -28,11 +28,21 @@ use crate::{
 
 /// How long the owner of a VM may take to answer a question that needs no effect.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long the VMs of a node together may take to say how they are.
+const VIEWS_WITHIN: Duration = Duration::from_secs(1);
+/// Ended VMs in a status: some 500 bytes each, so that it stays below 64 KiB whatever has ended.
+pub const MOST_ENDED: usize = 80;
 
 /// A VM as the registry knows it.
 #[derive(Debug)]
 enum Entry {
     Live(Live),
+    Over(Box<Record>),
+}
+
+/// An entry as it was a moment ago.
+enum Known {
+    Live(Sender<Request>),
     Over(Box<Record>),
 }
 
@@ -114,6 +124,8 @@ pub struct Node {
     hard_limit_fails: AtomicBool,
     /// Bytes per second of the last save made here; 0 before the first.
     save_speed: AtomicU64,
+    /// What live VMs said of themselves last.
+    last_views: Mutex<HashMap<u32, VmView>>,
 }
 
 impl Node {
@@ -133,6 +145,7 @@ impl Node {
             shared_trouble: Mutex::new(None),
             hard_limit_fails: AtomicBool::new(false),
             save_speed: AtomicU64::new(0),
+            last_views: Mutex::default(),
         })
     }
 
@@ -340,20 +353,17 @@ impl Node {
             .is_ok_and(|info| info.is_none_or(|i| i.brief.state.is_finished()))
     }
 
-    /// Prolog: the job may run here soon. Returns the run number at once; everything else happens on the VM's thread.
+    /// Prolog: the job may run here soon; `restart` is Slurm's count of its restarts. Returns the run number at once; everything else happens on the VM's thread.
     ///
     /// # Errors
     /// A fragment for the log.
-    pub fn ensure(self: &Arc<Self>, job: u32, user: UserEntry, spec: VmSpec) -> Result<u64, String> {
-        if self.completion(job, user.uid).is_some() {
-            log::info!("job {job}: its script ended within its grace time: it is not run again");
-            return Ok(0);
-        }
+    pub fn ensure(self: &Arc<Self>, job: u32, restart: u32, user: UserEntry, spec: VmSpec) -> Result<u64, String> {
         for _ in 0..2 {
             let mut vms = self.vms();
             let run = match vms.get(&job) {
                 Some(Entry::Live(live)) => {
                     let (tx, owned_by) = (live.tx.clone(), live.user.uid);
+                    // Nobody else waits for this owner.
                     drop(vms);
                     let (reply, answer) = bounded(1);
                     let record = self.ask(&tx, Request::Record);
@@ -361,7 +371,7 @@ impl Node {
                         // The last run is still on its way out: begin anew as soon as it is over.
                         let node = self.clone();
                         let run = record.run + 1;
-                        std::thread::spawn(move || node.ensure_after(job, user, spec));
+                        std::thread::spawn(move || node.ensure_after(job, restart, user, spec));
                         return Ok(run);
                     }
                     if owned_by != user.uid {
@@ -380,8 +390,14 @@ impl Node {
                 Some(Entry::Over(last)) => last.run + 1,
                 None => 1,
             };
-            let birth = self.birth(job, run, user.clone(), spec);
-            let tx = vm::spawn(self.clone(), birth);
+            let begin = Birth::Begin {
+                job,
+                restart,
+                run,
+                user: user.clone(),
+                spec,
+            };
+            let tx = vm::spawn(self.clone(), begin);
             vms.insert(job, Entry::Live(Live { tx, user }));
             return Ok(run);
         }
@@ -389,7 +405,7 @@ impl Node {
     }
 
     /// As [`Node::ensure`], once the VM of the job's last run is over here.
-    fn ensure_after(self: &Arc<Self>, job: u32, user: UserEntry, spec: VmSpec) {
+    fn ensure_after(self: &Arc<Self>, job: u32, restart: u32, user: UserEntry, spec: VmSpec) {
         let deadline = std::time::Instant::now() + Duration::from_secs(120);
         loop {
             let over = match self.vms().get(&job) {
@@ -401,7 +417,7 @@ impl Node {
             }
             self.world.clock.sleep(Duration::from_millis(50));
         }
-        if let Err(e) = self.ensure(job, user, spec) {
+        if let Err(e) = self.ensure(job, restart, user, spec) {
             log::error!("job {job}: {e}");
         }
     }
@@ -425,8 +441,18 @@ impl Node {
             .unwrap_or(0)
     }
 
-    /// A record for a new VM, or the one of a save that waits on shared storage.
-    fn birth(&self, job: u32, run: u64, user: UserEntry, spec: VmSpec) -> Birth {
+    /// A record for a new VM, or the one of a save that waits on shared storage; nothing if the job's script has ended in its grace time and
+    /// is not to run again. May last as long as a file server is away: called on the VM's own thread.
+    #[must_use]
+    pub fn birth(&self, job: u32, restart: u32, run: u64, user: UserEntry, spec: VmSpec) -> Option<Birth> {
+        if restart == 0 {
+            // Of another job that had this number.
+            self.forget_completion(job);
+        } else if self.completion(job, user.uid).is_some() {
+            log::info!("job {job}: its script ended within its grace time: it is not run again");
+            self.vms().remove(&job);
+            return None;
+        }
         let now = self.world.clock.now_ms();
         if let Some(saved) = vm::saving::find(self, job, user.uid) {
             let mut record = saved;
@@ -440,9 +466,9 @@ impl Node {
                     (plan.overlay, plan.overlay_shared) = (Some(overlay), shared);
                 }
             }
-            return Birth::Expected(record);
+            return Some(Birth::Expected(record));
         }
-        Birth::New(Record {
+        Some(Birth::New(Record {
             run,
             created_ms: now,
             ..Record::new(
@@ -455,7 +481,7 @@ impl Node {
                     ..spec
                 },
             )
-        })
+        }))
     }
 
     /// Takes in a VM that is to arrive from another node.
@@ -588,7 +614,8 @@ impl Node {
         }
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
         let user = crate::accounts::entry(info.brief.uid, info.gid);
-        self.ensure(job, user, attach.open.spec.clone()).map_err(Refused::node)?;
+        self.ensure(job, info.brief.restarts, user, attach.open.spec.clone())
+            .map_err(Refused::node)?;
         match self.vms().get(&job) {
             Some(Entry::Live(live)) if live.user.uid == info.brief.uid => Ok(live.clone()),
             Some(Entry::Live(_)) => Err(Refused::request(format!("job {job} is not yours"))),
@@ -624,29 +651,72 @@ impl Node {
     /// What there is of a job here, alive or over.
     #[must_use]
     pub fn view(self: &Arc<Self>, job: u32) -> Option<VmView> {
-        let tx = match self.vms().get(&job)? {
-            Entry::Live(Live { tx, .. }) => tx.clone(),
-            Entry::Over(record) => return Some(view::of(self, record)),
-        };
-        self.ask(&tx, Request::View)
+        match self.known(job)? {
+            Known::Live(tx) => self.ask(&tx, Request::View),
+            Known::Over(record) => Some(view::of(self, &record)),
+        }
     }
 
     /// The record of a job here, alive or over.
     #[must_use]
     pub fn record(&self, job: u32) -> Option<Record> {
-        let tx = match self.vms().get(&job)? {
-            Entry::Live(Live { tx, .. }) => tx.clone(),
-            Entry::Over(record) => return Some((**record).clone()),
-        };
-        self.ask(&tx, Request::Record)
+        match self.known(job)? {
+            Known::Live(tx) => self.ask(&tx, Request::Record),
+            Known::Over(record) => Some(*record),
+        }
+    }
+
+    /// What the registry has of a job, taken out of it: nothing is asked or looked at while it is locked.
+    fn known(&self, job: u32) -> Option<Known> {
+        Some(match self.vms().get(&job)? {
+            Entry::Live(Live { tx, .. }) => Known::Live(tx.clone()),
+            Entry::Over(record) => Known::Over(record.clone()),
+        })
+    }
+
+    /// VMs for a status that is sent every second: all that are alive, and of those that are over the [`MOST_ENDED`] that ended last. The
+    /// others are asked for by their job.
+    #[must_use]
+    pub fn recent(views: Vec<VmView>) -> Vec<VmView> {
+        let (mut ended, alive): (Vec<VmView>, Vec<VmView>) = views.into_iter().partition(VmView::is_over);
+        ended.sort_by_key(|v| std::cmp::Reverse(v.ended_at));
+        ended.truncate(MOST_ENDED);
+        alive.into_iter().chain(ended).collect()
     }
 
     /// All VMs of this node, those that are over last.
     #[must_use]
     pub fn views(self: &Arc<Self>) -> Vec<VmView> {
-        let jobs: Vec<u32> = self.vms().keys().copied().collect();
-        let mut views: Vec<VmView> = jobs.into_iter().filter_map(|job| self.view(job)).collect();
-        views.sort_by_key(|v| (v.state == "stopped" || v.state == "gone" || v.state == "saved", v.job));
+        let mut views = Vec::new();
+        let mut asked = Vec::new();
+        let mut over = Vec::new();
+        for (job, entry) in self.vms().iter() {
+            match entry {
+                Entry::Live(live) => asked.push((*job, live.tx.clone())),
+                Entry::Over(record) => over.push(record.clone()),
+            }
+        }
+        views.extend(over.iter().map(|record| view::of(self, record)));
+        // All at once: one that looks at a file server which is away keeps nobody waiting for the others.
+        let answers: Vec<(u32, Receiver<VmView>)> = asked
+            .into_iter()
+            .filter_map(|(job, tx)| {
+                let (reply, answer) = bounded(1);
+                tx.send(Request::View(reply)).ok().map(|()| (job, answer))
+            })
+            .collect();
+        let until = std::time::Instant::now() + VIEWS_WITHIN;
+        let mut last = self.last_views.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known = std::mem::take(&mut *last);
+        for (job, answer) in answers {
+            let told = answer.recv_deadline(until).ok().or_else(|| known.get(&job).cloned());
+            if let Some(told) = told {
+                last.insert(job, told.clone());
+                views.push(told);
+            }
+        }
+        drop(last);
+        views.sort_by_key(|v| (v.is_over() || v.state == "saved", v.job));
         views
     }
 
@@ -774,16 +844,23 @@ impl Node {
     pub fn forget_old(&self) {
         let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
         let now = self.world.clock.now_ms();
-        let mut vms = self.vms();
-        vms.retain(|_, entry| match entry {
+        let mut old = Vec::new();
+        self.vms().retain(|job, entry| match entry {
             Entry::Over(record) if record.ended_ms.unwrap_or(record.created_ms) + keep_ms < now => {
-                if let Err(e) = self.world.store.remove(&record.domain()) {
-                    log::warn!("job {}: {}", record.job, crate::text::chain(&e));
-                }
+                old.push((*job, record.domain()));
                 false
             }
             _ => true,
         });
+        for (job, domain) in old {
+            // The job may have begun anew meanwhile.
+            if self.vms().contains_key(&job) {
+                continue;
+            }
+            if let Err(e) = self.world.store.remove(&domain) {
+                log::warn!("job {job}: {}", crate::text::chain(&e));
+            }
+        }
     }
 
     /// Jobs whose VM was saved here, as their records have it, with the directories of their saves.
@@ -800,13 +877,16 @@ impl Node {
 
     /// The save of a VM waits for nobody any more: it was restored, here or elsewhere, or its job has ended.
     pub fn saved_for_nobody(&self, job: u32) {
-        let mut vms = self.vms();
-        let Some(Entry::Over(record)) = vms.get_mut(&job) else { return };
-        if !matches!(record.life, Life::Saved { .. }) {
-            return;
-        }
-        record.life = Life::Stopped { why: End::Released };
-        if let Err(e) = self.world.store.put(record) {
+        let changed = {
+            let mut vms = self.vms();
+            let Some(Entry::Over(record)) = vms.get_mut(&job) else { return };
+            if !matches!(record.life, Life::Saved { .. }) {
+                return;
+            }
+            record.life = Life::Stopped { why: End::Released };
+            record.clone()
+        };
+        if let Err(e) = self.world.store.put(&changed) {
             log::warn!("job {job}: {}", crate::text::chain(&e));
         }
     }
@@ -923,5 +1003,52 @@ fn over_verdict(last: &Record) -> Option<(u8, String)> {
             .verdict()
             .map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use slurm_vm_api::query::MoveView;
+
+    /// As long as views get in practice.
+    fn view(job: u32, state: &str) -> VmView {
+        let moved = MoveView {
+            way: "live".into(),
+            from: "node-with-a-name-1".into(),
+            to: "node-with-a-name-2".into(),
+            cause: "preemption".into(),
+            outcome: "done".into(),
+            ..MoveView::default()
+        };
+        VmView {
+            job,
+            user: "a-user-with-a-name".into(),
+            node: "node-with-a-name-1".into(),
+            domain: format!("slurm-{job}-0"),
+            state: state.into(),
+            image: "debian12".into(),
+            domain_type: "kvm".into(),
+            domain_type_why: "a guest has booted with it".into(),
+            ended_at: Some(1_700_000_000 + u64::from(job)),
+            moves: vec![moved],
+            ..VmView::default()
+        }
+    }
+
+    #[test]
+    fn a_status_is_small_whatever_has_ended_and_tells_all_that_lives() {
+        let mut all: Vec<VmView> = (1..=10_000).map(|job| view(job, "stopped")).collect();
+        all.extend([view(20_001, "running"), view(20_002, "saved")]);
+        let told = Node::recent(all);
+        let bytes = serde_json::to_vec(&told).unwrap().len();
+        assert!(bytes <= 64 << 10, "{bytes} bytes");
+        let jobs: Vec<u32> = told.iter().map(|v| v.job).collect();
+        assert!(jobs.contains(&20_001) && jobs.contains(&20_002), "{jobs:?}");
+        let last = u32::try_from(MOST_ENDED).unwrap();
+        assert!(
+            (10_001 - last..=10_000).all(|job| jobs.contains(&job)),
+            "those that ended last: {jobs:?}"
+        );
     }
 }

@@ -2,7 +2,7 @@
 //! machine. Clients of other users are processes of these users.
 use std::{
     fmt, fs,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -15,7 +15,7 @@ use slurm_vm::{
     cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
     config::Config,
     core::Record,
-    effects::{Faults, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
+    effects::{Faults, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust},
     hypervisor::fake,
     node::Node,
     server::{self, Roles},
@@ -106,7 +106,59 @@ enum Company {
     Nobody(#[expect(dead_code, reason = "held")] RwLockWriteGuard<'static, ()>),
 }
 
+/// The agent's files, of which those on shared storage stand still on request, as on a file server that is away.
+#[derive(Debug, Default)]
+pub struct Remote {
+    away: Mutex<bool>,
+    back: Condvar,
+}
+
+impl Remote {
+    pub fn away(&self, away: bool) {
+        *self.away.lock().unwrap() = away;
+        self.back.notify_all();
+    }
+
+    fn reach(&self, path: &Path) {
+        if path.components().any(|c| c.as_os_str() == "shared") {
+            drop(self.back.wait_while(self.away.lock().unwrap(), |away| *away).unwrap());
+        }
+    }
+}
+
+impl Files for Remote {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.reach(path);
+        SystemFiles.read(path)
+    }
+    fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust> {
+        self.reach(path);
+        SystemFiles.read_trusted(path)
+    }
+    fn trusted(&self, dir: &Path) -> Result<(), Distrust> {
+        self.reach(dir);
+        SystemFiles.trusted(dir)
+    }
+    fn write_durably(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.reach(path);
+        SystemFiles.write_durably(path, bytes)
+    }
+    fn touch(&self, path: &Path) -> io::Result<()> {
+        self.reach(path);
+        SystemFiles.touch(path)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.reach(path);
+        SystemFiles.remove(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
+        self.reach(path);
+        SystemFiles.list(path)
+    }
+}
+
 pub struct Bench {
+    pub files: Arc<Remote>,
     pub dir: tempfile::TempDir,
     pub slurm: Arc<FakeSlurm>,
     pub node: Arc<Node>,
@@ -150,10 +202,11 @@ impl Bench {
             opened: Condvar::new(),
             waiting: Mutex::new(0),
         });
+        let files = Arc::new(Remote::default());
         let world = World {
             clock: Arc::new(SystemClock),
             store: ledger.clone(),
-            files: Arc::new(SystemFiles),
+            files: files.clone(),
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("n1")),
             slurm: slurm.clone(),
@@ -168,6 +221,7 @@ impl Bench {
         };
         thread::spawn(move || server::serve(&listener, &roles));
         Self {
+            files,
             dir,
             slurm,
             node,

@@ -296,6 +296,40 @@ fn saves_and_ends_that_another_user_could_have_forged_are_not_believed() {
 }
 
 #[test]
+fn a_file_server_that_is_away_holds_up_one_vm_and_never_the_node() {
+    let t = Bench::new();
+    let running = t.job(ALICE);
+    assert!(t.prolog(running, ALICE, ALICE).ok);
+    t.guest(running);
+    let mut alice = t.session(ALICE, open(running, ALICE), &format!("echo begun; {IDLE}"));
+    alice.read_until("begun\n");
+    t.files.away(true);
+    let quick = |what: &str, begun: Instant| assert!(begun.elapsed() < Duration::from_secs(3), "{what} took {:?}", begun.elapsed());
+    // Whether a save waits for it is asked of the file server.
+    let waits = t.job(ALICE);
+    let begun = Instant::now();
+    assert!(t.prolog(waits, ALICE, ALICE).ok);
+    quick("the prolog of a VM that has to look for a save", begun);
+    let begun = Instant::now();
+    let views = t.node.views();
+    assert!(views.iter().any(|v| v.job == running && v.state == "running"), "{views:?}");
+    quick("a status", begun);
+    let begun = Instant::now();
+    let mut step = open(running, ALICE);
+    (step.step, step.kind) = (0, slurm_vm_api::session::StepKind::Step);
+    let mut second = t.session(ALICE, step, &format!("echo second; {IDLE}"));
+    second.read_until("second\n");
+    quick("another program of a VM that runs", begun);
+    let begun = Instant::now();
+    t.node.release(running, Duration::from_secs(20)).unwrap();
+    quick("the epilog of a VM that runs", begun);
+    t.files.away(false);
+    wait("the other VM to be prepared", || {
+        t.node.record(waits).filter(|r| matches!(r.life, Life::Booting { .. }))
+    });
+}
+
+#[test]
 fn a_job_that_is_over_gets_no_vm_by_a_forged_session() {
     let t = Bench::new();
     let job = t.job(ALICE);

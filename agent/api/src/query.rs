@@ -107,6 +107,9 @@ pub struct VmView {
     pub domain_type_why: String,
     /// When the guest came up, Unix seconds.
     pub started_at: Option<u64>,
+    /// Unix seconds at which the VM ended on this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<u64>,
     /// Seconds the guest has been given so far.
     pub run_seconds: u64,
     /// Run number of the job on this node.
@@ -117,6 +120,14 @@ pub struct VmView {
     pub why: Option<String>,
     /// Moves so far, oldest first.
     pub moves: Vec<MoveView>,
+}
+
+impl VmView {
+    /// Nothing more is to come of it on its node.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(self.state.as_str(), "gone" | "stopped")
+    }
 }
 
 /// One move of a VM.

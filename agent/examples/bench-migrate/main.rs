@@ -227,7 +227,7 @@ impl Way {
             let spec = prepare::domain_spec(&self.node.config, world, &record).ok_or("no plan")?;
             world.hypervisor.start(&spec, false).map_err(text)?;
         } else {
-            self.node.ensure(self.job, Self::user(), Self::spec())?;
+            self.node.ensure(self.job, 0, Self::user(), Self::spec())?;
         }
         let end = Instant::now() + BOOTED_WITHIN;
         let running = || {

@@ -322,7 +322,7 @@ impl Bench {
     fn agent(&self, boot: bool) -> Result<serde_json::Value, String> {
         let job = self.job()?;
         *self.marks.lock() = Marks::default();
-        self.node.ensure(job, Self::user(), self.spec())?;
+        self.node.ensure(job, 0, Self::user(), self.spec())?;
         self.marks.wait("started", STARTED_WITHIN, |m| m.started.is_some())?;
         let up = if boot {
             self.marks.wait("up", BOOTED_WITHIN, |m| m.up.is_some())

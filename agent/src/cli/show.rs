@@ -136,6 +136,7 @@ mod tests {
             domain_type: "qemu".into(),
             domain_type_why: String::new(),
             started_at: Some(0),
+            ended_at: None,
             run_seconds: 75,
             run: 3,
             verdict: Some("live: fits in 60 s".into()),

@@ -33,7 +33,7 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             let totals = node.totals(&vms);
             PeerReply::Status {
                 health: health::of(node),
-                vms,
+                vms: Node::recent(vms),
                 totals,
             }
         }

@@ -145,7 +145,7 @@ impl Controller {
             }
         }
         let mut views: Vec<VmView> = views.into_values().cloned().collect();
-        views.sort_by_key(|v| (is_over(v), v.job));
+        views.sort_by_key(|v| (v.is_over(), v.job));
         (views, totals)
     }
 
@@ -155,8 +155,23 @@ impl Controller {
         let newest = words.filter(|v| v.job == job).max_by_key(|v| rank(v)).cloned();
         drop(cluster);
         newest
+            .or_else(|| self.ended_before(job))
             .filter(may_see)
             .ok_or_else(|| format!("job {job} has no VM in the cluster (or it ended long ago)").into())
+    }
+
+    /// A VM that ended before those that the nodes report of by themselves: each node is asked.
+    fn ended_before(&self, job: u32) -> Option<VmView> {
+        let well: Vec<String> = {
+            let cluster = self.cluster();
+            let nodes = cluster.nodes.keys().filter(|n| health::of(&cluster, n).healthy);
+            nodes.cloned().collect()
+        };
+        let ask = |node: String| match self.peers.request(&node, &self.address(&node), &PeerRequest::Show { job }, PEER) {
+            Ok(PeerReply::Vm(view)) => view.map(|v| *v),
+            _ => None,
+        };
+        well.into_iter().filter_map(ask).max_by_key(rank)
     }
 
     fn log(
@@ -211,11 +226,6 @@ fn rank(v: &VmView) -> (bool, usize, u8, u64) {
         _ => 3,
     };
     (over == 3, v.moves.len(), over, v.started_at.unwrap_or(0) + v.run)
-}
-
-/// Nothing more is to come of it.
-fn is_over(v: &VmView) -> bool {
-    matches!(v.state.as_str(), "gone" | "stopped")
 }
 
 #[cfg(test)]

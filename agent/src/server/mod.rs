@@ -213,11 +213,7 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
         } => {
             log::info!("job {job}: prolog (restart {restart}, uid {uid}, image {})", spec.image);
             let user = crate::accounts::entry(uid, gid);
-            if restart == 0 {
-                // Of another job that had this number.
-                node.forget_completion(job);
-            }
-            match node.ensure(job, user, spec) {
+            match node.ensure(job, restart, user, spec) {
                 Ok(run) => HookReply::done(Some(run)),
                 Err(why) => HookReply::refused(why),
             }

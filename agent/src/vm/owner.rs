@@ -9,7 +9,8 @@ use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 use slurm_vm_api::{
     guest::{Action, Scope},
     query::MoveView,
-    session::{Cause, Frame, Stream, ToAgent, ToShim},
+    session::{Cause, Frame, Stream, ToAgent, ToShim, UserEntry},
+    spec::VmSpec,
 };
 
 use super::{
@@ -31,7 +32,20 @@ use crate::{
 /// How a VM comes into this agent.
 #[derive(Debug)]
 pub enum Birth {
-    /// Its job begins here.
+    /// Its job begins here: anew, or with what a save holds.
+    Begin {
+        /// The job.
+        job: u32,
+        /// Slurm's count of its restarts.
+        restart: u32,
+        /// The run that was told to the prolog.
+        run: u64,
+        /// The job's user.
+        user: UserEntry,
+        /// What the user asked for.
+        spec: VmSpec,
+    },
+    /// Its job begins here, and no save waits for it.
     New(Record),
     /// It is expected from another node, or from a save.
     Expected(Record),
@@ -100,11 +114,26 @@ pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
     let (tx, rx) = unbounded();
     let mine = tx.clone();
     let job = match &birth {
+        Birth::Begin { job, .. } => *job,
         Birth::New(r) | Birth::Expected(r) | Birth::Recovered { record: r, .. } => r.job,
     };
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
+        let birth = match birth {
+            Birth::Begin {
+                job,
+                restart,
+                run,
+                user,
+                spec,
+            } => match node.birth(job, restart, run, user, spec) {
+                Some(birth) => birth,
+                None => return,
+            },
+            other => other,
+        };
         let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
+            Birth::Begin { .. } => return,
             Birth::New(mut record) => {
                 record.k = node.place_in(job);
                 Vm::new(record)
@@ -654,6 +683,7 @@ impl Owner {
     /// Writes the record. If that fails, nothing behind it is done until it can be written.
     fn persist(&mut self) {
         self.vm.record.programs = self.programs.records();
+        self.node.mark(&self.vm.record);
         let world = &self.node.world;
         let written = world
             .faults
@@ -665,7 +695,6 @@ impl Owner {
                     log::info!("job {}: its record is written again", self.vm.record.job);
                 }
                 let _ = self.node.world.faults.pass("persist.after");
-                self.node.mark(&self.vm.record);
             }
             Err(why) if self.vm.goes_on_unrecorded() => {
                 if self.gate.pass(self.node.world.clock.now_ms(), why.clone()) {

@@ -31,10 +31,15 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         mem_mib: plan.map_or(0, |p| p.mem_mib),
         allocated_mib: r.allocation.as_ref().and_then(|a| a.mem_mib).unwrap_or(0),
         cores: r.allocation.as_ref().map(|a| a.cores.clone()).unwrap_or_default(),
-        disk_bytes: plan.and_then(|p| p.overlay.as_ref()).map_or(0, |o| node.world.disks.used_bytes(o)),
+        // Of one that is over nothing is here, and nothing is looked at.
+        disk_bytes: plan
+            .and_then(|p| p.overlay.as_ref())
+            .filter(|_| !r.life.is_over_here())
+            .map_or(0, |o| node.world.disks.used_bytes(o)),
         domain_type: plan.map(|p| p.domain_type.clone()).unwrap_or_default(),
         domain_type_why: node.domain_type_and_reason().1,
         started_at: r.up_ms.map(|ms| ms / 1000),
+        ended_at: r.ended_ms.map(|ms| ms / 1000),
         run_seconds: r.up_ms.map_or(0, |up| r.ended_ms.unwrap_or(now).saturating_sub(up) / 1000),
         run: r.run,
         verdict: (!r.life.is_over_here()).then(|| moving::verdict(node, r)),

@@ -62,9 +62,9 @@ const RULES: &[Rule] = &[
             ("slurm/commands.rs", "behind the trait Slurm: where its commands are"),
             ("config.rs", "the configuration is read once, before anything else"),
             ("cluster/tls.rs", "behind the trait Peers: sockets of a move"),
-            ("probe.rs", "asks once, at the start, what the host can do"),
+            ("node/probe.rs", "asks once, at the start, what the host can do"),
             (
-                "shared.rs",
+                "node/shared.rs",
                 "a site's directories: their owners and modes, which Files does not have",
             ),
             (
@@ -127,14 +127,14 @@ const RULES: &[Rule] = &[
             ),
             ("guest/transport.rs", "deadline of a read"),
             ("controller/", "bounds on waiting for Slurm and agents; decisions go by Clock"),
-            ("node.rs", "bounds on waiting for an owner; decisions go by Clock"),
+            ("node/", "bounds on waiting for an owner; decisions go by Clock"),
             (
                 "vm/owner.rs",
                 "when the core hears of time, and how long shims get to sync; decisions go by Clock",
             ),
             ("vm/moving.rs", "measures a move; bounds on repeating a hand-over"),
             ("vm/saving/", "measures a save"),
-            ("probe.rs", "bound on the probe guest"),
+            ("node/probe.rs", "bound on the probe guest"),
         ],
     },
     Rule {

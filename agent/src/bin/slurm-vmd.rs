@@ -112,7 +112,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         let sweeper = node.clone();
         thread::Builder::new()
             .name("sweep".into())
-            .spawn(move || slurm_vm::sweep::run(&sweeper))
+            .spawn(move || slurm_vm::node::sweep::run(&sweeper))
             .map_err(|e| e.to_string())?;
         let prober = node.clone();
         thread::Builder::new()

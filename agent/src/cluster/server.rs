@@ -6,8 +6,7 @@ use crossbeam_channel::bounded;
 use super::protocol::{PeerReply, PeerRequest};
 use crate::{
     core::{Event, HandOverError, KeptOutput},
-    health,
-    node::Node,
+    node::{Node, health},
     peer::{Role, Who},
     server::log_text,
     vm::{

@@ -94,7 +94,7 @@ fn answer(ask: &Ask, roles: &Roles, uid: u32, say: &mut dyn FnMut(Answer) -> io:
             let view = find(node, *job, &may_see)?;
             log(node, &view.domain, *job, *follow, say)?;
         }
-        Ask::Health => say(Answer::Node(crate::health::of(node)))?,
+        Ask::Health => say(Answer::Node(crate::node::health::of(node)))?,
         Ask::Migrate { .. } | Ask::CancelMigration { .. } | Ask::Check => {
             return Err("only the controller does this: ask on the slurmctld host".to_owned().into());
         }

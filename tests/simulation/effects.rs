@@ -356,18 +356,11 @@ impl Cluster {
                 let here = self.job_here(node, job);
                 self.tell(node, epoch, job, Event::JobIs(here));
             }
-            Act::AskOwner => match self.find_guest(node, &record) {
-                Some(found) => self.tell(node, epoch, job, Event::OwnerIs(found)),
-                None => self.at(
-                    1_000,
-                    Message::Act {
-                        node: node.into(),
-                        epoch,
-                        job,
-                        act: Act::AskOwner,
-                    },
-                ),
-            },
+            // Who asks is told so where nobody can say it, and asks again in his own time.
+            Act::AskOwner => {
+                let found = self.find_guest(node, &record).unwrap_or(Whereabouts::Unknown);
+                self.tell(node, epoch, job, Event::OwnerIs(found));
+            }
             Act::OpenGuest { link } => {
                 if self.nodes[node].vms.get(&job).is_none_or(|o| o.link != link) {
                     return;

@@ -4,11 +4,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use slurm_vm::{
-    cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
+    cluster::Alone,
     config::Config,
     core::{Allocation, Life, Plan, Record},
     effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
@@ -23,25 +22,6 @@ use slurm_vm::{
 use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 
 const ALICE: u32 = 2001;
-
-/// No node answers another.
-#[derive(Debug)]
-struct Alone;
-
-impl Peers for Alone {
-    fn request(&self, _: &str, _: &str, _: &PeerRequest, _: Duration) -> Result<PeerReply, String> {
-        Err("not played".into())
-    }
-    fn token(&self) -> Result<String, String> {
-        Err("not played".into())
-    }
-    fn open_relay(&self, _: &str, _: &str, _: &str, _: &str) -> Result<Box<dyn OpenEnd>, String> {
-        Err("not played".into())
-    }
-    fn admit(&self, _: &str, _: &str, _: &str, _: PathBuf) -> Result<Box<dyn OpenEnd>, String> {
-        Err("not played".into())
-    }
-}
 
 /// Two nodes with one storage, and a job whose VM was saved in its first run. It runs again, on n1.
 struct Stage {

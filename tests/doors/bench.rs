@@ -12,7 +12,7 @@ use std::{
 };
 
 use slurm_vm::{
-    cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
+    cluster::Alone,
     config::Config,
     core::Record,
     effects::{Faults, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust},
@@ -30,25 +30,6 @@ use slurm_vm_api::{
 pub const DEADLINE: Duration = Duration::from_secs(60);
 pub const ALICE: u32 = 2001;
 pub const BOB: u32 = 2002;
-
-/// Nobody else: nothing moves here.
-#[derive(Debug)]
-struct Alone;
-
-impl Peers for Alone {
-    fn request(&self, _: &str, _: &str, _: &PeerRequest, _: Duration) -> Result<PeerReply, String> {
-        Err("there is no other node".into())
-    }
-    fn token(&self) -> Result<String, String> {
-        Err("there is no other node".into())
-    }
-    fn open_relay(&self, _: &str, _: &str, _: &str, _: &str) -> Result<Box<dyn OpenEnd>, String> {
-        Err("there is no other node".into())
-    }
-    fn admit(&self, _: &str, _: &str, _: &str, _: PathBuf) -> Result<Box<dyn OpenEnd>, String> {
-        Err("there is no other node".into())
-    }
-}
 
 /// A ledger whose writes stand still on request, and with them the owner of the VM.
 pub struct Gate {

@@ -696,12 +696,7 @@ impl Cluster {
         let Some(owner) = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job)) else {
             return;
         };
-        if owner.gate.is_shut().is_some() {
-            if event != Event::Tick {
-                owner.gate.hold(event);
-            }
-            return;
-        }
+        let Some(event) = owner.gate.let_in(event) else { return };
         let before = owner.vm.record.life.name();
         let kind = kind(&event);
         let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);

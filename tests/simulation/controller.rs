@@ -8,7 +8,7 @@ use slurm_vm::{
         relocate::next_slots,
     },
     core::{
-        Life,
+        Gate, Life,
         relocation::{
             Effect, Event, JobMove, JobSeen, MOVE_VERSION, Order as SlurmOrder, OrderError, Relocation, Reply, Resources, Standing, Step,
             Word,
@@ -38,9 +38,8 @@ pub enum Later {
 #[derive(Debug)]
 struct Active {
     r: Relocation,
-    /// Effects behind a write that failed.
-    blocked: Vec<Effect>,
-    later: Vec<Event>,
+    /// Effects, and what waits while the ledger cannot be written.
+    gate: Gate<Effect, Event>,
     /// The request that is out: its id, the node, the agent's epoch, since when.
     asked: Option<(u64, String, u64, u64)>,
 }
@@ -115,8 +114,7 @@ impl Controller {
 fn active(r: Relocation) -> Active {
     Active {
         r,
-        blocked: vec![],
-        later: vec![],
+        gate: Gate::default(),
         asked: None,
     }
 }
@@ -190,7 +188,7 @@ impl Cluster {
         };
         let (r, effects) = Relocation::new(record, AWAIT_JOB_MS, true);
         self.controller.active.insert(job, active(r));
-        self.carry_out_move(job, &effects);
+        self.carry_out_move(job, effects);
     }
 
     /// Something happened to a job's move.
@@ -202,9 +200,9 @@ impl Cluster {
             }
             return;
         };
-        if !a.blocked.is_empty() {
+        if a.gate.is_shut().is_some() {
             if !matches!(event, Event::Poll(_)) {
-                a.later.push(event);
+                a.gate.hold(event);
             }
             return;
         }
@@ -214,24 +212,27 @@ impl Cluster {
         if self.tracing && (before != after || !effects.is_empty()) {
             self.say(&format!("controller: job {job} {before:?} <- {event:?} -> {after:?}: {effects:?}"));
         }
-        self.carry_out_move(job, &effects);
+        self.carry_out_move(job, effects);
     }
 
-    fn carry_out_move(&mut self, job: u32, effects: &[Effect]) {
-        for (k, effect) in effects.iter().enumerate() {
-            if *effect == Effect::Persist {
-                if self.rough(20) {
-                    self.count("writes of a move that failed");
-                    if let Some(a) = self.controller.active.get_mut(&job) {
-                        a.blocked = effects[k..].to_vec();
-                    }
-                    return;
-                }
-                if let Some(a) = self.controller.active.get(&job) {
-                    self.controller.ledger.insert(job, a.r.record.clone());
-                }
+    fn carry_out_move(&mut self, job: u32, effects: Vec<Effect>) {
+        let now = self.now;
+        if let Some(a) = self.controller.active.get_mut(&job) {
+            a.gate.push(effects);
+        }
+        while let Some(effect) = self.controller.active.get_mut(&job).and_then(|a| a.gate.next_effect()) {
+            if effect != Effect::Persist {
+                self.move_effect(job, effect);
+                continue;
+            }
+            let fails = self.rough(20);
+            let Some(a) = self.controller.active.get_mut(&job) else { return };
+            if fails {
+                a.gate.shut(now, effect, "no space".into());
+                self.count("writes of a move that failed");
             } else {
-                self.move_effect(job, effect.clone());
+                a.gate.written();
+                self.controller.ledger.insert(job, a.r.record.clone());
             }
         }
     }
@@ -441,18 +442,12 @@ impl Cluster {
 
     fn unblock_move(&mut self, job: u32) {
         let Some(a) = self.controller.active.get_mut(&job) else { return };
-        let blocked = std::mem::take(&mut a.blocked);
-        if blocked.is_empty() {
+        if a.gate.is_shut().is_none() {
             return;
         }
-        self.carry_out_move(job, &blocked);
-        while let Some(a) = self
-            .controller
-            .active
-            .get_mut(&job)
-            .filter(|a| a.blocked.is_empty() && !a.later.is_empty())
-        {
-            let event = a.later.remove(0);
+        a.gate.open();
+        self.carry_out_move(job, vec![]);
+        while let Some(event) = self.controller.active.get_mut(&job).and_then(|a| a.gate.next_event()) {
             self.move_event(job, event);
         }
     }

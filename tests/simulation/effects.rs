@@ -7,9 +7,6 @@ use slurm_vm::{
 
 use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Node, Order, Owner, SaveFile, domain, given, plan, spec, view};
 
-/// As the owner of a VM has it.
-const UNRECORDED_MS: u64 = 5_000;
-
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
         if let Some(owner) = self.owner(node, job) {
@@ -29,14 +26,12 @@ impl Cluster {
         let Some(n) = self.nodes.get_mut(node) else { return };
         let full = now < n.full_until;
         let Some(owner) = n.vms.get_mut(&job) else { return };
-        if !full {
+        if full {
+            owner.gate.not_written(&owner.vm, now, "no space".into());
+            self.count("writes that failed");
+        } else {
             owner.gate.written();
             n.ledger.insert(job, owner.vm.record.clone());
-        } else if owner.vm.goes_on_unrecorded() {
-            owner.gate.pass(now, "no space".into());
-        } else {
-            owner.gate.shut(now, Effect::Persist, "no space".into());
-            self.count("writes that failed");
         }
     }
 
@@ -54,15 +49,10 @@ impl Cluster {
         owner.gate.open();
         self.carry_out(node, job, vec![]);
         let Some(owner) = self.owner(node, job) else { return };
-        if let Some(why) = owner.gate.overdue(now, UNRECORDED_MS) {
-            let waits = owner.gate.waiting().find_map(Busy::of);
-            let instead = owner.vm.on_event(now, AWAIT_JOB_MS, Event::NotRecorded { why, waits });
-            if !instead.is_empty() {
-                owner.gate.replace([]);
-                self.say(&format!("{node}: job {job}: given up without a record"));
-                self.count("given up without a record");
-                self.carry_out(node, job, instead);
-            }
+        if owner.gate.give_up(&mut owner.vm, now, AWAIT_JOB_MS) {
+            self.say(&format!("{node}: job {job}: given up without a record"));
+            self.count("given up without a record");
+            self.carry_out(node, job, vec![]);
         }
         while let Some(event) = self.owner(node, job).and_then(|o| o.gate.next_event()) {
             self.core(node, job, event);

@@ -14,7 +14,7 @@ mod libvirt;
 
 use serde_json::json;
 use slurm_vm::{
-    cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
+    cluster::Alone,
     config::Config,
     core::{Allocation, Plan, Record},
     effects::{Base, DiskError, Disks, Faults, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
@@ -142,25 +142,6 @@ impl Disks for TimedDisks {
     }
     fn readable(&self, path: &Path) -> Result<(), DiskError> {
         self.0.readable(path)
-    }
-}
-
-/// Nobody else: nothing moves here.
-#[derive(Debug)]
-struct Alone;
-
-impl Peers for Alone {
-    fn request(&self, _: &str, _: &str, _: &PeerRequest, _: Duration) -> Result<PeerReply, String> {
-        Err("this bench has one node".into())
-    }
-    fn token(&self) -> Result<String, String> {
-        Err("this bench has one node".into())
-    }
-    fn open_relay(&self, _: &str, _: &str, _: &str, _: &str) -> Result<Box<dyn OpenEnd>, String> {
-        Err("this bench has one node".into())
-    }
-    fn admit(&self, _: &str, _: &str, _: &str, _: PathBuf) -> Result<Box<dyn OpenEnd>, String> {
-        Err("this bench has one node".into())
     }
 }
 

@@ -1,4 +1,5 @@
 //! Agents talking to each other: [`protocol`] says what, [`crate::peer`] carries it.
+mod alone;
 pub mod protocol;
 mod server;
 mod tls;
@@ -9,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+pub use alone::Alone;
 pub use protocol::{HostFacts, PeerReply, PeerRequest};
 pub use server::answer;
 pub use tls::TlsPeers;

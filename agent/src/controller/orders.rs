@@ -45,6 +45,16 @@ pub(super) enum Bulk {
     Release,
 }
 
+impl Bulk {
+    /// Runs the command.
+    pub(super) fn give(self, slurm: &dyn Slurm, jobs: &[u32]) -> Result<(), SlurmError> {
+        match self {
+            Self::RequeueHold => slurm.requeuehold(jobs),
+            Self::Release => slurm.release(jobs),
+        }
+    }
+}
+
 /// An order of its own: how many commands it takes, and what it does.
 struct Own {
     commands: u32,
@@ -283,17 +293,13 @@ fn work(shared: &Shared, clock: &dyn Clock, slurm: &dyn Slurm) {
 
 /// One command for all, and one for each where Slurm refuses that: one of the jobs may have ended.
 fn give_all(slurm: &dyn Slurm, kind: Bulk, parts: Vec<Part>, wait_for: &mut dyn FnMut(u32)) {
-    let command = |jobs: &[u32]| match kind {
-        Bulk::RequeueHold => slurm.requeuehold(jobs),
-        Bulk::Release => slurm.release(jobs),
-    };
     let jobs: Vec<u32> = parts.iter().map(|p| p.job).collect();
     wait_for(1);
-    match command(&jobs) {
+    match kind.give(slurm, &jobs) {
         Err(e) if jobs.len() > 1 && !e.is_transient() => {
             for part in parts {
                 wait_for(1);
-                (part.done)(command(&[part.job]));
+                (part.done)(kind.give(slurm, &[part.job]));
             }
         }
         all => parts.into_iter().for_each(|part| (part.done)(all.clone())),

@@ -507,25 +507,25 @@ impl Controller {
         let slurm = &self.world.slurm;
         let name = reservation_of(node);
         let users = self.users_of(node);
-        if there.as_ref().is_none_or(|t| users.iter().any(|u| !t.users.contains(u))) {
-            changed.insert(name.clone());
-        }
         match there {
             Some(there) if users.iter().all(|u| there.users.contains(u)) => Ok(()),
             Some(there) => {
+                changed.insert(name.clone());
                 let more = users.iter().filter(|u| !there.users.contains(u));
                 let all: Vec<String> = there.users.iter().chain(more).cloned().collect();
                 slurm.set_reservation_users(&name, &all)
             }
-            None => slurm
-                .create_reservation(&ReservationSpec {
-                    name: name.clone(),
+            None => {
+                changed.insert(name.clone());
+                let spec = ReservationSpec {
+                    name,
                     nodes: ReservationNodes::Named(vec![node.to_owned()]),
                     partition: None,
                     features: None,
                     users,
-                })
-                .map(drop),
+                };
+                slurm.create_reservation(&spec).map(drop)
+            }
         }
     }
 
@@ -650,11 +650,12 @@ type Stand<'a> = (u32, bool, &'a str, &'a [String], &'a [String]);
 
 fn who_is_where(jobs: &[JobBrief], now_s: i64) -> Vec<Stand<'_>> {
     let there = jobs.iter().filter(|j| !j.state.is_finished());
-    let stand = |j| -> Stand<'_> {
-        let j: &JobBrief = j;
-        (j.id, placement::could_start(j, now_s), &j.partition, &j.nodes, &j.req_nodes)
-    };
-    let mut all: Vec<Stand<'_>> = there.map(stand).collect();
+    let mut all: Vec<Stand<'_>> = there
+        .map(|j| {
+            let starts = placement::could_start(j, now_s);
+            (j.id, starts, j.partition.as_str(), j.nodes.as_slice(), j.req_nodes.as_slice())
+        })
+        .collect();
     all.sort_unstable();
     all
 }
@@ -666,38 +667,16 @@ fn with_qos(want: Want, seen: &Seen) -> Want {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, path::PathBuf, sync::Arc};
+    use std::{path::Path, sync::Arc};
 
     use super::*;
     use crate::{
-        cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
+        cluster::Alone,
         config::Config,
         effects::{Faults, MemoryFiles, SystemClock, World, disks::QemuImg, store::DirStore},
         hypervisor::fake,
         slurm::{FakeSlurm, Slurm},
     };
-
-    /// Nobody answers.
-    #[derive(Debug)]
-    struct NoPeers;
-
-    impl Peers for NoPeers {
-        fn request(&self, _: &str, _: &str, _: &PeerRequest, _: Duration) -> Result<PeerReply, String> {
-            Err("not played".into())
-        }
-
-        fn token(&self) -> Result<String, String> {
-            Err("not played".into())
-        }
-
-        fn open_relay(&self, _: &str, _: &str, _: &str, _: &str) -> Result<Box<dyn OpenEnd>, String> {
-            Err("not played".into())
-        }
-
-        fn admit(&self, _: &str, _: &str, _: &str, _: PathBuf) -> Result<Box<dyn OpenEnd>, String> {
-            Err("not played".into())
-        }
-    }
 
     #[test]
     fn a_place_that_was_just_given_is_not_swept_before_its_move_has_written_it_down() {
@@ -714,7 +693,7 @@ mod tests {
             slurm: slurm.clone(),
             faults: Faults::default(),
         };
-        let c = Controller::new(Arc::new(config), world, Arc::new(NoPeers));
+        let c = Controller::new(Arc::new(config), world, Arc::new(Alone));
         let want = Want {
             job: 7,
             user: "alice".into(),

@@ -9,7 +9,7 @@
 //! Nothing waits here: whatever takes time is done elsewhere and comes back as an event. If the ledger cannot be written, what
 //! stands behind the write waits with all later events of that move, and the write is tried again with each poll.
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc,
@@ -28,7 +28,10 @@ use super::{
 };
 use crate::{
     cluster::{PeerReply, PeerRequest},
-    core::relocation::{Effect, Event, JobMove, JobSeen, Order, OrderError, Relocation, Reply, Standing, Step, Word},
+    core::{
+        Gate,
+        relocation::{Effect, Event, JobMove, JobSeen, Order, OrderError, Relocation, Reply, Standing, Step, Word},
+    },
     slurm::{JobState, JobUpdate, SlurmError},
 };
 
@@ -107,10 +110,8 @@ impl Relocations {
 /// A move and what of it has to wait.
 struct Active {
     r: Relocation,
-    /// Effects behind a write that failed, the write first.
-    blocked: Vec<Effect>,
-    /// Events that came meanwhile.
-    later: VecDeque<Event>,
+    /// Effects, and what waits while the ledger cannot be written.
+    gate: Gate<Effect, Event>,
     /// Step that was last written.
     written: Option<Step>,
     /// The place is being given back; then it ends.
@@ -237,7 +238,7 @@ impl Driver {
                 };
                 self.event(job, event);
                 // Its move has ended meanwhile, or wants none any more.
-                let has = |a: &Active| a.end.is_none() && (a.r.record.held == given || !a.blocked.is_empty());
+                let has = |a: &Active| a.end.is_none() && (a.r.record.held == given || a.gate.is_shut().is_some());
                 if given.is_some() && !self.active.get(&job).is_some_and(has) {
                     self.leave_place(job, false);
                 }
@@ -265,8 +266,7 @@ impl Driver {
         };
         let active = Active {
             r,
-            blocked: vec![],
-            later: VecDeque::new(),
+            gate: Gate::default(),
             written: None,
             leaving: false,
             end: None,
@@ -317,10 +317,10 @@ impl Driver {
         if active.end.is_some() {
             return;
         }
-        if !active.blocked.is_empty() {
+        if active.gate.is_shut().is_some() {
             // Polls come again.
             if !matches!(event, Event::Poll(_)) {
-                active.later.push_back(event);
+                active.gate.hold(event);
             }
             return;
         }
@@ -332,34 +332,39 @@ impl Driver {
     /// Tries again what could not be written.
     fn unblock(&mut self, job: u32) {
         let Some(active) = self.active.get_mut(&job) else { return };
-        let blocked = std::mem::take(&mut active.blocked);
-        if blocked.is_empty() {
+        if active.gate.is_shut().is_none() {
             return;
         }
-        self.carry_out(job, blocked);
-        while let Some(active) = self.active.get_mut(&job).filter(|a| a.blocked.is_empty()) {
-            let Some(event) = active.later.pop_front() else { break };
+        active.gate.open();
+        self.carry_out(job, vec![]);
+        while let Some(event) = self.active.get_mut(&job).and_then(|a| a.gate.next_event()) {
             self.event(job, event);
         }
     }
 
     fn carry_out(&mut self, job: u32, effects: Vec<Effect>) {
-        let mut effects = VecDeque::from(effects);
-        while let Some(effect) = effects.pop_front() {
-            if effect == Effect::Persist {
-                if let Err(e) = self.persist(job) {
+        if let Some(active) = self.active.get_mut(&job) {
+            active.gate.push(effects);
+        }
+        while let Some(effect) = self.active.get_mut(&job).and_then(|a| a.gate.next_effect()) {
+            if effect != Effect::Persist {
+                self.effect(job, effect);
+                continue;
+            }
+            let written = self.persist(job);
+            let now_ms = self.c.world.clock.now_ms();
+            let Some(active) = self.active.get_mut(&job) else { return };
+            match written {
+                Ok(()) => {
+                    active.gate.written();
+                }
+                Err(e) => {
                     log::error!(
                         "job {job}: {}: {e}: its move waits until it can be written",
                         self.c.ledger(job).display()
                     );
-                    effects.push_front(effect);
-                    if let Some(active) = self.active.get_mut(&job) {
-                        active.blocked = effects.into();
-                    }
-                    return;
+                    active.gate.shut(now_ms, effect, e.to_string());
                 }
-            } else {
-                self.effect(job, effect);
             }
         }
     }
@@ -448,7 +453,7 @@ impl Driver {
 
     fn end(&mut self, job: u32, outcome: Result<String, String>) {
         let Some(active) = self.active.remove(&job) else { return };
-        if active.later.iter().any(|e| matches!(e, Event::Placed(Ok(_)))) {
+        if active.gate.held().any(|e| matches!(e, Event::Placed(Ok(_)))) {
             self.leave_place(job, false);
         }
         if outcome.is_ok() && active.r.record.moved_ms.is_some() {
@@ -587,7 +592,7 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
     let slurm = &c.world.slurm;
     let update = |update: JobUpdate| slurm.update_job(job, &update);
     match order {
-        Order::Requeue { hold: true } => slurm.requeuehold(&[job]),
+        Order::Requeue { hold: true } => Bulk::RequeueHold.give(&**slurm, &[job]),
         Order::Requeue { hold: false } => slurm.requeue(job),
         Order::Hold => slurm.hold(job),
         Order::AllowRequeue => update(JobUpdate {
@@ -605,7 +610,7 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
             req_nodes: (!req_nodes.is_empty()).then(Vec::new),
             ..JobUpdate::default()
         }),
-        Order::Release => slurm.release(&[job]),
+        Order::Release => Bulk::Release.give(&**slurm, &[job]),
         Order::Priority(priority) => update(JobUpdate {
             priority: Some(*priority),
             ..JobUpdate::default()

@@ -12,6 +12,11 @@
 //! try, and stays open with the first that succeeds.
 use std::collections::VecDeque;
 
+use super::{Busy, Effect, Event, Vm};
+
+/// After so many milliseconds without a record, what has not begun of a VM is given up.
+const UNRECORDED_MS: u64 = 5_000;
+
 /// The gate: `F` are effects, `E` events.
 #[derive(Debug, Clone)]
 pub struct Gate<F, E> {
@@ -119,6 +124,44 @@ impl<F, E> Gate<F, E> {
     /// The events that wait.
     pub fn held(&self) -> impl Iterator<Item = &E> {
         self.events.iter()
+    }
+}
+
+/// The gate of one VM.
+impl Gate<Effect, Event> {
+    /// Takes an event: it comes back to be decided on at once, or waits. Time is told again.
+    pub fn let_in(&mut self, event: Event) -> Option<Event> {
+        if self.is_shut().is_none() {
+            return Some(event);
+        }
+        if event != Event::Tick {
+            self.hold(event);
+        }
+        None
+    }
+
+    /// The record could not be written. Returns whether it is the first write that failed.
+    pub fn not_written(&mut self, vm: &Vm, now_ms: u64, why: String) -> bool {
+        if vm.goes_on_unrecorded() {
+            self.pass(now_ms, why)
+        } else {
+            self.shut(now_ms, Effect::Persist, why)
+        }
+    }
+
+    /// The record could not be written again. Once that has lasted, what has not begun is given up: returns whether there is something to be
+    /// done instead, which is the next effect then.
+    pub fn give_up(&mut self, vm: &mut Vm, now_ms: u64, await_job_ms: u64) -> bool {
+        let Some(why) = self.overdue(now_ms, UNRECORDED_MS) else {
+            return false;
+        };
+        let waits = self.waiting().find_map(Busy::of);
+        let instead = vm.on_event(now_ms, await_job_ms, Event::NotRecorded { why, waits });
+        let is_given_up = !instead.is_empty();
+        if is_given_up {
+            self.replace(instead);
+        }
+        is_given_up
     }
 }
 

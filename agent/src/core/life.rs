@@ -590,6 +590,6 @@ impl Vm {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a duration for a log line")]
-fn ms_to_s(ms: u64) -> f64 {
+pub(super) fn ms_to_s(ms: u64) -> f64 {
     ms as f64 / 1000.0
 }

@@ -4,6 +4,7 @@ use slurm_vm_api::query::MoveView;
 use super::{
     event::{Effect, SessionNews},
     identity::{ArrivedBy, HandOverError, MoveIdentity},
+    life::ms_to_s,
     record::{Allocation, End, LeavingStage, Life, ProgramRecord, Record},
     recovery::Unclear,
 };
@@ -419,7 +420,11 @@ impl Vm {
         if before == (self.record.life.clone(), self.record.await_until_ms) {
             return vec![];
         }
-        let line = format!("the node's clock was set by {:.1} s, and deadlines with it", seconds(by_ms));
+        let back = if by_ms < 0 { "-" } else { "" };
+        let line = format!(
+            "the node's clock was set by {back}{:.1} s, and deadlines with it",
+            ms_to_s(by_ms.unsigned_abs())
+        );
         vec![Effect::Persist, Effect::Journal(line)]
     }
 
@@ -428,27 +433,28 @@ impl Vm {
         let why = format!("its record cannot be written on {}: {why}", self.record.node);
         match self.record.life.clone() {
             Life::Preparing | Life::Booting { .. } | Life::Restoring { .. } if self.ended(waits) => self.stop(End::NodeFault { how: why }),
-            Life::Leaving { to, by, stage } if stage != LeavingStage::Finishing && self.ended(waits) => {
+            Life::Leaving {
+                stage: LeavingStage::Finishing,
+                ..
+            } => vec![],
+            life @ (Life::Leaving { .. } | Life::Saving { .. }) if self.ended(waits) => {
+                // Who asked hears of it although nothing can be written.
                 let mut effects = vec![Effect::AnswerMove(Err(why.clone()))];
-                if stage == LeavingStage::Copying {
+                if let Life::Leaving {
+                    to,
+                    by,
+                    stage: LeavingStage::Copying,
+                } = life
+                {
                     effects.push(Effect::AbandonDestination { to, by });
                 }
-                effects.extend(self.stay_unrecorded(&why));
-                effects
-            }
-            Life::Saving { .. } if self.ended(waits) => {
-                let mut effects = vec![Effect::AnswerMove(Err(why.clone()))];
-                effects.extend(self.stay_unrecorded(&why));
+                effects.extend(match self.then.take() {
+                    Some(end) => self.stop(end),
+                    None => self.go_on(format!("{why}; the guest goes on here")),
+                });
                 effects
             }
             _ => vec![],
-        }
-    }
-
-    fn stay_unrecorded(&mut self, why: &str) -> Vec<Effect> {
-        match self.then.take() {
-            Some(end) => self.stop(end),
-            None => self.go_on(format!("{why}; the guest goes on here")),
         }
     }
 
@@ -533,9 +539,4 @@ impl Vm {
         }
         vec![Effect::Persist]
     }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a span for a log line")]
-fn seconds(ms: i64) -> f64 {
-    ms as f64 / 1000.0
 }

@@ -48,14 +48,8 @@ impl Node {
                 Some(Entry::Over(last)) => last.run + 1,
                 None => 1,
             };
-            let begin = Birth::Begin {
-                job,
-                restart,
-                run,
-                user: user.clone(),
-                spec,
-            };
-            let tx = vm::spawn(self.clone(), begin);
+            let of = user.clone();
+            let tx = vm::spawn(self.clone(), job, move |node| node.birth(job, restart, run, of, spec));
             vms.insert(job, Entry::Live(Live { tx, user }));
             return Ok(run);
         }
@@ -82,8 +76,7 @@ impl Node {
 
     /// A record for a new VM, or the one of a save that waits on shared storage; nothing if the job's script has ended in its grace time and
     /// is not to run again. May last as long as a file server is away: called on the VM's own thread.
-    #[must_use]
-    pub fn birth(&self, job: u32, restart: u32, run: u64, user: UserEntry, spec: VmSpec) -> Option<Birth> {
+    fn birth(&self, job: u32, restart: u32, run: u64, user: UserEntry, spec: VmSpec) -> Option<Birth> {
         if restart == 0 {
             // Of another job that had this number.
             self.forget_completion(job);
@@ -133,7 +126,7 @@ impl Node {
             return Err(format!("job {} has a VM here already", record.job));
         }
         let (job, user) = (record.job, record.user.clone());
-        let tx = vm::spawn(self.clone(), Birth::Expected(record));
+        let tx = vm::spawn(self.clone(), job, |_| Some(Birth::Expected(record)));
         vms.insert(job, Entry::Live(Live { tx, user }));
         Ok(())
     }

@@ -57,14 +57,12 @@ impl Node {
                 record.life.name()
             );
             let user = record.user.clone();
-            let tx = vm::spawn(
-                self.clone(),
-                Birth::Recovered {
-                    record,
-                    domain_here,
-                    job_here,
-                },
-            );
+            let found = Birth::Recovered {
+                record,
+                domain_here,
+                job_here,
+            };
+            let tx = vm::spawn(self.clone(), job, |_| Some(found));
             self.vms().insert(job, Entry::Live(Live { tx, user }));
         }
         for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {

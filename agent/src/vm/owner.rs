@@ -9,8 +9,7 @@ use crossbeam_channel::{Receiver, Sender, never, select, unbounded};
 use slurm_vm_api::{
     guest::{Action, Scope},
     query::MoveView,
-    session::{Cause, Frame, Stream, ToAgent, ToShim, UserEntry},
-    spec::VmSpec,
+    session::{Cause, Frame, Stream, ToAgent, ToShim},
 };
 
 use super::{
@@ -22,7 +21,7 @@ use super::{
     saving, start, supersede, view,
 };
 use crate::{
-    core::{Allocation, Busy, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm},
+    core::{Allocation, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm},
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
     limits::ORDERS_PER_VM,
@@ -32,19 +31,6 @@ use crate::{
 /// How a VM comes into this agent.
 #[derive(Debug)]
 pub enum Birth {
-    /// Its job begins here: anew, or with what a save holds.
-    Begin {
-        /// The job.
-        job: u32,
-        /// Slurm's count of its restarts.
-        restart: u32,
-        /// The run that was told to the prolog.
-        run: u64,
-        /// The job's user.
-        user: UserEntry,
-        /// What the user asked for.
-        spec: VmSpec,
-    },
     /// Its job begins here, and no save waits for it.
     New(Record),
     /// It is expected from another node, or from a save.
@@ -62,8 +48,6 @@ pub enum Birth {
 
 /// How often the core is told that time has passed.
 const TICK: Duration = Duration::from_millis(500);
-/// After so many milliseconds without a record, what has not begun is given up.
-const UNRECORDED_MS: u64 = 5_000;
 /// A wall clock that is off by so many milliseconds since the last look was set.
 const CLOCK_STEP_MS: u64 = 1_000;
 /// How long shims get to sync their output when the VM leaves.
@@ -108,32 +92,16 @@ struct HandOver {
     save: bool,
 }
 
-/// Starts the owner thread of a VM and returns the way to it.
+/// Starts the owner thread of a job's VM and returns the way to it. `birth` is called on that thread, and may take its time; if there is to
+/// be no VM it says nothing.
 #[must_use]
-pub fn spawn(node: Arc<Node>, birth: Birth) -> Sender<Request> {
+pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birth> + Send + 'static) -> Sender<Request> {
     let (tx, rx) = unbounded();
     let mine = tx.clone();
-    let job = match &birth {
-        Birth::Begin { job, .. } => *job,
-        Birth::New(r) | Birth::Expected(r) | Birth::Recovered { record: r, .. } => r.job,
-    };
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
-        let birth = match birth {
-            Birth::Begin {
-                job,
-                restart,
-                run,
-                user,
-                spec,
-            } => match node.birth(job, restart, run, user, spec) {
-                Some(birth) => birth,
-                None => return,
-            },
-            other => other,
-        };
+        let Some(birth) = birth(&node) else { return };
         let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
-            Birth::Begin { .. } => return,
             Birth::New(mut record) => {
                 record.k = node.place_in(job);
                 Vm::new(record)
@@ -235,14 +203,9 @@ impl Owner {
     }
 
     fn core(&mut self, event: Event) {
-        if self.gate.is_shut().is_some() {
-            // Time is told again.
-            if event != Event::Tick {
-                self.gate.hold(event);
-            }
-            return;
+        if let Some(event) = self.gate.let_in(event) {
+            self.decide(event);
         }
-        self.decide(event);
     }
 
     fn decide(&mut self, event: Event) {
@@ -250,13 +213,16 @@ impl Owner {
             log::debug!("job {}: {} <- {event:?}", self.vm.record.job, self.vm.record.life.name());
         }
         let before = self.vm.record.life.name();
-        let await_ms = u64::from(self.node.config.node.await_job_s) * 1000;
-        let effects = self.vm.on_event(self.node.world.clock.now_ms(), await_ms, event);
+        let effects = self.vm.on_event(self.node.world.clock.now_ms(), self.await_job_ms(), event);
         let after = self.vm.record.life.name();
         if before != after {
             log::info!("job {}: {before} -> {after}", self.vm.record.job);
         }
         self.carry_out(effects);
+    }
+
+    fn await_job_ms(&self) -> u64 {
+        u64::from(self.node.config.node.await_job_s) * 1000
     }
 
     fn on_request(&mut self, request: Request) {
@@ -696,18 +662,14 @@ impl Owner {
                 }
                 let _ = self.node.world.faults.pass("persist.after");
             }
-            Err(why) if self.vm.goes_on_unrecorded() => {
-                if self.gate.pass(self.node.world.clock.now_ms(), why.clone()) {
-                    log::error!("job {}: {why}", self.vm.record.job);
-                }
-            }
             Err(why) => {
                 let now_ms = self.node.world.clock.now_ms();
-                if self.gate.shut(now_ms, Effect::Persist, why.clone()) {
-                    log::error!(
-                        "job {}: {why}: its VM does nothing new until that can be written",
-                        self.vm.record.job
-                    );
+                if self.gate.not_written(&self.vm, now_ms, why.clone()) {
+                    let waits = self
+                        .gate
+                        .is_shut()
+                        .map_or("", |_| ": its VM does nothing new until that can be written");
+                    log::error!("job {}: {why}{waits}", self.vm.record.job);
                 }
             }
         }
@@ -723,15 +685,9 @@ impl Owner {
         }
         self.gate.open();
         self.carry_out(vec![]);
-        if let Some(why) = self.gate.overdue(self.node.world.clock.now_ms(), UNRECORDED_MS) {
-            let waits = self.gate.waiting().find_map(Busy::of);
-            let await_ms = u64::from(self.node.config.node.await_job_s) * 1000;
-            let event = Event::NotRecorded { why, waits };
-            let instead = self.vm.on_event(self.node.world.clock.now_ms(), await_ms, event);
-            if !instead.is_empty() {
-                self.gate.replace([]);
-                self.carry_out(instead);
-            }
+        let (now_ms, await_ms) = (self.node.world.clock.now_ms(), self.await_job_ms());
+        if self.gate.give_up(&mut self.vm, now_ms, await_ms) {
+            self.carry_out(vec![]);
         }
         while let Some(event) = self.gate.next_event() {
             self.decide(event);

@@ -6,9 +6,13 @@ use std::{
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
-    core::{Allocation, Effect, Event, Gate, HandOverError, Life, MoveIdentity, Plan, Record, Vm, relocation::Event as MoveEvent},
+    core::{
+        Allocation, Effect, Event, Gate, HandOverError, MoveIdentity, Plan, Record, Vm,
+        registry::{self, Found, Registry},
+        relocation::Event as MoveEvent,
+    },
     hypervisor::{
-        Boot, CpuModel, DomainEvent, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
+        Boot, CpuModel, DomainEvent, DomainInfo, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
     },
     slurm::{FakeJob, FakeSlurm, Slurm},
@@ -25,6 +29,8 @@ use crate::{
 const BEGIN_MS: u64 = 1_000_000;
 /// How long a VM waits for its job.
 pub const AWAIT_JOB_MS: u64 = 40_000;
+/// How long a record is kept after its VM's end.
+const KEEP_MS: u64 = 86_400_000;
 /// How long an epilog waits.
 pub const EPILOG_MS: u64 = 30_000;
 /// A seed's time in which things go wrong.
@@ -68,7 +74,6 @@ pub enum Message {
         node: String,
         epoch: u64,
         job: u32,
-        tries: u32,
     },
     Epilog {
         node: String,
@@ -189,6 +194,8 @@ pub struct Node {
     pub alive: bool,
     pub epoch: u64,
     pub vms: BTreeMap<u32, Owner>,
+    /// Which VMs there are, as the agent has it.
+    pub registry: Registry<u32>,
     /// What survives the agent.
     pub ledger: BTreeMap<u32, Record>,
     /// Until then the ledger's file system is full.
@@ -249,6 +256,8 @@ pub struct Cluster {
     /// Epilogs that found no agent: Slurm gave the node away with the VM on it.
     pub missed: BTreeSet<(String, u32)>,
     pub slurm_away: bool,
+    /// Milliseconds that each copying takes.
+    pub copies_take: Option<u64>,
     /// Keeps what happens in `trace`.
     pub tracing: bool,
     pub trace: VecDeque<String>,
@@ -322,6 +331,7 @@ impl Cluster {
             superseding: BTreeMap::new(),
             missed: BTreeSet::new(),
             slurm_away: false,
+            copies_take: None,
             tracing: false,
             trace: VecDeque::new(),
             reached: BTreeSet::new(),
@@ -617,6 +627,7 @@ impl Cluster {
         node.epoch += 1;
         node.departures.clear();
         let lost: Vec<Owner> = std::mem::take(&mut node.vms).into_values().collect();
+        node.registry = Registry::default();
         for owner in lost {
             // Who waits sees the connection break.
             for epilog in owner.releases {
@@ -634,25 +645,36 @@ impl Cluster {
         node.alive = true;
         let records: Vec<Record> = node.ledger.values().cloned().collect();
         let hypervisor = self.hypervisors[name].clone();
-        let domains = hypervisor.list().ok();
-        for record in &records {
-            let job = record.job;
-            let here = domains.as_ref().map(|d| d.iter().any(|d| d.name == record.domain()));
-            if record.life.is_over_here() {
-                if here == Some(true) {
-                    let _ = hypervisor.destroy(&record.domain());
+        let there = hypervisor.list().ok().map(|all| domains_of(&all));
+        let mut lives = BTreeMap::new();
+        for record in records {
+            match Registry::<()>::found(record, there.as_deref(), self.now, KEEP_MS) {
+                Found::Old(record) => {
+                    self.nodes.get_mut(name).map(|n| n.ledger.remove(&record.job));
                 }
-                continue;
+                Found::Over { record, left } => {
+                    if left {
+                        let _ = hypervisor.destroy(&record.domain());
+                    }
+                    if let Some(n) = self.nodes.get_mut(name) {
+                        n.registry.over(record);
+                    }
+                }
+                Found::Goes { record, domain_here } => {
+                    let job = record.job;
+                    lives.insert(job, record.clone());
+                    self.say(&format!("{name}: job {job} found {} (domain {domain_here:?})", record.life.name()));
+                    let (vm, effects) = Vm::recovered(record, domain_here, self.job_here(name, job));
+                    self.adopt(name, job, vm, effects);
+                }
             }
-            let (vm, effects) = Vm::recovered(record.clone(), here, self.job_here(name, job));
-            self.say(&format!("{name}: job {job} found {} (domain {here:?})", record.life.name()));
-            self.adopt(name, job, vm, effects);
         }
-        for d in domains.into_iter().flatten() {
-            if !records.iter().any(|r| r.domain() == d.name) {
-                self.say(&format!("{name}: {} is in no record", d.name));
-                let _ = hypervisor.destroy(&d.name);
-            }
+        for stray in there
+            .map(|there| self.nodes[name].registry.strays(&there, &lives))
+            .unwrap_or_default()
+        {
+            self.say(&format!("{name}: {stray} is in no record"));
+            let _ = hypervisor.destroy(&stray);
         }
     }
 
@@ -666,6 +688,7 @@ impl Cluster {
             link,
         };
         if let Some(n) = self.nodes.get_mut(node) {
+            n.registry.begun(job, job, owner.vm.record.user.clone());
             n.vms.insert(job, owner);
         }
         self.carry_out(node, job, effects);
@@ -711,12 +734,16 @@ impl Cluster {
     }
 
     pub fn retire(&mut self, node: &str, job: u32) {
-        if let Some(n) = self.nodes.get_mut(node)
-            && n.vms
-                .get(&job)
-                .is_some_and(|o| o.vm.record.life.is_over_here() && o.releases.is_empty() && !o.gate.is_behind())
-        {
-            n.vms.remove(&job);
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let is_over = |o: &Owner| o.vm.record.life.is_over_here() && o.releases.is_empty() && !o.gate.is_behind();
+        if !n.vms.get(&job).is_some_and(is_over) {
+            return;
+        }
+        let Some(owner) = n.vms.remove(&job) else { return };
+        if let Some((number, run)) = n.registry.retired(owner.vm.record) {
+            self.say(&format!("{node}: job {job}: the run that has waited begins"));
+            self.count("runs that waited for the last one's end");
+            self.begin(node, job, number, &run);
         }
     }
 
@@ -733,9 +760,9 @@ impl Cluster {
                 }
             }
             Message::LibvirtJobEnds { node, job, id } => self.libvirt_job_ends(&node, job, id),
-            Message::Ensure { node, epoch, job, tries } => {
+            Message::Ensure { node, epoch, job } => {
                 if self.is(&node, epoch) {
-                    self.ensure(&node, job, tries);
+                    self.ensure(&node, job);
                 }
             }
             Message::Epilog { node, job } => self.epilog(&node, job),
@@ -859,23 +886,28 @@ impl Cluster {
             return;
         }
         let Ok(domains) = self.hypervisors[node].list() else { return };
-        let gone: Vec<u32> = self.nodes[node]
-            .vms
-            .iter()
-            .filter(|(_, o)| matches!(o.vm.record.life, Life::Running | Life::AwaitingJob { .. } | Life::Booting { .. }))
-            .map(|(j, _)| *j)
-            .filter(|j| !domains.iter().any(|d| d.name == domain(*j)))
-            .collect();
-        for job in gone {
-            self.core(
-                node,
-                job,
-                Event::DomainEnded {
-                    how: "it ended while libvirt was away".into(),
-                },
-            );
+        let n = &self.nodes[node];
+        let lives = n.vms.iter().map(|(job, o)| (*job, o.vm.record.clone())).collect();
+        let registry::Recheck { ended, left } = n.registry.recheck(&domains_of(&domains), &lives);
+        for job in ended {
+            let how = "it ended while libvirt was away".into();
+            self.core(node, job, Event::DomainEnded { how });
+        }
+        for name in left {
+            self.say(&format!("{node}: {name} is there and nobody has it"));
+            self.count("domains that came through late");
+            let _ = self.hypervisors[node].destroy(&name);
         }
     }
+}
+
+pub fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {
+    let domain = |d: &DomainInfo| registry::Domain {
+        name: d.name.clone(),
+        uuid: d.uuid,
+        run: d.metadata.run,
+    };
+    all.iter().map(domain).collect()
 }
 
 fn refusal(op: Op) -> HypervisorError {

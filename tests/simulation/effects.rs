@@ -1,6 +1,10 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
-    core::{Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts},
+    core::{
+        Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
+        locate::{Copy, Search},
+        registry::Entry,
+    },
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
     vm::supersede::is_superseded,
 };
@@ -348,7 +352,7 @@ impl Cluster {
             }
             // Who asks is told so where nobody can say it, and asks again in his own time.
             Act::AskOwner => {
-                let found = self.find_guest(node, &record).unwrap_or(Whereabouts::Unknown);
+                let found = self.find_guest(node, &record);
                 self.tell(node, epoch, job, Event::OwnerIs(found));
             }
             Act::OpenGuest { link } => {
@@ -379,7 +383,10 @@ impl Cluster {
                     self.tell(node, epoch, job, Event::Migrated(Err("the destination is not there".into())));
                     return;
                 }
-                let long = self.random.between(500, 20_000);
+                // Some take longer than the destination waits for its job.
+                let most = if self.rough(60) { 3 * AWAIT_JOB_MS } else { 20_000 };
+                let long = self.random.between(500, most);
+                let long = self.copies_take.unwrap_or(long);
                 self.libvirt_job(node, job, epoch, Act::Migrate { to, to_epoch }, long);
             }
             Act::Save { at, record } => {
@@ -485,43 +492,30 @@ impl Cluster {
         Ok(())
     }
 
-    /// `None`: not clear yet.
-    fn find_guest(&mut self, node: &str, record: &Record) -> Option<Whereabouts> {
-        let (other, by, question) = match &record.life {
-            Life::Leaving { to, by, .. } => (to.clone(), by, MoveQuestion::HasCome),
-            Life::Arriving { from, by } => (from.clone(), by, MoveQuestion::Stays),
-            _ => return Some(Whereabouts::AtSource),
+    /// As an agent does it; what libvirt and the other end say may be late or lost.
+    fn find_guest(&mut self, node: &str, record: &Record) -> Whereabouts {
+        let Some(search) = Search::of(record) else {
+            return Whereabouts::AtSource;
         };
-        let arriving = question == MoveQuestion::Stays;
-        let name = record.domain();
-        let here = self.hypervisors[node].info(&name).ok()?;
-        if here.is_some() && self.libvirt_jobs.contains_key(&(node.to_owned(), record.job)) {
-            return None;
+        let here = match self.hypervisors[node].info(&record.domain()) {
+            Err(_) => return Whereabouts::Unknown,
+            Ok(None) => Copy::None,
+            // libvirt tells it at the source only.
+            Ok(Some(_)) if self.libvirt_jobs.contains_key(&(node.to_owned(), record.job)) => Copy::Busy,
+            Ok(Some(d)) if d.state == DomainState::Running => Copy::Runs,
+            Ok(Some(_)) => Copy::Stands,
+        };
+        if let Some(found) = search.saw(here) {
+            return found;
         }
-        if here.as_ref().is_some_and(|d| d.state == DomainState::Running) {
-            return Some(if arriving {
-                Whereabouts::AtDestination
-            } else {
-                Whereabouts::AtSource
-            });
+        let mut answer = None;
+        if self.nodes[&search.other].alive && !self.rough(150) {
+            answer = self.asked(&search.other, record.job, &search.by, search.question);
         }
-        if !self.nodes[&other].alive || self.rough(150) {
-            return None;
-        }
-        let there = self.asked(&other, record.job, by, question)?;
         if self.rough(100) {
-            return None;
+            answer = None;
         }
-        match (there, here) {
-            (true, _) => Some(if arriving {
-                Whereabouts::AtSource
-            } else {
-                Whereabouts::AtDestination
-            }),
-            (false, None) => Some(Whereabouts::Nowhere),
-            (false, Some(_)) if !arriving => Some(Whereabouts::AtSource),
-            _ => None,
-        }
+        search.heard(here, answer)
     }
 
     /// The answer of the other end of a move; `None`: to be asked again.
@@ -559,8 +553,10 @@ impl Cluster {
             }
             return answer;
         }
-        let record = self.nodes[node].ledger.get(&job);
-        record.map_or(Some(question.answer_without_record()), |r| question.answer(r, by, runs).ok())
+        match self.nodes[node].registry.get(job) {
+            Some(Entry::Over(record)) => question.answer(record, by, false).ok(),
+            _ => Some(question.answer_without_record()),
+        }
     }
 
     /// A source hands over its output offsets.
@@ -720,8 +716,8 @@ impl Cluster {
         let there = &self.nodes[to];
         let refused = if !there.alive {
             Some("nobody there".to_owned())
-        } else if there.vms.contains_key(&job) {
-            Some(format!("job {job} has a VM here already"))
+        } else if let Err(why) = there.registry.expects(job) {
+            Some(why)
         } else if self.rough(40) {
             Some("another QEMU".into())
         } else {

@@ -1,6 +1,9 @@
 //! Slurm's side of a job on the nodes: prolog, shim and epilog, and what the agent's registry does with them.
 use slurm_vm::{
-    core::{End, Event, Life, Record, Vm},
+    core::{
+        End, Event, Life, Record, Vm,
+        registry::{Admission, Announced, Begin, JobSeen, Meeting, WithoutVm, is_for_a_later_run, meets, without_vm},
+    },
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
 };
@@ -19,15 +22,7 @@ impl Cluster {
                         let (delay, epoch) = (self.random.between(1, 60), self.nodes[&node].epoch);
                         // A prolog that finds no agent does without.
                         if self.nodes[&node].alive {
-                            self.at(
-                                delay,
-                                Message::Ensure {
-                                    node,
-                                    epoch,
-                                    job,
-                                    tries: 0,
-                                },
-                            );
+                            self.at(delay, Message::Ensure { node, epoch, job });
                         }
                         self.at(delay + 200, Message::Shim { job, restarts });
                     } else {
@@ -66,75 +61,66 @@ impl Cluster {
             .cloned()
     }
 
-    pub fn ensure(&mut self, node: &str, job: u32, tries: u32) {
-        let life = self.nodes[node].vms.get(&job).map(|o| (o.vm.record.life.clone(), o.vm.record.run));
-        match life {
-            Some((life, _))
-                if life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. }) =>
-            {
-                if tries < 600 {
-                    let epoch = self.nodes[node].epoch;
-                    self.at(
-                        200,
-                        Message::Ensure {
-                            node: node.into(),
-                            epoch,
-                            job,
-                            tries: tries + 1,
-                        },
-                    );
-                }
-            }
-            Some((_, run)) => self.core(node, job, Event::JobHere { run: run + 1 }),
-            None => {
-                let run = self.nodes[node].ledger.get(&job).map_or(1, |r| r.run + 1);
-                let save = self
-                    .saves
-                    .iter()
-                    .filter(|s| s.job == job && !s.used)
-                    .filter_map(|s| s.manifest.clone())
-                    .max_by_key(|r| r.generation);
-                let (vm, effects) = match save {
-                    Some(mut record) => {
-                        record.run = run.max(record.run + 1);
-                        record.come_to(node);
-                        record.generation += 1;
-                        record.plan = Some(plan(&record));
-                        Vm::expected(record)
+    /// A run of the job is announced, by its prolog or by its shim.
+    pub fn ensure(&mut self, node: &str, job: u32) {
+        let run = Announced {
+            restart: self.restarts(job),
+            user: user(),
+            spec: spec(),
+        };
+        for _ in 0..2 {
+            let n = &self.nodes[node];
+            let vm = match n.registry.announced(job) {
+                Begin::Begin { run: number } => return self.begin(node, job, number, &run),
+                Begin::Ask { vm, .. } => vm,
+            };
+            match n.vms.get(&job).map(|o| meets(&o.vm.record, run.user.uid)) {
+                Some(Meeting::Goes { run }) => return self.core(node, job, Event::JobHere { run }),
+                Some(Meeting::Leaves { .. }) => {
+                    let n = self.nodes.get_mut(node);
+                    if n.is_some_and(|n| n.registry.waits(job, vm, run.clone())) {
+                        return;
                     }
-                    None => Vm::new(self.record(node, job, run)),
-                };
-                self.adopt(node, job, vm, effects);
+                }
+                other => return self.wrong.push(format!("job {job}: {node} has it on record as alive: {other:?}")),
             }
         }
     }
 
+    /// A VM begins, new or from a save.
+    pub fn begin(&mut self, node: &str, job: u32, number: u64, _run: &Announced) {
+        let save = self
+            .saves
+            .iter()
+            .filter(|s| s.job == job && !s.used)
+            .filter_map(|s| s.manifest.clone())
+            .max_by_key(|r| r.generation);
+        let (vm, effects) = match save {
+            Some(mut record) => {
+                record.run = number.max(record.run + 1);
+                record.come_to(node);
+                record.generation += 1;
+                record.plan = Some(plan(&record));
+                Vm::expected(record)
+            }
+            None => Vm::new(self.record(node, job, number)),
+        };
+        self.adopt(node, job, vm, effects);
+    }
+
     pub fn record(&self, node: &str, job: u32, run: u64) -> Record {
-        let user = UserEntry {
-            name: "alice".into(),
-            uid: 2001,
-            gid: 2001,
-            home: "/home/alice".into(),
-            shell: "/bin/sh".into(),
-        };
-        let spec = VmSpec {
-            image: "tiny".into(),
-            cpus: None,
-            mem_mib: None,
-            boot_timeout_s: Some(60),
-            preempt: None,
-        };
         Record {
             run,
             created_ms: self.now,
-            ..Record::new("fake".into(), node.into(), job, user, spec)
+            ..Record::new("fake".into(), node.into(), job, user(), spec())
         }
     }
 
     pub fn epilog(&mut self, node: &str, job: u32) {
         let id = self.id();
         self.epilogs.insert(id, (node.into(), job));
-        let owner = self.nodes.get_mut(node).filter(|n| n.alive).and_then(|n| n.vms.get_mut(&job));
+        let n = self.nodes.get_mut(node).filter(|n| n.alive);
+        let owner = n.and_then(|n| n.registry.released(job).and_then(|job| n.vms.get_mut(&job)));
         let Some(owner) = owner else {
             if !self.nodes[node].alive {
                 self.missed.insert((node.into(), job));
@@ -177,41 +163,46 @@ impl Cluster {
         if !self.nodes[&node].alive {
             return;
         }
-        let epoch = self.nodes[&node].epoch;
-        let over = match self.nodes[&node].vms.get(&job).map(|o| o.vm.record.life.clone()) {
-            Some(Life::Running | Life::AwaitingJob { .. }) => {
-                let done = self.hypervisors[&node].work(&domain(job)).is_some_and(|w| w >= self.vm_jobs[&job]);
-                if done && self.nodes[&node].vms[&job].vm.record.up_ms.is_some() {
-                    self.say(&format!("job {job} has done its work"));
-                    self.count("jobs finished");
-                    self.slurm.exited(job, 0);
-                    self.slurm_events();
-                }
-                return;
-            }
-            Some(Life::Stopping { why } | Life::Stopped { why }) => why,
-            Some(_) => return,
-            None => match self.nodes[&node].ledger.get(&job) {
-                // The end of an earlier run says nothing about this one.
-                // It is elsewhere, and its job follows: no second one here.
-                Some(Record {
-                    life: Life::Gone { .. } | Life::Saved { .. },
-                    ended_ms,
-                    ..
-                }) if !self.is_older(job, *ended_ms) => return,
-                Some(Record {
-                    life: Life::Stopped { why },
-                    ended_ms,
-                    ..
-                }) if why.verdict().is_some() && !self.is_older(job, *ended_ms) => why.clone(),
-                _ => {
-                    // Not announced by the prolog: taken from Slurm.
-                    if self.job_here(&node, job) == Some(true) {
-                        self.ensure(&node, job, 0);
-                    }
+        let over = match self.nodes[&node].registry.attaches(job, user().uid) {
+            Admission::To(job, _) => {
+                let record = &self.nodes[&node].vms[&job].vm.record;
+                if is_for_a_later_run(record, restarts) {
                     return;
                 }
-            },
+                match record.life.clone() {
+                    Life::Stopping { why } | Life::Stopped { why } => why,
+                    Life::Running | Life::AwaitingJob { .. } => {
+                        let done = self.hypervisors[&node].work(&domain(job)).is_some_and(|w| w >= self.vm_jobs[&job]);
+                        if done && record.up_ms.is_some() {
+                            self.say(&format!("job {job} has done its work"));
+                            self.count("jobs finished");
+                            self.slurm.exited(job, 0);
+                            self.slurm_events();
+                        }
+                        return;
+                    }
+                    _ => return,
+                }
+            }
+            Admission::NotYours => return self.wrong.push(format!("job {job}: {node} takes its shim for another user's")),
+            Admission::AskSlurm(last) => {
+                let seen = self.slurm.job(job).map_err(|e| e.to_string()).map(|info| {
+                    info.map(|info| JobSeen {
+                        uid: user().uid,
+                        here: info.brief.state.is_on_nodes() && info.brief.nodes.contains(&node),
+                        start_ms: info.brief.start_time.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000),
+                    })
+                });
+                match without_vm(job, &node, user().uid, seen, last.as_deref()) {
+                    WithoutVm::Announce => return self.ensure(&node, job),
+                    WithoutVm::Left(_) => return,
+                    WithoutVm::Refused(..) => match last.map(|r| r.life) {
+                        Some(Life::Stopped { why }) if why.verdict().is_some() => why,
+                        // In production the shim is told to try elsewhere; here it looks again.
+                        _ => return,
+                    },
+                }
+            }
         };
         match over {
             End::NodeFault { how } => {
@@ -225,9 +216,7 @@ impl Cluster {
                 }
                 self.slurm_events();
             }
-            End::Released | End::NotArrived | End::Requeued => {
-                let _ = epoch;
-            }
+            End::Released | End::NotArrived | End::Requeued => {}
             End::BootTimeout { .. } | End::BootFailed { .. } | End::GuestLost { .. } | End::Refused { .. } | End::NotReadmitted => {
                 self.say(&format!("job {job}: shim reports {over:?}"));
                 self.count("jobs that lost their guest");
@@ -239,15 +228,24 @@ impl Cluster {
             }
         }
     }
+}
 
-    pub fn is_older(&self, job: u32, ended_ms: Option<u64>) -> bool {
-        let start = self
-            .slurm
-            .job(job)
-            .ok()
-            .flatten()
-            .and_then(|i| i.brief.start_time)
-            .and_then(|s| u64::try_from(s).ok());
-        matches!((ended_ms, start), (Some(ended), Some(start)) if ended < start * 1000)
+fn user() -> UserEntry {
+    UserEntry {
+        name: "alice".into(),
+        uid: 2001,
+        gid: 2001,
+        home: "/home/alice".into(),
+        shell: "/bin/sh".into(),
+    }
+}
+
+fn spec() -> VmSpec {
+    VmSpec {
+        image: "tiny".into(),
+        cpus: None,
+        mem_mib: None,
+        boot_timeout_s: Some(60),
+        preempt: None,
     }
 }

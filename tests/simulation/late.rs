@@ -4,7 +4,7 @@ use slurm_vm::{
     slurm::{FakeJob, Slurm},
 };
 
-use crate::cluster::{Cluster, Order};
+use crate::cluster::{AWAIT_JOB_MS, Cluster, Order};
 
 fn life(c: &Cluster, node: &str, job: u32) -> Option<Life> {
     c.nodes[node].vms.get(&job).map(|o| o.vm.record.life.clone())
@@ -152,4 +152,26 @@ fn what_a_source_hands_over_twice_is_taken_once() {
     left.programs = vec![program(9_000)];
     assert_eq!(c.take_over("n2", &left), Ok(()));
     assert_eq!(record(&c, "n2", job).programs, [program(6_000)]);
+}
+
+#[test]
+fn a_copy_that_takes_longer_than_the_destination_waits_for_its_job_lands_all_the_same() {
+    let mut c = Cluster::scripted(2);
+    c.tracing = true;
+    c.copies_take = Some(3 * AWAIT_JOB_MS);
+    c.slurm.set_drain("n2", Some("the first run is to be on n1"));
+    let job = c.slurm.submit(FakeJob::default());
+    c.vm_jobs.insert(job, 3_600_000);
+    c.until("the job runs on n1", 60, |c| runs(c, "n1", job));
+    c.slurm.set_drain("n2", None);
+    let id = c.id();
+    c.order("n1", job, id, Order::MoveOut { to: "n2".into() });
+    c.until("the copy has come to an end", 4 * AWAIT_JOB_MS / 1000, |c| {
+        !matches!(life(c, "n2", job), None | Some(Life::Arriving { .. }))
+    });
+    assert!(
+        matches!(life(&c, "n2", job), Some(Life::AwaitingJob { .. })),
+        "{:?}",
+        life(&c, "n2", job)
+    );
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
     config::Config,
-    core::{Life, Record, record::domain_name},
+    core::{Life, Record, record::domain_name, registry::Announced},
     effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore},
     hypervisor::{DomainEvent, DomainType, Hypervisor, libvirt::LibvirtHypervisor, repoint},
     node::Node,
@@ -227,7 +227,12 @@ impl Way {
             let spec = prepare::domain_spec(&self.node.config, world, &record).ok_or("no plan")?;
             world.hypervisor.start(&spec, false).map_err(text)?;
         } else {
-            self.node.ensure(self.job, 0, Self::user(), Self::spec())?;
+            let run = Announced {
+                restart: 0,
+                user: Self::user(),
+                spec: Self::spec(),
+            };
+            self.node.ensure(self.job, &run)?;
         }
         let end = Instant::now() + BOOTED_WITHIN;
         let running = || {

@@ -16,7 +16,7 @@ use serde_json::json;
 use slurm_vm::{
     cluster::Alone,
     config::Config,
-    core::{Allocation, Plan, Record},
+    core::{Allocation, Plan, Record, registry::Announced},
     effects::{Base, DiskError, Disks, Faults, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
     hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
     node::Node,
@@ -303,7 +303,12 @@ impl Bench {
     fn agent(&self, boot: bool) -> Result<serde_json::Value, String> {
         let job = self.job()?;
         *self.marks.lock() = Marks::default();
-        self.node.ensure(job, 0, Self::user(), self.spec())?;
+        let run = Announced {
+            restart: 0,
+            user: Self::user(),
+            spec: self.spec(),
+        };
+        self.node.ensure(job, &run)?;
         self.marks.wait("started", STARTED_WITHIN, |m| m.started.is_some())?;
         let up = if boot {
             self.marks.wait("up", BOOTED_WITHIN, |m| m.up.is_some())

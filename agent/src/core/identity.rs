@@ -40,7 +40,7 @@ pub enum MoveQuestion {
     /// The source asks: has the guest come to you by this move? "No" is a promise that it never will.
     HasCome,
     /// The destination asks: does the guest stay with you, so that nothing comes by this move any more? "No" says only that
-    /// this is not certain.
+    /// this is not certain; while it is being copied there is no answer.
     Stays,
 }
 
@@ -69,7 +69,11 @@ impl MoveQuestion {
             (Self::HasCome, _) if record.arrived_by.as_ref().is_some_and(|a| a.by == *by) => Ok(true),
             (Self::HasCome, Life::Stopping { .. }) => Err("the VM there is being ended".into()),
             (Self::HasCome, _) => Ok(false),
-            (Self::Stays, Life::Leaving { by: mine, stage, .. }) if mine == by => Ok(*stage != LeavingStage::Finishing && runs),
+            // A copy may take longer than a destination likes to wait.
+            (Self::Stays, Life::Leaving { by: mine, stage, .. }) if mine == by && *stage != LeavingStage::Finishing && runs => {
+                Err("it is on its way".into())
+            }
+            (Self::Stays, Life::Leaving { by: mine, .. }) if mine == by => Ok(false),
             (Self::Stays, Life::Gone { .. }) => Ok(false),
             (Self::Stays, _) => Ok(true),
         }

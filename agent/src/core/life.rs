@@ -436,7 +436,11 @@ impl Vm {
                 match owner {
                     Whereabouts::AtDestination => self.arrive(now_ms, await_job_ms),
                     Whereabouts::AtSource | Whereabouts::Nowhere => self.stop(End::NotArrived),
-                    Whereabouts::Unknown => vec![],
+                    Whereabouts::Unknown => {
+                        self.retry_at_ms = now_ms + RETRY_MS;
+                        self.arrive_by_ms = Some(self.retry_at_ms);
+                        vec![]
+                    }
                 }
             }
 

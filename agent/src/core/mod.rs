@@ -17,9 +17,11 @@ mod event;
 pub mod gate;
 pub mod identity;
 mod life;
+pub mod locate;
 mod machine;
 pub mod record;
 mod recovery;
+pub mod registry;
 pub mod relocation;
 
 pub use event::{Effect, Event, Failure, KeptOutput, SessionNews, Whereabouts};

@@ -1,11 +1,16 @@
 //! Sessions: a shim wants its program run. Who may have whose VM is decided here.
 use std::sync::Arc;
 
-use slurm_vm_api::session::{Frame, ToShim};
+use crossbeam_channel::Sender;
+use slurm_vm_api::session::{Frame, ToShim, UserEntry};
 
-use super::{Entry, Live, Node, Refused};
+use super::{Node, Refused};
 use crate::{
-    core::{End, Life, Record},
+    core::{
+        Record,
+        registry::{self, Announced, JobSeen, WithoutVm, without_vm},
+    },
+    slurm::JobInfo,
     vm::{Attach, Request},
 };
 
@@ -45,89 +50,71 @@ impl Node {
             self.forget_completion(job);
             return Ok(Admission::Answered);
         }
-        let mut over = None;
-        let known = match self.vms().get(&job) {
-            Some(Entry::Live(live)) if live.user.uid != peer_uid && peer_uid != 0 => {
-                return Err(Refused::request(format!("job {job} is not yours")));
-            }
-            Some(Entry::Live(live)) => Some(live.clone()),
-            Some(Entry::Over(last)) if last.user.uid == peer_uid || peer_uid == 0 => {
-                over = Some(last.clone());
-                None
-            }
-            _ => None,
-        };
-        let live = if let Some(live) = known {
-            live
-        } else {
-            let _turn = turn()?;
-            // Of an earlier run nothing is told any more.
-            if let Some(last) = over.filter(|last| !self.is_of_an_earlier_run(last)) {
-                if let Some((outcome, why)) = over_verdict(&last) {
-                    return Err(Refused { outcome, why });
-                }
-                if matches!(last.life, Life::Gone { .. } | Life::Saved { .. }) {
-                    // The VM is elsewhere and its job follows: another one here would be a second.
-                    let line = format!("the VM is {}, its job follows", last.life.name());
-                    attach.to.send(Frame::Control(ToShim::Progress(line)));
-                    return Ok(Admission::Left);
+        // The registry is not locked while Slurm is asked.
+        let known = self.vms().attaches(job, peer_uid);
+        let (owner, user) = match known {
+            registry::Admission::To(owner, user) => (owner, user),
+            registry::Admission::NotYours => return Err(Refused::request(format!("job {job} is not yours"))),
+            registry::Admission::AskSlurm(last) => {
+                let _turn = turn()?;
+                match self.begin_from_slurm(job, peer_uid, &attach, last.as_deref())? {
+                    Some(begun) => begun,
+                    None => return Ok(Admission::Left),
                 }
             }
-            self.ensure_from_slurm(job, peer_uid, &attach)?
         };
-        attach.open.groups = crate::accounts::groups(&live.user);
-        attach.open.user = live.user;
-        live.tx
+        attach.open.groups = crate::accounts::groups(&user);
+        attach.open.user = user;
+        owner
             .send(Request::Attach(Box::new(attach)))
             .map(|()| Admission::Attached)
             .map_err(|_| Refused::node("the VM's owner has ended"))
     }
 
-    /// The VM ended before the job's present run began.
-    fn is_of_an_earlier_run(&self, last: &Record) -> bool {
-        let start = self.world.slurm.job(last.job).ok().flatten().and_then(|info| info.brief.start_time);
-        let start_ms = start.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000);
-        matches!((last.ended_ms, start_ms), (Some(ended), Some(start)) if ended < start)
-    }
-
     /// A job that the prolog did not announce (the agent was down then) is looked up in Slurm: the shim's word alone is not believed.
-    fn ensure_from_slurm(self: &Arc<Self>, job: u32, uid: u32, attach: &Attach) -> Result<Live, Refused> {
-        let info = self
-            .world
-            .slurm
-            .job(job)
-            .map_err(|e| Refused::node(format!("cannot ask Slurm about job {job}: {e}")))?;
-        let info = info.ok_or_else(|| Refused::node(format!("Slurm knows no job {job}")))?;
-        if info.brief.uid != uid && uid != 0 {
-            return Err(Refused::request(format!("job {job} is not yours")));
+    /// Returns the way to the owner of the VM that is begun, and its user; nothing if the VM is elsewhere.
+    fn begin_from_slurm(
+        self: &Arc<Self>,
+        job: u32,
+        peer_uid: u32,
+        attach: &Attach,
+        last: Option<&Record>,
+    ) -> Result<Option<(Sender<Request>, UserEntry)>, Refused> {
+        let info = self.world.slurm.job(job).map_err(|e| e.to_string());
+        let seen = info.clone().map(|info| info.as_ref().map(|info| self.job_seen(info)));
+        match without_vm(job, &self.name, peer_uid, seen, last) {
+            WithoutVm::Announce => {}
+            WithoutVm::Left(life) => {
+                let line = format!("the VM is {life}, its job follows");
+                attach.to.send(Frame::Control(ToShim::Progress(line)));
+                return Ok(None);
+            }
+            WithoutVm::Refused(outcome, why) => return Err(Refused { outcome, why }),
         }
-        // A job that is over keeps its node list for a while, and no epilog would end what is made for it now.
-        if !info.brief.state.is_on_nodes() || !info.brief.nodes.contains(&self.name) {
-            return Err(Refused::node(format!("job {job} does not run on {}", self.name)));
-        }
+        let Ok(Some(info)) = info else {
+            return Err(Refused::node(format!("Slurm knows no job {job}")));
+        };
         log::info!("job {job}: not announced by the prolog, taken from Slurm");
-        let user = crate::accounts::entry(info.brief.uid, info.gid);
-        self.ensure(job, info.brief.restarts, user, attach.open.spec.clone())
-            .map_err(Refused::node)?;
-        match self.vms().get(&job) {
-            Some(Entry::Live(live)) if live.user.uid == info.brief.uid => Ok(live.clone()),
-            Some(Entry::Live(_)) => Err(Refused::request(format!("job {job} is not yours"))),
-            _ => Err(Refused::node(format!("the VM of job {job} ended at once"))),
+        let run = Announced {
+            restart: info.brief.restarts,
+            user: crate::accounts::entry(info.brief.uid, info.gid),
+            spec: attach.open.spec.clone(),
+        };
+        self.ensure(job, &run).map_err(Refused::node)?;
+        let begun = self.vms().attaches(job, peer_uid);
+        match begun {
+            registry::Admission::To(owner, user) => Ok(Some((owner, user))),
+            registry::Admission::NotYours => Err(Refused::request(format!("job {job} is not yours"))),
+            registry::Admission::AskSlurm(_) => Err(Refused::node(format!("the VM of job {job} ended at once"))),
         }
     }
-}
 
-/// What a shim that comes after the end is told; `None` where the job may begin anew.
-fn over_verdict(last: &Record) -> Option<(u8, String)> {
-    match &last.life {
-        Life::Stopped {
-            why: End::Released | End::Requeued | End::NotArrived,
+    fn job_seen(&self, info: &JobInfo) -> JobSeen {
+        let brief = &info.brief;
+        JobSeen {
+            uid: brief.uid,
+            here: brief.state.is_on_nodes() && brief.nodes.contains(&self.name),
+            start_ms: brief.start_time.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000),
         }
-        | Life::Gone { .. }
-        | Life::Saved { .. } => None,
-        Life::Stopped { why } => why
-            .verdict()
-            .map(|(outcome, line)| (u8::try_from(outcome).unwrap_or(slurm_vm_api::outcome::NODE_FAULT), line)),
-        _ => None,
     }
 }

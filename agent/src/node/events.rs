@@ -3,9 +3,9 @@ use std::{collections::HashMap, sync::Arc};
 
 use crossbeam_channel::{Receiver, Sender};
 
-use super::{Entry, Node};
+use super::{Node, domains_of};
 use crate::{
-    core::Life,
+    core::registry::{Entry, Recheck, job_of},
     hypervisor::{DomainEvent, StateReason, StopReason},
     vm::Request,
 };
@@ -52,11 +52,7 @@ impl Node {
     }
 
     fn tell(&self, domain: &str, event: crate::core::Event) {
-        let job = domain
-            .strip_prefix("slurm-")
-            .and_then(|r| r.split('-').next())
-            .and_then(|j| j.parse::<u32>().ok());
-        if let Some(tx) = job.and_then(|j| self.owner(j)) {
+        if let Some(tx) = job_of(domain).and_then(|j| self.owner(j)) {
             let _ = tx.send(Request::Core(event));
         }
     }
@@ -64,32 +60,27 @@ impl Node {
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
-        let owners: Vec<Sender<Request>> = self
-            .vms()
-            .values()
-            .filter_map(|e| if let Entry::Live(live) = e { Some(live.tx.clone()) } else { None })
-            .collect();
-        for tx in owners {
-            let Some(record) = self.ask(&tx, Request::Record) else { continue };
-            if matches!(record.life, Life::Running | Life::AwaitingJob { .. }) && !domains.iter().any(|d| d.name == record.domain()) {
-                let _ = tx.send(Request::Core(crate::core::Event::DomainEnded {
-                    how: "it ended while libvirt was away".into(),
-                }));
-            }
-        }
         log::info!("libvirt is back, {} domains", domains.len());
-        // A start that libvirt was busy with when it went away may have come through after its VM was given up.
-        let given_up: Vec<String> = self
-            .vms()
-            .values()
-            .filter_map(|e| match e {
-                Entry::Over(r) if matches!(r.life, Life::Stopped { .. }) => Some(r.domain()),
-                _ => None,
-            })
-            .filter(|name| domains.iter().any(|d| d.name == *name))
+        let owners: Vec<(u32, Sender<Request>)> = {
+            let vms = self.vms();
+            let owner = |(job, entry): (u32, &Entry<Sender<Request>>)| match entry {
+                Entry::Live(live) => Some((job, live.way.clone())),
+                Entry::Over(_) => None,
+            };
+            vms.iter().filter_map(owner).collect()
+        };
+        let lives = owners
+            .into_iter()
+            .filter_map(|(job, way)| Some((job, self.ask(&way, Request::Record)?)))
             .collect();
-        for name in given_up {
-            log::warn!("domain {name} runs though its VM was given up: ending it");
+        let Recheck { ended, left } = self.vms().recheck(&domains_of(&domains), &lives);
+        for way in ended {
+            let _ = way.send(Request::Core(crate::core::Event::DomainEnded {
+                how: "it ended while libvirt was away".into(),
+            }));
+        }
+        for name in left {
+            log::warn!("domain {name} is there though its VM is over: ending it");
             if let Err(e) = self.world.hypervisor.destroy(&name) {
                 log::error!("cannot end {name}: {e}");
             }

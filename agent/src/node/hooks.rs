@@ -2,93 +2,72 @@
 use std::{sync::Arc, time::Duration};
 
 use crossbeam_channel::bounded;
-use slurm_vm_api::{session::UserEntry, spec::VmSpec};
+use slurm_vm_api::spec::VmSpec;
 
-use super::{ANSWER, Entry, Live, Node};
+use super::{ANSWER, Node, Registry};
 use crate::{
-    core::{Life, Record, record::domain_name},
+    core::{
+        Life, Record,
+        record::domain_name,
+        registry::{Announced, Begin, Meeting},
+    },
     vm::{self, Birth, Request},
 };
 
 impl Node {
-    /// Prolog: the job may run here soon; `restart` is Slurm's count of its restarts. Returns the run number at once; everything else happens on the VM's thread.
+    /// Prolog: a run of the job may begin here soon. Returns the run number at once; everything else happens on the VM's thread.
     ///
     /// # Errors
     /// A fragment for the log.
-    pub fn ensure(self: &Arc<Self>, job: u32, restart: u32, user: UserEntry, spec: VmSpec) -> Result<u64, String> {
+    pub fn ensure(self: &Arc<Self>, job: u32, run: &Announced) -> Result<u64, String> {
         for _ in 0..2 {
-            let mut vms = self.vms();
-            let run = match vms.get(&job) {
-                Some(Entry::Live(live)) => {
-                    let (tx, owned_by) = (live.tx.clone(), live.user.uid);
-                    // Nobody else waits for this owner.
-                    drop(vms);
-                    let (reply, answer) = bounded(1);
-                    let record = self.ask(&tx, Request::Record);
-                    if let Some(record) = record.filter(|r| is_on_its_way_out(&r.life)) {
-                        // The last run is still on its way out: begin anew as soon as it is over.
-                        let node = self.clone();
-                        let run = record.run + 1;
-                        std::thread::spawn(move || node.ensure_after(job, restart, user, spec));
-                        return Ok(run);
+            let (way, vm) = {
+                let mut vms = self.vms();
+                match vms.announced(job) {
+                    Begin::Begin { run: number } => {
+                        self.begin(&mut vms, job, number, run.clone());
+                        return Ok(number);
                     }
-                    if owned_by != user.uid {
-                        return Err(format!(
-                            "job {job} of uid {} meets a VM of uid {owned_by}'s job of that number",
-                            user.uid
-                        ));
-                    }
-                    if tx.send(Request::JobHere(reply)).is_ok()
-                        && let Ok(run) = answer.recv_timeout(ANSWER)
-                    {
-                        return Ok(run);
-                    }
-                    continue;
+                    Begin::Ask { way, vm } => (way, vm),
                 }
-                Some(Entry::Over(last)) => last.run + 1,
-                None => 1,
             };
-            let of = user.clone();
-            let tx = vm::spawn(self.clone(), job, move |node| node.birth(job, restart, run, of, spec));
-            vms.insert(job, Entry::Live(Live { tx, user }));
-            return Ok(run);
+            let uid = run.user.uid;
+            match self.ask(&way, |reply| Request::JobHere { uid, reply }) {
+                Some(Meeting::Goes { run }) => return Ok(run),
+                Some(Meeting::Stranger { uid: owner }) => {
+                    return Err(format!("job {job} of uid {uid} meets a VM of uid {owner}'s job of that number"));
+                }
+                Some(Meeting::Leaves { run: number }) if self.vms().waits(job, vm, run.clone()) => return Ok(number),
+                // It has ended meanwhile.
+                Some(Meeting::Leaves { .. }) | None => {}
+            }
         }
         Err(format!("the owner of job {job}'s VM does not answer"))
     }
 
-    /// As [`Node::ensure`], once the VM of the job's last run is over here.
-    fn ensure_after(self: &Arc<Self>, job: u32, restart: u32, user: UserEntry, spec: VmSpec) {
-        let deadline = std::time::Instant::now() + Duration::from_secs(120);
-        loop {
-            let over = match self.vms().get(&job) {
-                Some(Entry::Live(_)) => false,
-                Some(Entry::Over(_)) | None => true,
-            };
-            if over || std::time::Instant::now() > deadline {
-                break;
-            }
-            self.world.clock.sleep(Duration::from_millis(50));
-        }
-        if let Err(e) = self.ensure(job, restart, user, spec) {
-            log::error!("job {job}: {e}");
-        }
+    /// A VM is begun for a run of the job.
+    pub(super) fn begin(self: &Arc<Self>, vms: &mut Registry, job: u32, number: u64, run: Announced) {
+        let user = run.user.clone();
+        let way = vm::spawn(self.clone(), job, move |node| node.birth(job, number, run));
+        vms.begun(job, way, user);
     }
 
     /// A record for a new VM, or the one of a save that waits on shared storage; nothing if the job's script has ended in its grace time and
     /// is not to run again. May last as long as a file server is away: called on the VM's own thread.
-    fn birth(&self, job: u32, restart: u32, run: u64, user: UserEntry, spec: VmSpec) -> Option<Birth> {
+    fn birth(&self, job: u32, number: u64, run: Announced) -> Option<Birth> {
+        let Announced { restart, user, spec } = run;
         if restart == 0 {
             // Of another job that had this number.
             self.forget_completion(job);
         } else if self.completion(job, user.uid).is_some() {
             log::info!("job {job}: its script ended within its grace time: it is not run again");
-            self.vms().remove(&job);
+            self.vms().not_begun(job);
             return None;
         }
         let now = self.world.clock.now_ms();
         if let Some(saved) = vm::saving::find(self, job, user.uid) {
             let mut record = saved;
-            record.run = run.max(record.run + 1);
+            record.run = number.max(record.run + 1);
             record.come_to(&self.name);
             record.generation += 1;
             let (overlay, shared) = vm::prepare::overlay_path(&self.config, &self.world.store.vm_dir(&record.domain()), &record);
@@ -101,7 +80,7 @@ impl Node {
             return Some(Birth::Expected(record));
         }
         Some(Birth::New(Record {
-            run,
+            run: number,
             created_ms: now,
             ..Record::new(
                 self.config.cluster.clone(),
@@ -122,12 +101,10 @@ impl Node {
     /// When this node has a live VM of the job already.
     pub fn expect(self: &Arc<Self>, record: Record) -> Result<(), String> {
         let mut vms = self.vms();
-        if let Some(Entry::Live(_)) = vms.get(&record.job) {
-            return Err(format!("job {} has a VM here already", record.job));
-        }
+        vms.expects(record.job)?;
         let (job, user) = (record.job, record.user.clone());
-        let tx = vm::spawn(self.clone(), job, |_| Some(Birth::Expected(record)));
-        vms.insert(job, Entry::Live(Live { tx, user }));
+        let way = vm::spawn(self.clone(), job, |_| Some(Birth::Expected(record)));
+        vms.begun(job, way, user);
         Ok(())
     }
 
@@ -136,10 +113,7 @@ impl Node {
     /// # Errors
     /// Names the domain that could not be ended.
     pub fn release(&self, job: u32, wait: Duration) -> Result<(), String> {
-        let tx = match self.vms().get(&job) {
-            Some(Entry::Live(Live { tx, .. })) => tx.clone(),
-            _ => return Ok(()),
-        };
+        let Some(tx) = self.vms().released(job) else { return Ok(()) };
         let (reply, answer) = bounded(1);
         if tx.send(Request::Release(reply)).is_err() {
             return Ok(());
@@ -159,9 +133,4 @@ impl Node {
             Err(e) => Err(format!("domain {domain} cannot be ended: {e}")),
         }
     }
-}
-
-/// The VM's run ends here: a job that begins here meanwhile gets another VM, or this one back, once it is over.
-fn is_on_its_way_out(life: &Life) -> bool {
-    life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. })
 }

@@ -26,38 +26,33 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use slurm_vm_api::{query::VmView, session::UserEntry};
+use slurm_vm_api::query::VmView;
 
 use crate::{
     cluster::Peers,
     config::Config,
-    core::Record,
+    core::{
+        Record,
+        registry::{self, Entry},
+    },
     effects::World,
-    hypervisor::{DomainType, HostInfo},
+    hypervisor::{DomainInfo, DomainType, HostInfo},
     vm::{self, Request},
 };
 
 /// How long the owner of a VM may take to answer a question that needs no effect.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// A VM as the registry knows it.
+/// The VMs of this node, with the ways to their owners.
+type Registry = registry::Registry<Sender<Request>>;
+
+/// What is known of a job's VM, as it was a moment ago.
 #[derive(Debug)]
-enum Entry {
-    Live(Live),
-    Over(Box<Record>),
-}
-
-/// An entry as it was a moment ago.
-enum Known {
+pub enum Known {
+    /// Its owner.
     Live(Sender<Request>),
+    /// The record of its end here.
     Over(Box<Record>),
-}
-
-/// A VM with an owner. Whose it is stands beside the way to him, so that nobody has to wait for him to learn it.
-#[derive(Debug, Clone)]
-struct Live {
-    tx: Sender<Request>,
-    user: UserEntry,
 }
 
 /// Why a session is refused.
@@ -102,7 +97,7 @@ pub struct Node {
     pub peers: Arc<dyn Peers>,
     /// Moves of which this node is an end.
     pub moves: vm::moving::Moves,
-    vms: Mutex<HashMap<u32, Entry>>,
+    vms: Mutex<Registry>,
     domain_type: OnceLock<(DomainType, String)>,
     /// What libvirt says of the host, asked once: it may probe QEMU for seconds to tell it.
     host: OnceLock<HostInfo>,
@@ -127,7 +122,7 @@ impl Node {
             world,
             peers,
             moves: vm::moving::Moves::default(),
-            vms: Mutex::new(HashMap::new()),
+            vms: Mutex::default(),
             domain_type: OnceLock::new(),
             host: OnceLock::new(),
             shared_trouble: Mutex::new(None),
@@ -137,8 +132,13 @@ impl Node {
         })
     }
 
-    fn vms(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
+    fn vms(&self) -> MutexGuard<'_, Registry> {
         self.vms.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// How long the record of a VM that is over is kept, in milliseconds.
+    fn keep_ms(&self) -> u64 {
+        u64::from(self.config.node.keep_days) * 86_400_000
     }
 
     /// Whether Slurm runs the job on this node; `None` when it does not say.
@@ -182,19 +182,15 @@ impl Node {
     /// The way to a live VM's owner.
     #[must_use]
     pub fn owner(&self, job: u32) -> Option<Sender<Request>> {
-        match self.vms().get(&job) {
-            Some(Entry::Live(Live { tx, .. })) => Some(tx.clone()),
-            _ => None,
-        }
+        self.vms().live(job).map(|live| live.way.clone())
     }
 
     /// The way to the owner of a VM of this user's job; root has the way to all.
     #[must_use]
     pub fn owner_for(&self, job: u32, peer_uid: u32) -> Option<Sender<Request>> {
-        match self.vms().get(&job) {
-            Some(Entry::Live(Live { tx, user })) if user.uid == peer_uid || peer_uid == 0 => Some(tx.clone()),
-            _ => None,
-        }
+        let vms = self.vms();
+        let live = vms.live(job).filter(|live| live.user.uid == peer_uid || peer_uid == 0)?;
+        Some(live.way.clone())
     }
 
     /// Asks an owner something that needs no effect.
@@ -214,23 +210,25 @@ impl Node {
     }
 
     /// What the registry has of a job, taken out of it: nothing is asked or looked at while it is locked.
-    fn known(&self, job: u32) -> Option<Known> {
-        Some(match self.vms().get(&job)? {
-            Entry::Live(Live { tx, .. }) => Known::Live(tx.clone()),
+    #[must_use]
+    pub fn known(&self, job: u32) -> Option<Known> {
+        Some(match self.vms().get(job)? {
+            Entry::Live(live) => Known::Live(live.way.clone()),
             Entry::Over(record) => Known::Over(record.clone()),
         })
     }
 
-    /// Called by an owner whose VM is over here and that has nobody to answer: `true` lets it end.
+    /// Called by an owner whose VM is over here and that has nobody to answer: `true` lets it end. A run that has waited for that begins.
     #[must_use]
-    pub fn retire(&self, record: &Record, rx: &Receiver<Request>) -> bool {
+    pub fn retire(self: &Arc<Self>, record: &Record, rx: &Receiver<Request>) -> bool {
         let mut vms = self.vms();
-        if rx.is_empty() {
-            vms.insert(record.job, Entry::Over(Box::new(record.clone())));
-            true
-        } else {
-            false
+        if !rx.is_empty() {
+            return false;
         }
+        if let Some((number, run)) = vms.retired(record.clone()) {
+            self.begin(&mut vms, record.job, number, run);
+        }
+        true
     }
 
     /// Keeps the marker by which the epilog hook knows a job whose VM was asked for by a step only.
@@ -249,6 +247,16 @@ impl Node {
     fn marker(&self, job: u32) -> PathBuf {
         self.config.run_dir.join("jobs").join(job.to_string())
     }
+}
+
+/// libvirt's domains as the registry looks at them.
+fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {
+    let domain = |d: &DomainInfo| registry::Domain {
+        name: d.name.clone(),
+        uuid: d.uuid,
+        run: d.metadata.run,
+    };
+    all.iter().map(domain).collect()
 }
 
 /// libvirt's name of a domain type.

@@ -1,9 +1,12 @@
 //! Ledger, libvirt and Slurm are brought together after a start.
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Entry, Live, Node};
+use super::{Node, Registry, domains_of};
 use crate::{
-    core::Record,
+    core::{
+        Record,
+        registry::{Domain, Found},
+    },
     vm::{self, Birth},
 };
 
@@ -24,8 +27,9 @@ impl Node {
             .list()
             .inspect_err(|e| log::error!("libvirt cannot be asked for its domains: {e}"))
             .ok();
-        let keep_ms = u64::from(self.config.node.keep_days) * 86_400_000;
-        let now = self.world.clock.now_ms();
+        let there: Option<Vec<Domain>> = domains.as_deref().map(domains_of);
+        let (now_ms, keep_ms) = (self.world.clock.now_ms(), self.keep_ms());
+        let mut lives = BTreeMap::new();
         let mut known = Vec::new();
         for record in records {
             let record = match record {
@@ -33,53 +37,62 @@ impl Node {
                 Err(e) => {
                     log::error!("{}", crate::text::chain(&e));
                     // Another version's record, perhaps: its domain is not ours to end.
-                    known.extend(e.domain());
+                    if let Some(domain) = e.domain() {
+                        known.push(domain.clone());
+                        self.vms().foreign(domain);
+                    }
                     continue;
                 }
             };
             known.push(record.domain());
-            let job = record.job;
-            if record.life.is_over_here() {
-                self.clear_after(&record, domains.as_deref().unwrap_or_default());
-                if record.ended_ms.is_some_and(|ended| ended + keep_ms < now) {
+            match Registry::found(record, there.as_deref(), now_ms, keep_ms) {
+                Found::Old(record) => {
                     let _ = self.world.store.remove(&record.domain());
-                } else {
-                    self.vms().insert(job, Entry::Over(Box::new(record)));
                 }
-                continue;
+                Found::Over { record, left } => {
+                    if left {
+                        self.clear_after(&record);
+                    }
+                    self.vms().over(record);
+                }
+                Found::Goes { record, domain_here } => {
+                    let job = record.job;
+                    lives.insert(job, record.clone());
+                    self.go_on(record, domain_here);
+                }
             }
-            let domain_here = domains
-                .as_ref()
-                .map(|all| all.iter().any(|d| d.name == record.domain() && d.uuid == record.uuid()));
-            let job_here = self.job_here(job);
-            log::info!(
-                "job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})",
-                record.life.name()
-            );
-            let user = record.user.clone();
-            let found = Birth::Recovered {
-                record,
-                domain_here,
-                job_here,
-            };
-            let tx = vm::spawn(self.clone(), job, |_| Some(found));
-            self.vms().insert(job, Entry::Live(Live { tx, user }));
         }
-        for d in domains.iter().flatten().filter(|d| !known.contains(&d.name)) {
-            log::warn!("domain {} is ours and in no record: ending it", d.name);
-            if let Err(e) = self.world.hypervisor.destroy(&d.name) {
-                log::error!("cannot end {}: {e}", d.name);
+        let strays = there.map(|there| self.vms().strays(&there, &lives)).unwrap_or_default();
+        for name in strays {
+            log::warn!("domain {name} is ours and in no record: ending it");
+            if let Err(e) = self.world.hypervisor.destroy(&name) {
+                log::error!("cannot end {name}: {e}");
             }
         }
         vm::moving::clear_left_sockets(&self.config, &known);
     }
 
+    fn go_on(self: &Arc<Self>, record: Record, domain_here: Option<bool>) {
+        let job = record.job;
+        let job_here = self.job_here(job);
+        log::info!(
+            "job {job}: found {} in the ledger (domain here: {domain_here:?}, job here: {job_here:?})",
+            record.life.name()
+        );
+        let user = record.user.clone();
+        let found = Birth::Recovered {
+            record,
+            domain_here,
+            job_here,
+        };
+        let mut vms = self.vms();
+        let way = vm::spawn(self.clone(), job, |_| Some(found));
+        vms.begun(job, way, user);
+    }
+
     /// An agent that died right after it had recorded a VM's end may have left something of it here.
-    fn clear_after(&self, record: &Record, domains: &[crate::hypervisor::DomainInfo]) {
+    fn clear_after(&self, record: &Record) {
         let domain = record.domain();
-        if !domains.iter().any(|d| d.name == domain) {
-            return;
-        }
         log::warn!("job {}: {domain} is {} and still here: ending it", record.job, record.life.name());
         if let Err(e) = self.world.hypervisor.destroy(&domain) {
             log::error!("cannot end {domain}: {e}");

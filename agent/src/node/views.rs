@@ -4,8 +4,11 @@ use std::{sync::Arc, time::Duration};
 use crossbeam_channel::{Receiver, bounded};
 use slurm_vm_api::query::{Totals, VmView};
 
-use super::{Entry, Known, Node};
-use crate::vm::{Request, view};
+use super::{Known, Node};
+use crate::{
+    core::registry::Entry,
+    vm::{Request, view},
+};
 
 /// How long the VMs of a node together may take to say how they are.
 const VIEWS_WITHIN: Duration = Duration::from_secs(1);
@@ -40,7 +43,7 @@ impl Node {
         let mut over = Vec::new();
         for (job, entry) in self.vms().iter() {
             match entry {
-                Entry::Live(live) => asked.push((*job, live.tx.clone())),
+                Entry::Live(live) => asked.push((job, live.way.clone())),
                 Entry::Over(record) => over.push(record.clone()),
             }
         }

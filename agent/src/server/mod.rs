@@ -30,6 +30,7 @@ pub use asks::{log_text, prefixed};
 
 use crate::{
     controller::Controller,
+    core::registry::Announced,
     limits::{ANSWER_WITHIN, Bounds, Budget, FIRST_WORDS},
     node::Node,
 };
@@ -213,7 +214,7 @@ fn hook(request: HookRequest, roles: &Roles, uid: u32) -> HookReply {
         } => {
             log::info!("job {job}: prolog (restart {restart}, uid {uid}, image {})", spec.image);
             let user = crate::accounts::entry(uid, gid);
-            match node.ensure(job, restart, user, spec) {
+            match node.ensure(job, &Announced { restart, user, spec }) {
                 Ok(run) => HookReply::done(Some(run)),
                 Err(why) => HookReply::refused(why),
             }

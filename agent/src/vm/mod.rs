@@ -29,13 +29,18 @@ use outbox::Pass;
 pub use owner::{Birth, spawn};
 pub use programs::Attach;
 
-use crate::core::{Event, HandOverError, KeptOutput, MoveIdentity, MoveQuestion, ProgramRecord, Record};
+use crate::core::{Event, HandOverError, KeptOutput, MoveIdentity, MoveQuestion, ProgramRecord, Record, registry::Meeting};
 
 /// What others ask of a VM's owner.
 #[derive(Debug)]
 pub enum Request {
-    /// The job starts on this node (prolog); answered with the run number.
-    JobHere(Sender<u64>),
+    /// A run of the user's job begins on this node (prolog). A VM that is not for it learns nothing.
+    JobHere {
+        /// The job's user.
+        uid: u32,
+        /// Whether the VM is for this run.
+        reply: Sender<Meeting>,
+    },
     /// The job leaves this node; answered when the VM has left it, or could not be ended.
     Release(Sender<Result<(), String>>),
     /// A shim opens its session.

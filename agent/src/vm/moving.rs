@@ -34,10 +34,13 @@ use super::{
 use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
-    core::{Event, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts},
+    core::{
+        Event, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts,
+        locate::{Copy, Search},
+    },
     effects::World,
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
-    node::Node,
+    node::{Known, Node},
     text,
 };
 
@@ -496,45 +499,54 @@ fn address(order: Option<&MoveOrder>, node: &str, by: &MoveIdentity) -> String {
         .map_or_else(|| node.to_owned(), |o| o.address.clone())
 }
 
-/// Asks libvirt here, then the other end, until one of them knows. While it is unclear nobody resumes anything.
+/// Asks libvirt here, then the other end ([`Search`]). Where nobody can say it now the core asks again in its own time.
 #[must_use]
-pub fn find_guest(node: &Arc<Node>, record: &Record, order: Option<&MoveOrder>) -> Whereabouts {
-    let domain = record.domain();
-    let (other, by, question) = match &record.life {
-        Life::Leaving { to, by, .. } => (to, by, MoveQuestion::HasCome),
-        Life::Arriving { from, by } => (from, by, MoveQuestion::Stays),
-        _ => return Whereabouts::AtSource,
+pub fn find_guest(node: &Node, record: &Record, order: Option<&MoveOrder>) -> Whereabouts {
+    let Some(search) = Search::of(record) else {
+        return Whereabouts::AtSource;
     };
-    let (here, there) = match question {
-        MoveQuestion::HasCome => (Whereabouts::AtSource, Whereabouts::AtDestination),
-        MoveQuestion::Stays => (Whereabouts::AtDestination, Whereabouts::AtSource),
-    };
-    let address = address(order, other, by);
-    let request = PeerRequest::RunsHere {
-        job: record.job,
-        by: by.clone(),
-        question,
-    };
-    loop {
-        match node.world.hypervisor.info(&domain) {
-            // The migration may still be running on behalf of an agent that died: wait for its end.
-            Ok(Some(_)) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => {}
-            Ok(Some(i)) if runs(&i) => return here,
-            // A paused copy proves nothing: a source whose libvirt lost the answer of the Finish phase has one, too.
-            Ok(copy) => match node.peers.request(other, &address, &request, CONFIRM_WITHIN) {
-                Ok(PeerReply::RunsHere(true)) => return there,
-                Ok(PeerReply::RunsHere(false)) if copy.is_none() => return Whereabouts::Nowhere,
-                Ok(PeerReply::RunsHere(false)) if question == MoveQuestion::HasCome => return Whereabouts::AtSource,
-                Ok(said) => log::info!("job {}: it is not clear yet who has the guest; {other} says {said:?}", record.job),
-                Err(e) => log::warn!("job {}: {other} does not say whether it has the guest: {e}", record.job),
-            },
-            Err(e) => log::warn!("job {}: libvirt does not say whether it has the guest: {e}", record.job),
+    let (job, other) = (record.job, &search.other);
+    let here = match copy_here(node, record) {
+        Ok(here) => here,
+        Err(e) => {
+            log::warn!("job {job}: libvirt does not say whether it has the guest: {e}");
+            return Whereabouts::Unknown;
         }
-        node.world.clock.sleep(Duration::from_secs(1));
-        if node.owner(record.job).is_none() {
-            return Whereabouts::Nowhere;
-        }
+    };
+    if let Some(found) = search.saw(here) {
+        return found;
     }
+    let request = PeerRequest::RunsHere {
+        job,
+        by: search.by.clone(),
+        question: search.question,
+    };
+    let answer = match node
+        .peers
+        .request(other, &address(order, other, &search.by), &request, CONFIRM_WITHIN)
+    {
+        Ok(PeerReply::RunsHere(answer)) => Some(answer),
+        Ok(said) => {
+            log::info!("job {job}: it is not clear yet who has the guest; {other} says {said:?}");
+            None
+        }
+        Err(e) => {
+            log::warn!("job {job}: {other} does not say whether it has the guest: {e}");
+            None
+        }
+    };
+    search.heard(here, answer)
+}
+
+/// What libvirt here has of the VM.
+fn copy_here(node: &Node, record: &Record) -> Result<Copy, HypervisorError> {
+    let domain = record.domain();
+    Ok(match node.world.hypervisor.info(&domain)? {
+        None => Copy::None,
+        Some(_) if node.world.hypervisor.job_progress(&domain).ok().flatten().is_some() => Copy::Busy,
+        Some(info) if runs(&info) => Copy::Runs,
+        Some(_) => Copy::Stands,
+    })
 }
 
 fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
@@ -547,12 +559,10 @@ fn runs(info: &crate::hypervisor::DomainInfo) -> bool {
 /// Why it cannot be told yet; when libvirt does not say, that is no "no".
 pub fn has_guest(node: &Node, job: u32, by: &MoveIdentity, question: MoveQuestion) -> Result<bool, String> {
     let silent = || format!("the owner of job {job}'s VM does not answer");
-    let Some(owner) = node.owner(job) else {
-        let record = node.record(job);
-        if node.owner(job).is_some() {
-            return Err(format!("a VM of job {job} has just come"));
-        }
-        return record.map_or(Ok(question.answer_without_record()), |r| question.answer(&r, by, false));
+    let owner = match node.known(job) {
+        Some(Known::Live(owner)) => owner,
+        Some(Known::Over(record)) => return question.answer(&record, by, false),
+        None => return Ok(question.answer_without_record()),
     };
     let record = node.ask(&owner, Request::Record).ok_or_else(silent)?;
     let info = node.world.hypervisor.info(&record.domain()).map_err(|e| e.to_string())?;

@@ -21,7 +21,10 @@ use super::{
     saving, start, supersede, view,
 };
 use crate::{
-    core::{Allocation, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm},
+    core::{
+        Allocation, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm,
+        registry::{Meeting, is_for_a_later_run, meets},
+    },
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
     limits::ORDERS_PER_VM,
@@ -227,10 +230,12 @@ impl Owner {
 
     fn on_request(&mut self, request: Request) {
         match request {
-            Request::JobHere(reply) => {
-                let run = self.vm.record.run + 1;
-                self.core(Event::JobHere { run });
-                let _ = reply.send(run);
+            Request::JobHere { uid, reply } => {
+                let meeting = meets(&self.vm.record, uid);
+                if let Meeting::Goes { run } = meeting {
+                    self.core(Event::JobHere { run });
+                }
+                let _ = reply.send(meeting);
             }
             Request::Release(reply) => {
                 self.releases.push(reply);
@@ -342,6 +347,14 @@ impl Owner {
 
     fn attach(&mut self, a: Attach) {
         let restart = a.open.restart;
+        if is_for_a_later_run(&self.vm.record, restart) {
+            // When this VM has left, its connection is closed, and it comes again.
+            a.to.send(Frame::Control(ToShim::Progress(
+                "the VM of the job's last run is still on its way out".into(),
+            )));
+            self.waiting_attach.push(a);
+            return;
+        }
         self.run_state(|s| s.restart = s.restart.max(restart));
         match &self.vm.record.life {
             Life::Stopping { why } | Life::Stopped { why } => {

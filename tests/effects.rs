@@ -57,7 +57,7 @@ const RULES: &[Rule] = &[
             DAEMON,
             ("effects/store.rs", "behind the trait Store"),
             ("effects/trusted.rs", "behind the trait Files"),
-            ("vm/private.rs", "owners and modes of what the other modules here make"),
+            ("effects/private.rs", "behind the trait Files: owners and modes"),
             ("effects/files.rs", "behind the trait Files"),
             ("slurm/commands.rs", "behind the trait Slurm: where its commands are"),
             ("config.rs", "the configuration is read once, before anything else"),
@@ -70,12 +70,6 @@ const RULES: &[Rule] = &[
             (
                 "vm/spool.rs",
                 "kept output is written by offset into an open file: no fault point stands between two writes of it",
-            ),
-            // To go through Files yet.
-            ("vm/moving.rs", "directories of a VM's sockets: not yet through Files"),
-            (
-                "vm/saving/",
-                "saves on shared storage: not yet through Files, except that the manifest is written durably",
             ),
         ],
     },

@@ -47,7 +47,7 @@ impl Stage {
             ..FakeJob::default()
         });
         slurm.tick(2);
-        let save = dir.path().join(format!("shared/saves/slurm-{job}-0.1.5"));
+        let save = dir.path().join(format!("shared/saves/slurm-{job}-0.1.5.n1"));
         let stage = Self {
             dir,
             slurm,
@@ -170,7 +170,7 @@ fn a_save_is_restored_once() {
     assert!(s.waits());
     s.restore().unwrap();
     assert_eq!(s.domain(), Some(DomainState::Running));
-    assert!(!s.waits() && saving::is_used(&s.save));
+    assert!(!s.waits() && saving::is_used(&SystemFiles, &s.save));
     assert!(!s.save.join("memory").exists(), "its memory is of no use any more");
     // The guest has ended since: it is not begun a second time from the same memory.
     s.libvirt[0].destroy(&s.record().domain()).unwrap();
@@ -300,7 +300,7 @@ fn a_base_image_that_was_replaced_is_refused_by_name_and_the_save_waits_on() {
 #[test]
 fn only_the_saves_of_the_very_vm_that_ends_are_removed() {
     let s = Stage::new();
-    let other = s.dir.path().join(format!("shared/saves/slurm-{}-0.1.6", s.job));
+    let other = s.dir.path().join(format!("shared/saves/slurm-{}-0.1.6.n1", s.job));
     fs::create_dir_all(&other).unwrap();
     fs::write(other.join("manifest.used.json"), "{}").unwrap();
     saving::remove_saves(&s.nodes[0], &s.record(), false);
@@ -317,4 +317,14 @@ fn refusal(call: &'static str) -> slurm_vm::hypervisor::HypervisorError {
         message: format!("{call} fails as ordered"),
         code: 9,
     }
+}
+
+#[test]
+fn what_a_save_that_was_never_whole_has_left_is_found_by_the_node_that_made_it() {
+    let s = Stage::new();
+    fs::remove_file(s.save.join("manifest.json")).unwrap();
+    let made = |k: usize| saving::made_by(&s.nodes[k]);
+    let [left] = &made(0)[..] else { panic!("{:?}", made(0)) };
+    assert_eq!((left.job, left.uid, &left.dir), (s.job, None, &s.save));
+    assert!(made(1).is_empty(), "n2 did not make it");
 }

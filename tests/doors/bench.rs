@@ -15,7 +15,9 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::Record,
-    effects::{Faults, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust},
+    effects::{
+        Directory, Faults, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust,
+    },
     hypervisor::fake,
     node::Node,
     server::{self, Roles},
@@ -135,6 +137,30 @@ impl Files for Remote {
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
         self.reach(path);
         SystemFiles.list(path)
+    }
+    fn is_there(&self, path: &Path) -> bool {
+        self.reach(path);
+        SystemFiles.is_there(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.reach(from);
+        SystemFiles.rename(from, to)
+    }
+    fn sync(&self, file: &Path) -> io::Result<()> {
+        self.reach(file);
+        SystemFiles.sync(file)
+    }
+    fn remove_all(&self, dir: &Path) -> io::Result<()> {
+        self.reach(dir);
+        SystemFiles.remove_all(dir)
+    }
+    fn make_directory(&self, dir: &Path, whose: Directory<'_>) -> io::Result<()> {
+        self.reach(dir);
+        SystemFiles.make_directory(dir, whose)
+    }
+    fn give(&self, file: &Path, qemu_user: &str) -> io::Result<()> {
+        self.reach(file);
+        SystemFiles.give(file, qemu_user)
     }
 }
 

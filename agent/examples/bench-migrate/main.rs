@@ -209,7 +209,7 @@ impl Way {
     fn expect(&self) -> Result<Value, String> {
         if self.virsh {
             self.node.world.store.put(&self.record()).map_err(text)?;
-            make_run_dir(&self.node.config, &self.domain())?;
+            make_run_dir(&*self.node.world.files, &self.node.config, &self.domain())?;
         }
         Ok(json!({}))
     }

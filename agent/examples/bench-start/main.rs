@@ -256,7 +256,7 @@ impl Bench {
             .map_err(|e| format!("{e:?}"))?;
         record.allocation = Some(allocation);
         record.plan = Some(plan);
-        make_run_dir(&self.node.config, &record.domain())?;
+        make_run_dir(&*self.node.world.files, &self.node.config, &record.domain())?;
         Ok(record)
     }
 

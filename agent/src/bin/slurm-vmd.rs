@@ -6,7 +6,7 @@ use slurm_vm::{
     cluster::{self, Peers, TlsPeers},
     config::{self, Config},
     controller::Controller,
-    effects::{Faults, SystemClock, World, disks::QemuImg, store::DirStore, trusted},
+    effects::{Faults, SystemClock, World, disks::QemuImg, private, store::DirStore, trusted},
     hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
     logging,
     node::Node,
@@ -14,7 +14,6 @@ use slurm_vm::{
     server::{self, Roles},
     slurm::{Slurm, SlurmCommands, SlurmSettings},
     text::chain,
-    vm::private,
 };
 
 /// The agent of slurm-vm: runs the virtual machines of this node's jobs, and the cluster's moves where it is the controller.

@@ -352,6 +352,13 @@ impl Record {
         });
     }
 
+    /// Saves of this VM may be on shared storage. What a save that failed has left there the sweep finds.
+    #[must_use]
+    pub fn has_been_saved(&self) -> bool {
+        let layers = self.plan.as_ref().is_some_and(|p| !p.layers.is_empty());
+        layers || self.moves.iter().any(|m| matches!(m.way.as_str(), "save" | "restore"))
+    }
+
     /// The job begins a run here.
     pub fn begin_run(&mut self, run: u64) {
         if self.run != run {

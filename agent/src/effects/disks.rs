@@ -213,7 +213,7 @@ impl Disks for QemuImg {
             return Err(node(last_line(&out.stderr)));
         }
         match &self.owner {
-            Some(owner) => crate::vm::private::give(overlay, owner).map_err(|e| node(e.to_string())),
+            Some(owner) => super::private::give(overlay, owner).map_err(|e| node(e.to_string())),
             None => Ok(()),
         }
     }

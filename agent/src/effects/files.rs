@@ -1,14 +1,17 @@
-//! Small files and directories beside the ledger: markers, records of ended scripts. Behind a trait like everything
+//! Files and directories beside the ledger: markers, records of ended scripts, saves, directories of sockets. Behind a trait like everything
 //! outside the process; [`MemoryFiles`] is the fake.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::trusted::{self, Distrust};
+use super::{
+    private,
+    trusted::{self, Distrust},
+};
 
 /// Small files. Calls block for as long as the file system does.
 pub trait Files: Send + Sync + fmt::Debug {
@@ -48,6 +51,45 @@ pub trait Files: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the file system.
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
+    /// Whether there is a file or directory of that name. Not being able to look counts as none.
+    fn is_there(&self, path: &Path) -> bool;
+    /// Gives a file another name on the same file system, in the place of whatever had it; a power cut does not undo it. Of two who rename
+    /// the same file one succeeds.
+    ///
+    /// # Errors
+    /// Those of the file system. `NotFound`: nothing was renamed. After others it may have been.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// What others have written into a file outlasts a power cut from now on.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn sync(&self, file: &Path) -> io::Result<()>;
+    /// Removes a directory with all that is in it; none there is no error.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn remove_all(&self, dir: &Path) -> io::Result<()>;
+    /// Makes a directory for somebody; one that is there is given the owner and mode that it is to have.
+    ///
+    /// # Errors
+    /// Those of the file system; no such user.
+    fn make_directory(&self, dir: &Path, whose: Directory<'_>) -> io::Result<()>;
+    /// Gives a file to QEMU's user alone.
+    ///
+    /// # Errors
+    /// Those of the file system; no such user.
+    fn give(&self, file: &Path, qemu_user: &str) -> io::Result<()>;
+}
+
+/// Who may reach what is in a directory ([`super::private`] has the whole table).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Directory<'a> {
+    /// Root's, of this mode.
+    Root(u32),
+    /// QEMU's user's alone: a VM's sockets.
+    Sockets(&'a str),
+    /// Only root lists and writes it, and QEMU's user may pass.
+    Passage(&'a str),
 }
 
 /// The real ones.
@@ -95,23 +137,123 @@ impl Files for SystemFiles {
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         unless_absent(fs::read_dir(dir).and_then(|entries| entries.map(|e| Ok(e?.path())).collect()))
     }
+
+    fn is_there(&self, path: &Path) -> bool {
+        path.exists()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)?;
+        let (old, new) = (from.parent(), to.parent());
+        for dir in new.into_iter().chain(old.filter(|o| Some(*o) != new)) {
+            self.sync(dir)?;
+        }
+        Ok(())
+    }
+
+    fn sync(&self, file: &Path) -> io::Result<()> {
+        fs::File::open(file)?.sync_all()
+    }
+
+    fn remove_all(&self, dir: &Path) -> io::Result<()> {
+        unless_absent(fs::remove_dir_all(dir))
+    }
+
+    fn make_directory(&self, dir: &Path, whose: Directory<'_>) -> io::Result<()> {
+        match whose {
+            Directory::Root(mode) => private::directory(dir, mode),
+            Directory::Sockets(user) => private::sockets(dir, user),
+            Directory::Passage(user) => private::passage(dir, user),
+        }
+    }
+
+    fn give(&self, file: &Path, qemu_user: &str) -> io::Result<()> {
+        private::give(file, qemu_user)
+    }
 }
 
-/// Files in memory, for tests.
+/// What a power cut of one node would undo: these files get back what they had.
+#[derive(Debug)]
+struct Undo {
+    node: String,
+    before: Vec<(PathBuf, Option<Vec<u8>>)>,
+}
+
 #[derive(Debug, Default)]
+struct Held {
+    files: BTreeMap<PathBuf, Vec<u8>>,
+    directories: BTreeSet<PathBuf>,
+    /// Oldest first.
+    unsynced: Vec<Undo>,
+}
+
+/// Storage in memory, which several nodes may share. Clones are the same storage.
+#[derive(Debug, Clone, Default)]
+pub struct Storage(Arc<Mutex<Held>>);
+
+impl Storage {
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The storage as a node has it.
+    #[must_use]
+    pub fn on(&self, node: &str) -> MemoryFiles {
+        MemoryFiles {
+            storage: self.clone(),
+            node: node.into(),
+        }
+    }
+
+    /// The node loses power: what it wrote and did not sync is as it was before.
+    pub fn power_off(&self, node: &str) {
+        let mut held = self.lock();
+        let unsynced = std::mem::take(&mut held.unsynced);
+        let (lost, kept) = unsynced.into_iter().partition(|u: &Undo| u.node == node);
+        held.unsynced = kept;
+        let lost: Vec<Undo> = lost;
+        for (path, before) in lost.into_iter().rev().flat_map(|u| u.before) {
+            match before {
+                Some(bytes) => held.files.insert(path, bytes),
+                None => held.files.remove(&path),
+            };
+        }
+    }
+
+    /// All files, for the test's own eyes.
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.lock().files.keys().cloned().collect()
+    }
+}
+
+/// Files in memory, for tests: a node's view of a [`Storage`].
+#[derive(Debug, Clone, Default)]
 pub struct MemoryFiles {
-    files: Mutex<BTreeMap<PathBuf, Vec<u8>>>,
+    storage: Storage,
+    node: String,
 }
 
 impl MemoryFiles {
-    fn files(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Vec<u8>>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Writes a file as others do, QEMU and libvirt: nothing is synced.
+    pub fn write(&self, path: &Path, bytes: &[u8]) {
+        let mut held = self.storage.lock();
+        let before = held.files.insert(path.into(), bytes.into());
+        held.unsynced.push(Undo {
+            node: self.node.clone(),
+            before: vec![(path.into(), before)],
+        });
     }
 }
 
 impl Files for MemoryFiles {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        self.files().get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.storage
+            .lock()
+            .files
+            .get(path)
+            .cloned()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust> {
@@ -123,21 +265,74 @@ impl Files for MemoryFiles {
     }
 
     fn write_durably(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.files().insert(path.into(), bytes.into());
-        Ok(())
+        self.storage.lock().files.insert(path.into(), bytes.into());
+        self.sync(path)
     }
 
     fn touch(&self, path: &Path) -> io::Result<()> {
-        self.write_durably(path, b"")
-    }
-
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        self.files().remove(path);
+        self.write(path, b"");
         Ok(())
     }
 
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.storage.lock().files.remove(path);
+        self.sync(path)
+    }
+
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        Ok(self.files().keys().filter(|p| p.parent() == Some(dir)).cloned().collect())
+        let held = self.storage.lock();
+        let below = held.files.keys().chain(&held.directories);
+        let entry = |path: &PathBuf| Some(dir.join(path.strip_prefix(dir).ok()?.components().next()?));
+        let entries: BTreeSet<PathBuf> = below.filter_map(entry).collect();
+        Ok(entries.into_iter().collect())
+    }
+
+    fn is_there(&self, path: &Path) -> bool {
+        let held = self.storage.lock();
+        let mut all = held.files.keys().chain(&held.directories);
+        all.any(|p| p.starts_with(path))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut held = self.storage.lock();
+        let bytes = held.files.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        held.files.insert(to.into(), bytes);
+        // What is unsynced of the file stays so under its new name.
+        for undo in &mut held.unsynced {
+            undo.before.retain(|(path, _)| path != to);
+            for (path, before) in &mut undo.before {
+                if path == from {
+                    (*path, *before) = (to.into(), None);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self, file: &Path) -> io::Result<()> {
+        let mut held = self.storage.lock();
+        held.unsynced.iter_mut().for_each(|u| u.before.retain(|(path, _)| path != file));
+        held.unsynced.retain(|u| !u.before.is_empty());
+        Ok(())
+    }
+
+    fn remove_all(&self, dir: &Path) -> io::Result<()> {
+        let mut held = self.storage.lock();
+        held.files.retain(|path, _| !path.starts_with(dir));
+        held.directories.retain(|path| !path.starts_with(dir));
+        held.unsynced
+            .iter_mut()
+            .for_each(|u| u.before.retain(|(path, _)| !path.starts_with(dir)));
+        Ok(())
+    }
+
+    fn make_directory(&self, dir: &Path, _: Directory<'_>) -> io::Result<()> {
+        self.storage.lock().directories.insert(dir.into());
+        Ok(())
+    }
+
+    fn give(&self, file: &Path, _: &str) -> io::Result<()> {
+        self.read(file).map(drop)
     }
 }
 
@@ -160,10 +355,53 @@ mod tests {
         assert!(files.read(&done).is_err());
     }
 
+    fn a_directory_is_listed_and_removed_with_what_is_in_it(files: &dyn Files, dir: &Path) {
+        let (saves, save) = (dir.join("saves"), dir.join("saves/a"));
+        assert!(!files.is_there(&saves));
+        files.make_directory(&save, Directory::Root(0o700)).unwrap();
+        assert!(files.is_there(&save) && files.is_there(&saves));
+        files.write_durably(&save.join("x"), b"1").unwrap();
+        assert_eq!(files.list(&saves).unwrap(), std::slice::from_ref(&save));
+        assert_eq!(files.list(&save).unwrap(), [save.join("x")]);
+        files.sync(&save.join("x")).unwrap();
+        files.rename(&save.join("x"), &save.join("y")).unwrap();
+        assert!(!files.is_there(&save.join("x")));
+        assert_eq!(files.read(&save.join("y")).unwrap(), b"1");
+        let again = files.rename(&save.join("x"), &save.join("z")).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::NotFound);
+        files.remove_all(&save).unwrap();
+        files.remove_all(&save).unwrap();
+        assert!(!files.is_there(&save) && files.list(&save).unwrap().is_empty());
+    }
+
     #[test]
     fn real_files_and_the_fake_behave_alike() {
         let dir = tempfile::tempdir().unwrap();
         a_file_is_there_until_it_is_removed(&SystemFiles, dir.path());
         a_file_is_there_until_it_is_removed(&MemoryFiles::default(), dir.path());
+        a_directory_is_listed_and_removed_with_what_is_in_it(&SystemFiles, dir.path());
+        a_directory_is_listed_and_removed_with_what_is_in_it(&MemoryFiles::default(), dir.path());
+    }
+
+    #[test]
+    fn a_power_cut_of_a_node_undoes_what_it_has_not_synced_and_nothing_else() {
+        let storage = Storage::default();
+        let [n1, n2] = ["n1", "n2"].map(|n| storage.on(n));
+        let path = |name: &str| PathBuf::from("/shared").join(name);
+        n1.write_durably(&path("a"), b"old").unwrap();
+        n1.write(&path("a"), b"new");
+        n1.write(&path("b"), b"lost");
+        n1.write(&path("c"), b"kept");
+        n1.sync(&path("c")).unwrap();
+        n1.rename(&path("c"), &path("d")).unwrap();
+        n1.write(&path("e"), b"lost under another name");
+        n1.rename(&path("e"), &path("f")).unwrap();
+        n2.write(&path("g"), b"another node's");
+        storage.power_off("n1");
+        assert_eq!(n2.read(&path("a")).unwrap(), b"old");
+        assert_eq!(n2.read(&path("d")).unwrap(), b"kept");
+        assert_eq!(storage.paths(), ["a", "d", "g"].map(path));
+        storage.power_off("n2");
+        assert_eq!(storage.paths(), ["a", "d"].map(path));
     }
 }

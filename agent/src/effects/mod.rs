@@ -4,6 +4,7 @@
 pub mod disks;
 pub mod faults;
 pub mod files;
+pub mod private;
 pub mod store;
 pub mod trusted;
 
@@ -11,7 +12,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 pub use disks::{Base, DiskError, Disks};
 pub use faults::Faults;
-pub use files::{Files, MemoryFiles, SystemFiles};
+pub use files::{Directory, Files, MemoryFiles, Storage, SystemFiles};
 pub use store::{Store, StoreError};
 
 use crate::{hypervisor::Hypervisor, slurm::Slurm};
@@ -48,7 +49,7 @@ pub struct World {
     pub clock: Arc<dyn Clock>,
     /// The ledger and logs.
     pub store: Arc<dyn Store>,
-    /// Markers and records beside the ledger.
+    /// Markers, records and directories beside the ledger, and saves.
     pub files: Arc<dyn Files>,
     /// Images and overlays.
     pub disks: Arc<dyn Disks>,

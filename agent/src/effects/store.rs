@@ -81,7 +81,7 @@ impl DirStore {
     /// When the directory cannot be made.
     pub fn new(state_dir: &Path) -> Result<Self, StoreError> {
         let vms = state_dir.join("vms");
-        crate::vm::private::directory(&vms, 0o711).map_err(|source| StoreError::Io {
+        super::private::directory(&vms, 0o711).map_err(|source| StoreError::Io {
             act: "make",
             path: vms.clone(),
             source,
@@ -140,7 +140,7 @@ impl Store for DirStore {
             source,
         };
         if !dir.is_dir() {
-            crate::vm::private::directory(&dir, 0o711).map_err(io)?;
+            super::private::directory(&dir, 0o711).map_err(io)?;
             File::open(&self.vms).and_then(|d| d.sync_all()).map_err(io)?;
         }
         let mut bytes = serde_json::to_vec_pretty(record).map_err(|e| io(e.into()))?;

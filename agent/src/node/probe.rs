@@ -135,10 +135,10 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
         ..Record::new(config.cluster.clone(), config.node(), 0, user, spec)
     };
     let domain = record.domain();
-    moving::make_run_dir(config, &domain)?;
+    moving::make_run_dir(&*world.files, config, &domain)?;
     let dir = prepare::run_dir(config, &domain);
     let result = guest(config, &dir).and_then(|guest| boot(config, world, &record, &dir, &guest));
-    let _ = std::fs::remove_dir_all(dir);
+    let _ = world.files.remove_all(&dir);
     result
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use nix::unistd::User;
 
-use crate::{config::Config, vm::private};
+use crate::{config::Config, effects::private};
 
 /// Makes the directories in `shared_dir`, and says why they are of no use to this node's VMs if they are not.
 #[must_use]

@@ -13,14 +13,14 @@ pub fn run(node: &Arc<Node>) {
         node.look_at_shared_dir();
         for save in saving::made_by(node) {
             let job = save.job;
-            if is_over(node, job, Some(save.uid)) {
+            if is_over(node, job, save.uid) {
                 log::info!("job {job} has ended: removing its save {}", save.dir.display());
-                saving::remove(&save.dir);
+                saving::remove(&*node.world.files, &save.dir);
                 node.saved_for_nobody(job);
             }
         }
         for (job, at) in node.saved() {
-            if saving::is_used(&at) {
+            if saving::is_used(&*node.world.files, &at) {
                 node.saved_for_nobody(job);
             }
         }

@@ -11,7 +11,6 @@ pub mod moving;
 pub mod outbox;
 mod owner;
 pub mod prepare;
-pub mod private;
 pub mod programs;
 pub mod saving;
 mod spool;

@@ -17,7 +17,6 @@
 //! arrives when a later run of the job is there (each names its move, [`crate::core::identity`]: it is refused).
 use std::{
     collections::HashMap,
-    fs,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
@@ -28,7 +27,7 @@ use slurm_vm_api::query::MoveView;
 use super::{
     Request,
     converge::{self, Watch},
-    prepare, private,
+    prepare,
     programs::Kept,
 };
 use crate::{
@@ -38,7 +37,7 @@ use crate::{
         Event, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts,
         locate::{Copy, Search},
     },
-    effects::World,
+    effects::{Directory, Files, World},
     hypervisor::{Disk, DiskCache, DiskFormat, HypervisorError, MigrateParams, repoint},
     node::{Known, Node},
     text,
@@ -105,9 +104,10 @@ const KEPT_PIECE: usize = 512 << 10;
 ///
 /// # Errors
 /// A fragment that names the directory.
-pub fn make_run_dir(config: &Config, domain: &str) -> Result<(), String> {
+pub fn make_run_dir(files: &dyn Files, config: &Config, domain: &str) -> Result<(), String> {
     let dir = prepare::run_dir(config, domain);
-    private::sockets(&dir, &config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))
+    let made = files.make_directory(&dir, Directory::Sockets(&config.peer.qemu_user));
+    made.map_err(|e| format!("cannot make {}: {e}", dir.display()))
 }
 
 /// Ends the domain, removes what belongs to the VM, and looks again.
@@ -141,10 +141,10 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     }
     // What ends without having run here may have left its layers to a VM elsewhere: the sweep looks at them when the job has ended.
     let job_is_over = node.job_is_over(record.job);
-    if !not_ours && (was_there || job_is_over) {
+    if !not_ours && (was_there || job_is_over) && record.has_been_saved() {
         super::saving::remove_saves(node, record, job_is_over);
     }
-    remove_run_dir(&node.config, &domain);
+    remove_run_dir(node, &domain);
     node.world.faults.pass("destroy.after")
 }
 
@@ -160,7 +160,7 @@ pub fn clear_here(node: &Node, record: &Record) {
         log::warn!("job {}: {e}", record.job);
     }
     close_moves_of(node, record.job);
-    remove_run_dir(&node.config, &record.domain());
+    remove_run_dir(node, &record.domain());
 }
 
 fn close_moves_of(node: &Node, job: u32) {
@@ -168,23 +168,21 @@ fn close_moves_of(node: &Node, job: u32) {
     node.moves.leaving().remove(&job);
 }
 
-fn remove_run_dir(config: &Config, domain: &str) {
-    let dir = prepare::run_dir(config, domain);
-    if let Err(e) = fs::remove_dir_all(&dir)
-        && e.kind() != std::io::ErrorKind::NotFound
-    {
+fn remove_run_dir(node: &Node, domain: &str) {
+    let dir = prepare::run_dir(&node.config, domain);
+    if let Err(e) = node.world.files.remove_all(&dir) {
         log::warn!("{}: {e}", dir.display());
     }
 }
 
 /// At the agent's start: removes the directories of sockets that no VM of the ledger has. A move does not outlive the agent
 /// that carries it, so nothing under `move` is of use any more.
-pub fn clear_left_sockets(config: &Config, known: &[String]) {
+pub fn clear_left_sockets(files: &dyn Files, config: &Config, known: &[String]) {
     for (parent, keep) in [("move", &[][..]), ("vm", known)] {
-        for entry in fs::read_dir(config.run_dir.join(parent)).into_iter().flatten().flatten() {
-            let is_known = keep.iter().any(|k| entry.file_name().to_str() == Some(k));
-            if !is_known && let Err(e) = fs::remove_dir_all(entry.path()) {
-                log::warn!("{}: {e}", entry.path().display());
+        for dir in files.list(&config.run_dir.join(parent)).unwrap_or_default() {
+            let is_known = keep.iter().any(|k| dir.ends_with(k));
+            if !is_known && let Err(e) = files.remove_all(&dir) {
+                log::warn!("{}: {e}", dir.display());
             }
         }
     }
@@ -357,7 +355,10 @@ pub fn import(
             if bytes + (256 << 20) > free {
                 return Err(format!("{} MiB are free for an overlay of {} MiB", free >> 20, bytes >> 20));
             }
-            private::directory(&node.world.store.vm_dir(&domain), 0o711).map_err(|e| e.to_string())?;
+            let files = &node.world.files;
+            files
+                .make_directory(&node.world.store.vm_dir(&domain), Directory::Root(0o711))
+                .map_err(|e| e.to_string())?;
             node.world.disks.make_overlay(&mine, &base, &format).map_err(|e| e.to_string())?;
             mine
         } else {
@@ -373,7 +374,7 @@ pub fn import(
         plan.overlay_shared = copy_overlay.is_none();
         disk = Some((overlay, base, format));
     }
-    make_run_dir(&node.config, &domain)?;
+    make_run_dir(&*node.world.files, &node.config, &domain)?;
     let libvirt = libvirt_socket(&node.config.hypervisor.uri);
     let end = node.peers.admit(&move_id, token, from, libvirt)?;
     let job = record.job;

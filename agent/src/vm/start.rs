@@ -19,7 +19,7 @@ pub fn domain(node: &Node, record: &Record) -> Result<(), Failure> {
     node.world.faults.pass("start-domain.before").map_err(fault)?;
     let mut spec = prepare::domain_spec(&node.config, &node.world, record)
         .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
-    moving::make_run_dir(&node.config, &record.domain()).map_err(fault)?;
+    moving::make_run_dir(&*node.world.files, &node.config, &record.domain()).map_err(fault)?;
     spec.hard_limit_mib = node.hard_limit_mib(record);
     let mut started = node.world.hypervisor.start(&spec, false);
     if spec.hard_limit_mib.is_some()

@@ -11,9 +11,11 @@
 //! node that Slurm runs the job on, without asking anybody: should the first one still be there, it can no longer mark the save as used,
 //! and ends what it has loaded. A power cut between the mark and the first instruction costs the save, never a second guest.
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
 };
+
+use crate::effects::Files;
 
 /// The manifest of a save that waits for its job.
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -60,15 +62,11 @@ fn claimed_by(dir: &Path, node: &str) -> PathBuf {
 ///
 /// # Errors
 /// When its directory cannot be read: nothing is known of it then. One that is not there is [`Stand::None`].
-pub(super) fn stand(dir: &Path) -> io::Result<(Stand, PathBuf)> {
+pub(super) fn stand(files: &dyn Files, dir: &Path) -> io::Result<(Stand, PathBuf)> {
     let mut claimed = None;
     let mut used = false;
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Stand::None, dir.join(MANIFEST))),
-        entries => entries?,
-    };
-    for entry in entries {
-        let name = entry?.file_name().to_string_lossy().into_owned();
+    for entry in files.list(dir)? {
+        let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
         match name.as_str() {
             MANIFEST => return Ok((Stand::Waits, dir.join(MANIFEST))),
             USED => used = true,
@@ -89,17 +87,17 @@ pub(super) fn stand(dir: &Path) -> io::Result<(Stand, PathBuf)> {
 ///
 /// # Errors
 /// When it is not there, or another node is quicker.
-pub(super) fn take(dir: &Path, node: &str) -> io::Result<Taken> {
+pub(super) fn take(files: &dyn Files, dir: &Path, node: &str) -> io::Result<Taken> {
     let claim = Claim {
         dir: dir.to_path_buf(),
         node: node.to_owned(),
         marked: false,
     };
-    let (stand, path) = stand(dir)?;
+    let (stand, path) = stand(files, dir)?;
     match stand {
         Stand::Claimed(mine) if mine == node => Ok(Taken::Claim(claim)),
         Stand::Waits | Stand::Claimed(_) => {
-            rename(dir, &path, &claimed_by(dir, node))?;
+            files.rename(&path, &claimed_by(dir, node))?;
             Ok(Taken::Claim(claim))
         }
         Stand::Used => Ok(Taken::Used),
@@ -112,10 +110,12 @@ impl Claim {
     ///
     /// # Errors
     /// When the claim was taken over, or cannot be written: the guest must not run then.
-    pub(super) fn mark_used(&mut self) -> io::Result<()> {
-        fs::rename(claimed_by(&self.dir, &self.node), self.dir.join(USED))?;
-        self.marked = true;
-        fs::File::open(&self.dir)?.sync_all()
+    pub(super) fn mark_used(&mut self, files: &dyn Files) -> io::Result<()> {
+        let done = files.rename(&claimed_by(&self.dir, &self.node), &self.dir.join(USED));
+        // After another error the name may have been changed, and not be on the disk yet.
+        let taken_over = done.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        self.marked = done.is_ok() || (!taken_over && matches!(stand(files, &self.dir), Ok((Stand::Used, _))));
+        done
     }
 
     /// It has marked the save as used.
@@ -127,28 +127,27 @@ impl Claim {
     ///
     /// # Errors
     /// When that cannot be written.
-    pub(super) fn give_back(&self) -> io::Result<()> {
+    pub(super) fn give_back(&self, files: &dyn Files) -> io::Result<()> {
         let from = if self.marked {
             self.dir.join(USED)
         } else {
             claimed_by(&self.dir, &self.node)
         };
-        match rename(&self.dir, &from, &self.dir.join(MANIFEST)) {
+        match files.rename(&from, &self.dir.join(MANIFEST)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done,
         }
     }
 }
 
-/// A rename that a power cut does not undo.
-fn rename(dir: &Path, from: &Path, to: &Path) -> io::Result<()> {
-    fs::rename(from, to)?;
-    fs::File::open(dir)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::effects::SystemFiles;
+
+    const FILES: SystemFiles = SystemFiles;
 
     fn save() -> (tempfile::TempDir, PathBuf) {
         let shared = tempfile::tempdir().unwrap();
@@ -159,7 +158,7 @@ mod tests {
     }
 
     fn claim(dir: &Path, node: &str) -> Claim {
-        match take(dir, node).unwrap() {
+        match take(&FILES, dir, node).unwrap() {
             Taken::Claim(claim) => claim,
             Taken::Used => panic!("used"),
         }
@@ -169,47 +168,51 @@ mod tests {
     fn a_save_is_used_once_whoever_claims_it() {
         let (_shared, dir) = save();
         let mut first = claim(&dir, "n1");
-        assert_eq!(stand(&dir).unwrap().0, Stand::Claimed("n1".into()));
+        assert_eq!(stand(&FILES, &dir).unwrap().0, Stand::Claimed("n1".into()));
         // Slurm has started the job on n2 meanwhile.
         let mut second = claim(&dir, "n2");
-        assert!(first.mark_used().is_err(), "n1 must not let it run");
-        first.give_back().unwrap();
+        assert!(first.mark_used(&FILES).is_err(), "n1 must not let it run");
+        first.give_back(&FILES).unwrap();
         assert_eq!(
-            stand(&dir).unwrap().0,
+            stand(&FILES, &dir).unwrap().0,
             Stand::Claimed("n2".into()),
             "n2's claim is not n1's to give back"
         );
-        second.mark_used().unwrap();
-        first.give_back().unwrap();
-        assert_eq!(take(&dir, "n1").unwrap(), Taken::Used, "what n2 used stays used");
-        assert!(second.mark_used().is_err(), "once");
+        second.mark_used(&FILES).unwrap();
+        first.give_back(&FILES).unwrap();
+        assert_eq!(take(&FILES, &dir, "n1").unwrap(), Taken::Used, "what n2 used stays used");
+        assert!(second.mark_used(&FILES).is_err(), "once");
     }
 
     #[test]
     fn a_restore_that_failed_leaves_the_save_to_the_next_one() {
         let (_shared, dir) = save();
-        claim(&dir, "n1").give_back().unwrap();
-        assert_eq!(stand(&dir).unwrap().0, Stand::Waits);
+        claim(&dir, "n1").give_back(&FILES).unwrap();
+        assert_eq!(stand(&FILES, &dir).unwrap().0, Stand::Waits);
         let mut marked = claim(&dir, "n1");
-        marked.mark_used().unwrap();
-        marked.give_back().unwrap();
-        assert_eq!(stand(&dir).unwrap().0, Stand::Waits, "it was marked, and the guest did not run");
-        claim(&dir, "n2").mark_used().unwrap();
+        marked.mark_used(&FILES).unwrap();
+        marked.give_back(&FILES).unwrap();
+        assert_eq!(
+            stand(&FILES, &dir).unwrap().0,
+            Stand::Waits,
+            "it was marked, and the guest did not run"
+        );
+        claim(&dir, "n2").mark_used(&FILES).unwrap();
     }
 
     #[test]
     fn an_agent_that_was_restarted_in_a_restore_finds_its_claim() {
         let (_shared, dir) = save();
         let _died = claim(&dir, "n1");
-        claim(&dir, "n1").mark_used().unwrap();
-        assert_eq!(stand(&dir).unwrap(), (Stand::Used, dir.join(USED)));
+        claim(&dir, "n1").mark_used(&FILES).unwrap();
+        assert_eq!(stand(&FILES, &dir).unwrap(), (Stand::Used, dir.join(USED)));
     }
 
     #[test]
     fn without_a_manifest_there_is_no_save() {
         let (_shared, dir) = save();
         fs::remove_file(dir.join(MANIFEST)).unwrap();
-        assert_eq!(take(&dir, "n1").unwrap_err().kind(), io::ErrorKind::NotFound);
-        assert_eq!(stand(&dir.join("nowhere")).unwrap().0, Stand::None);
+        assert_eq!(take(&FILES, &dir, "n1").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(stand(&FILES, &dir.join("nowhere")).unwrap().0, Stand::None);
     }
 }

@@ -1,8 +1,8 @@
 //! A VM saved to shared storage, and brought back wherever its job starts next.
 //!
-//! `SHARED/saves/DOMAIN.GENERATION.BIRTH/{memory,overlay.qcow2,manifest.json}`, the manifest last: without it there is no
+//! `SHARED/saves/DOMAIN.GENERATION.BIRTH.NODE/{memory,overlay.qcow2,manifest.json}`, the manifest last: without it there is no
 //! save. BIRTH is when the VM began ([`Record::created_ms`], hexadecimal): a later VM of the same job, or of another job that was
-//! given the same number, has saves of its own.
+//! given the same number, has saves of its own. NODE has made it, and looks after it until its job has ended.
 //!
 //! A restore never writes into the save: it claims it ([`claim`]), puts a fresh qcow2 layer over the saved overlay, restores paused,
 //! marks the save as used (from then on it is only a backing file) and lets the guest run. If it fails before the guest has run, or
@@ -13,7 +13,6 @@
 mod claim;
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -24,10 +23,10 @@ use slurm_vm_api::query::MoveView;
 
 use claim::{Claim, Stand, Taken};
 
-use super::{moving::make_run_dir, prepare, private, programs::Kept};
+use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
-    core::{Life, Record, record::domain_name},
-    effects::{store::write_durably, trusted::Distrust},
+    core::{Life, Record, record::domain_name, registry::job_of},
+    effects::{Directory, Files, trusted::Distrust},
     hypervisor::{Disk, DiskCache, DiskFormat, DomainState, SaveFormat, repoint},
     node::Node,
 };
@@ -63,13 +62,40 @@ impl From<String> for NotRestored {
 #[must_use]
 pub fn directory(node: &Node, record: &Record) -> Option<PathBuf> {
     let shared = node.config.shared_dir.as_ref()?;
-    let name = format!("{}.{}{}", record.domain(), record.generation, birth(record));
+    let name = format!("{}.{}.{}.{}", record.domain(), record.generation, birth(record), node.name);
     Some(shared.join("saves").join(name))
 }
 
-/// The end of the names of all saves of one VM.
 fn birth(record: &Record) -> String {
-    format!(".{:x}", record.created_ms)
+    format!("{:x}", record.created_ms)
+}
+
+/// A save's directory, and what its name says.
+#[derive(Debug)]
+struct Named {
+    dir: PathBuf,
+    domain: String,
+    birth: String,
+    node: String,
+}
+
+impl Named {
+    fn parse(dir: PathBuf) -> Option<Self> {
+        let name = dir.file_name()?.to_str()?.to_owned();
+        let mut parts = name.splitn(4, '.').map(str::to_owned);
+        let (domain, _generation, birth, node) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        Some(Self { dir, domain, birth, node })
+    }
+}
+
+/// All saves on shared storage, whole or not.
+fn all(node: &Node) -> Vec<Named> {
+    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
+        return vec![];
+    };
+    let all = node.world.files.list(&saves);
+    let all = all.inspect_err(|e| log::warn!("{}: {e}", saves.display())).unwrap_or_default();
+    all.into_iter().filter_map(Named::parse).collect()
 }
 
 /// Whether a save can be promised now.
@@ -105,26 +131,29 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
         return Err("the VM is not being saved".into());
     };
     let begun = Instant::now();
-    let _ = fs::remove_dir_all(dir);
-    private::passage(dir, &node.config.peer.qemu_user).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+    let files = &node.world.files;
+    let _ = files.remove_all(dir);
+    files
+        .make_directory(dir, Directory::Passage(&node.config.peer.qemu_user))
+        .map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
     let memory = dir.join("memory");
     let domain = record.domain();
     let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
     if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
-        let _ = fs::remove_dir_all(dir);
+        let _ = files.remove_all(dir);
         return Err(e.to_string());
     }
     // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
     match complete(node, record, dir, begun, kept, cause) {
         Ok(done) => Ok(done),
         Err(why) => {
-            if let Some(overlay) = overlay.filter(|o| !o.exists()) {
-                let _ = fs::rename(dir.join("overlay.qcow2"), overlay);
+            if let Some(overlay) = overlay.filter(|o| !files.is_there(o)) {
+                let _ = files.rename(&dir.join("overlay.qcow2"), &overlay);
             }
-            let _ = fs::remove_file(dir.join(claim::MANIFEST));
+            let _ = files.remove(&dir.join(claim::MANIFEST));
             match node.world.hypervisor.restore(&memory, None, true) {
                 Ok(()) => {
-                    let _ = fs::remove_dir_all(dir);
+                    let _ = files.remove_all(dir);
                     Err(why)
                 }
                 Err(e) => Err(format!(
@@ -141,19 +170,20 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
     let memory = dir.join("memory");
     let mut bytes = node.world.disks.used_bytes(&memory);
     let memory_bytes = bytes;
-    let mut files = vec![memory];
+    let files = &node.world.files;
+    let mut written = vec![memory];
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
         let saved = dir.join("overlay.qcow2");
-        fs::rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
+        files.rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
         // libvirt has given it back to root; it is read again under a fresh layer.
-        private::give(&saved, &node.config.peer.qemu_user).map_err(|e| format!("{}: {e}", saved.display()))?;
+        files
+            .give(&saved, &node.config.peer.qemu_user)
+            .map_err(|e| format!("{}: {e}", saved.display()))?;
         bytes += node.world.disks.used_bytes(&saved);
-        files.push(saved);
+        written.push(saved);
     }
-    for file in &files {
-        fs::File::open(file)
-            .and_then(|f| f.sync_all())
-            .map_err(|e| format!("{}: {e}", file.display()))?;
+    for file in &written {
+        files.sync(file).map_err(|e| format!("{}: {e}", file.display()))?;
     }
     let mut saved = record.clone();
     saved.life = Life::Restoring { from: dir.to_path_buf() };
@@ -185,7 +215,10 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         kept: kept.iter().map(|(p, s, o, b)| (*p, *s, *o, crate::text::hex(b))).collect(),
     };
     let json = serde_json::to_vec_pretty(&manifest).map_err(|e| e.to_string())?;
-    write_durably(&dir.join(claim::MANIFEST), &json).map_err(|e| format!("{}: {e}", dir.join(claim::MANIFEST).display()))?;
+    let manifest = dir.join(claim::MANIFEST);
+    files
+        .write_durably(&manifest, &json)
+        .map_err(|e| format!("{}: {e}", manifest.display()))?;
     node.world.faults.pass("save.after")?;
     Ok(done)
 }
@@ -212,22 +245,17 @@ fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, Strin
 /// what others could have written is not looked at.
 #[must_use]
 pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
-    let saves = node.config.shared_dir.as_ref()?.join("saves");
-    let prefix = format!("{}.", domain_name(job, 0));
     let mut found: Option<Record> = None;
-    for entry in fs::read_dir(&saves).ok()?.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(&prefix) {
-            continue;
-        }
-        let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(&entry.path()) else {
+    let domain = domain_name(job, 0);
+    for Named { dir, .. } in all(node).into_iter().filter(|s| s.domain == domain) {
+        let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(&*node.world.files, &dir) else {
             continue;
         };
         let Some(m) = read(node, &manifest) else {
             continue;
         };
         let is_its = m.record.job == job && m.record.user.uid == uid && m.record.cluster == node.config.cluster;
-        if is_its && !is_of_another_job(node, &entry.path(), &m.record) && found.as_ref().is_none_or(|f| f.generation < m.record.generation)
-        {
+        if is_its && !is_of_another_job(node, &dir, &m.record) && found.as_ref().is_none_or(|f| f.generation < m.record.generation) {
             found = Some(m.record);
         }
     }
@@ -249,9 +277,9 @@ fn is_of_another_job(node: &Node, save: &Path, record: &Record) -> bool {
         save.display()
     );
     // For good: this job's own next run could be taken for the one that the save waits for.
-    match claim::take(save, &node.name) {
+    match claim::take(&*node.world.files, save, &node.name) {
         Ok(Taken::Claim(mut claim)) => {
-            if let Err(e) = claim.mark_used() {
+            if let Err(e) = claim.mark_used(&*node.world.files) {
                 log::error!("{}: {e}", save.display());
             }
         }
@@ -316,8 +344,9 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
         return Err(format!("it was saved under {theirs}, this node runs guests with {mine}").into());
     }
     let storage = |e: std::io::Error| format!("{}: {e}", dir.display());
-    let taken = claim::take(dir, &node.name).map_err(storage)?;
-    let (_, manifest) = claim::stand(dir).map_err(storage)?;
+    let files = &*node.world.files;
+    let taken = claim::take(files, dir, &node.name).map_err(storage)?;
+    let (_, manifest) = claim::stand(files, dir).map_err(storage)?;
     let domain = record.domain();
     // Loaded already, by an agent that was restarted before it could say so: not a second time.
     let here = node.world.hypervisor.info(&domain).map_err(|e| e.to_string());
@@ -333,11 +362,11 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             let done = here.and_then(|here| Ok((here, manifest?)));
             let run = done.map_err(NotRestored::from).and_then(|(here, manifest)| {
                 if !here {
-                    make_run_dir(&node.config, &domain)?;
+                    make_run_dir(files, &node.config, &domain)?;
                     load(node, record, dir, &manifest)?;
                 }
                 admit(node, record)?;
-                claim.mark_used().map_err(storage)?;
+                claim.mark_used(files).map_err(storage)?;
                 let_run(node, &domain)?;
                 Ok(manifest)
             });
@@ -347,7 +376,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
     // Memory is in the guest again; only the disk layers are still needed.
     let memory = dir.join("memory");
     let bytes = node.world.disks.used_bytes(&memory);
-    let _ = fs::remove_file(&memory);
+    let _ = files.remove(&memory);
     node.world.faults.pass("restore.after")?;
     let kept = manifest
         .kept
@@ -401,7 +430,7 @@ fn unload(node: &Node, record: &Record, claim: &Claim) {
     {
         log::warn!("job {job}: {e}");
     }
-    if let Err(e) = claim.give_back() {
+    if let Err(e) = claim.give_back(&*node.world.files) {
         log::error!("job {job}: its save cannot be given back: {e}");
     }
 }
@@ -444,80 +473,79 @@ pub struct Made {
     pub dir: PathBuf,
     /// The job.
     pub job: u32,
-    /// The job's user.
-    pub uid: u32,
+    /// The job's user; unknown while it is not whole.
+    pub uid: Option<u32>,
 }
 
-/// The saves that this node has made, used or not.
+/// The saves that this node has made: used, waiting, and what those have left that were never whole.
 #[must_use]
 pub fn made_by(node: &Node) -> Vec<Made> {
-    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
-        return vec![];
-    };
     let mut made = Vec::new();
-    for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
-        let dir = entry.path();
-        let Ok((Stand::Waits | Stand::Claimed(_) | Stand::Used, manifest)) = claim::stand(&dir) else {
+    for Named { dir, domain, .. } in all(node).into_iter().filter(|s| s.node == node.name) {
+        let Ok((stand, manifest)) = claim::stand(&*node.world.files, &dir) else {
             continue;
         };
-        let is_mine = |m: &Manifest| m.record.node == node.name && m.record.cluster == node.config.cluster;
-        if let Some(m) = read(node, &manifest).filter(is_mine) {
-            let (job, uid) = (m.record.job, m.record.user.uid);
-            made.push(Made { dir, job, uid });
+        let whole = if stand == Stand::None { None } else { read(node, &manifest) };
+        match (stand, whole) {
+            (_, Some(m)) if m.record.cluster == node.config.cluster => {
+                let (job, uid) = (m.record.job, Some(m.record.user.uid));
+                made.push(Made { dir, job, uid });
+            }
+            (Stand::None, None) => made.extend(job_of(&domain).map(|job| Made { dir, job, uid: None })),
+            _ => {}
         }
     }
     made
 }
 
 /// Removes a save.
-pub fn remove(dir: &Path) {
-    if let Err(e) = fs::remove_dir_all(dir) {
+pub fn remove(files: &dyn Files, dir: &Path) {
+    if let Err(e) = files.remove_all(dir) {
         log::warn!("{}: {e}", dir.display());
     }
 }
 
 /// Whether a save waits for nobody any more: it was restored, or removed because its job has ended. Not when the storage does not answer.
 #[must_use]
-pub fn is_used(save: &Path) -> bool {
-    save.parent().is_some_and(Path::is_dir) && matches!(claim::stand(save), Ok((Stand::Used | Stand::None, _)))
+pub fn is_used(files: &dyn Files, save: &Path) -> bool {
+    save.parent().is_some_and(|saves| files.is_there(saves)) && matches!(claim::stand(files, save), Ok((Stand::Used | Stand::None, _)))
 }
 
 /// Removes the saves of a VM that has ended here, and of no other VM of its job. One that nobody was restored from stays unless the job
 /// is over: a restore that failed here may do better on another node.
 pub fn remove_saves(node: &Node, record: &Record, job_is_over: bool) {
-    let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
-        return;
-    };
-    let (begin, end) = (format!("{}.", record.domain()), birth(record));
-    for entry in fs::read_dir(&saves).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let waits = || !matches!(claim::stand(&entry.path()), Ok((Stand::Used | Stand::None, _)));
-        if name.starts_with(&begin) && name.ends_with(&end) && (job_is_over || !waits()) {
-            remove(&entry.path());
+    let (files, domain, birth) = (&*node.world.files, record.domain(), birth(record));
+    for Named { dir, .. } in all(node).into_iter().filter(|s| s.domain == domain && s.birth == birth) {
+        let waits = || !matches!(claim::stand(files, &dir), Ok((Stand::Used | Stand::None, _)));
+        if job_is_over || !waits() {
+            remove(files, &dir);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::effects::SystemFiles;
 
     #[test]
     fn a_save_is_used_when_its_manifest_is_not_there_and_the_storage_is() {
         let shared = tempfile::tempdir().unwrap();
         let saves = shared.path().join("saves");
-        let save = saves.join("slurm-7-0.1.a");
-        assert!(!is_used(&save), "storage that is not mounted says nothing");
+        let save = saves.join("slurm-7-0.1.a.n1");
+        assert!(!is_used(&SystemFiles, &save), "storage that is not mounted says nothing");
         fs::create_dir_all(&save).unwrap();
         fs::write(save.join(claim::MANIFEST), "{}").unwrap();
-        assert!(!is_used(&save));
-        let Taken::Claim(mut claimed) = claim::take(&save, "n1").unwrap() else {
+        assert!(!is_used(&SystemFiles, &save));
+        let Taken::Claim(mut claimed) = claim::take(&SystemFiles, &save, "n1").unwrap() else {
             panic!("used")
         };
-        assert!(!is_used(&save), "n1 may fail");
-        claimed.mark_used().unwrap();
-        assert!(is_used(&save));
+        assert!(!is_used(&SystemFiles, &save), "n1 may fail");
+        claimed.mark_used(&SystemFiles).unwrap();
+        assert!(is_used(&SystemFiles, &save));
         fs::remove_dir_all(&save).unwrap();
-        assert!(is_used(&save));
+        assert!(is_used(&SystemFiles, &save));
     }
 }

@@ -33,11 +33,13 @@ impl Cluster {
                 if matches!(record.life, Life::Stopped { .. }) && info().is_some() {
                     return Err(format!("job {job} is stopped on {name}, and its domain is there"));
                 }
-                let disk = record.plan.as_ref().and_then(|p| p.overlay.as_ref());
-                if info() == Some(DomainState::Running) && disk.is_none_or(|d| !self.overlays.contains(d)) {
+                if info() == Some(DomainState::Running) && !self.has_disk(record) {
                     return Err(format!("job {job} runs on {name} without its disk"));
                 }
             }
+        }
+        if let Some(torn) = self.torn_saves().first().filter(|_| about.is_none()) {
+            return Err(format!("{} has a manifest and no memory", torn.display()));
         }
         if self.mood == Mood::Calm && self.counts.contains_key("lost guests in calm weather") {
             return Err("a guest was lost although nothing failed".into());
@@ -69,17 +71,17 @@ impl Cluster {
                 return Some(format!("{name}'s ledger has job {job} {}", record.life.name()));
             }
         }
-        let left: [(&str, usize); 6] = [
+        let files = self.left_on_storage();
+        let left: [(&str, usize); 5] = [
             ("domains", self.world.domains()),
-            ("overlays", self.overlays.len()),
-            ("saves", self.saves.len()),
+            ("files", files.len()),
             ("moves", self.controller.moves()),
             ("epilogs", self.epilogs.len()),
             ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
         ];
         left.iter()
             .find(|(_, n)| *n > 0)
-            .map(|(what, n)| format!("{n} {what} left ({:?}, {:?})", self.overlays, self.saves))
+            .map(|(what, n)| format!("{n} {what} left ({files:?})"))
     }
 }
 

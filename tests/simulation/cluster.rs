@@ -2,20 +2,24 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     path::PathBuf,
+    sync::Arc,
 };
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
     core::{
-        Allocation, Effect, Event, Gate, HandOverError, MoveIdentity, Plan, Record, Vm,
+        Effect, Event, Gate, HandOverError, MoveIdentity, Record, Vm,
         registry::{self, Found, Registry},
         relocation::Event as MoveEvent,
     },
+    effects::Storage,
     hypervisor::{
-        Boot, CpuModel, DomainEvent, DomainInfo, DomainMetadata, DomainSpec, DomainType, Hypervisor, HypervisorError, StopReason,
+        DomainEvent, DomainInfo, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
     },
+    node::{Node as AgentNode, sweep},
     slurm::{FakeJob, FakeSlurm, Slurm},
+    vm::moving,
 };
 use slurm_vm_api::query::MoveView;
 
@@ -23,12 +27,15 @@ use crate::{
     check::kind,
     controller::{Controller, Later},
     random::Random,
+    rooms::{self, Time},
 };
 
 /// Where time begins.
 const BEGIN_MS: u64 = 1_000_000;
 /// How long a VM waits for its job.
 pub const AWAIT_JOB_MS: u64 = 40_000;
+/// Half seconds between two sweeps of an agent.
+const SWEEP: u64 = 60;
 /// How long a record is kept after its VM's end.
 const KEEP_MS: u64 = 86_400_000;
 /// How long an epilog waits.
@@ -161,7 +168,7 @@ pub enum Act {
     Destroy,
     Migrate { to: String, to_epoch: Option<u64> },
     Save { at: PathBuf, record: Box<Record> },
-    Restore { from: PathBuf },
+    Restore,
     Resume,
     Pin,
     AskOwner,
@@ -189,9 +196,11 @@ pub struct Owner {
     pub link: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Node {
     pub alive: bool,
+    /// What carries out its agent's effects.
+    pub rooms: Arc<AgentNode>,
     pub epoch: u64,
     pub vms: BTreeMap<u32, Owner>,
     /// Which VMs there are, as the agent has it.
@@ -202,15 +211,6 @@ pub struct Node {
     pub full_until: u64,
     /// Destinations that have said yes, by job: their agent's epoch. Forgotten when this agent dies.
     pub departures: BTreeMap<u32, u64>,
-}
-
-#[derive(Debug)]
-pub struct SaveFile {
-    pub at: PathBuf,
-    pub job: u32,
-    /// With its manifest; none while it is incomplete.
-    pub manifest: Option<Record>,
-    pub used: bool,
 }
 
 /// A migration or save in libvirt.
@@ -231,11 +231,11 @@ pub struct Cluster {
     pub world: World,
     pub hypervisors: BTreeMap<String, FakeHypervisor>,
     events: BTreeMap<String, Receiver<DomainEvent>>,
-    pub slurm: FakeSlurm,
+    pub slurm: Arc<FakeSlurm>,
+    /// What all nodes share.
+    pub storage: Storage,
+    time: Time,
     pub nodes: BTreeMap<String, Node>,
-    /// Overlays on shared storage.
-    pub overlays: BTreeSet<PathBuf>,
-    pub saves: Vec<SaveFile>,
     pub libvirt_jobs: BTreeMap<(String, u32), LibvirtJob>,
     pub epilogs: BTreeMap<u64, (String, u32)>,
     pub vm_jobs: BTreeMap<u32, u64>,
@@ -285,11 +285,12 @@ impl Cluster {
     }
 
     fn of(mut random: Random, count: u64, mood: Mood) -> Self {
-        let world = World::new();
+        let (storage, time) = (Storage::default(), Time::default());
+        let world = World::on(storage.clone());
         let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
         let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
         let events = hypervisors.iter().map(|(n, h)| (n.clone(), h.events())).collect();
-        let slurm = FakeSlurm::with_nodes(u32::try_from(count).unwrap());
+        let slurm = Arc::new(FakeSlurm::with_nodes(u32::try_from(count).unwrap()));
         slurm.set_requeues_early_exit(random.permille(500));
         Self {
             mood,
@@ -299,24 +300,27 @@ impl Cluster {
             next: 0,
             queue: BTreeMap::new(),
             world,
-            hypervisors,
             events,
-            slurm,
             nodes: names
                 .iter()
                 .map(|n| {
-                    (
-                        n.clone(),
-                        Node {
-                            alive: true,
-                            epoch: 1,
-                            ..Node::default()
-                        },
-                    )
+                    let node = Node {
+                        alive: true,
+                        rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm),
+                        epoch: 1,
+                        vms: BTreeMap::new(),
+                        registry: Registry::default(),
+                        ledger: BTreeMap::new(),
+                        full_until: 0,
+                        departures: BTreeMap::new(),
+                    };
+                    (n.clone(), node)
                 })
                 .collect(),
-            overlays: BTreeSet::new(),
-            saves: Vec::new(),
+            hypervisors,
+            slurm,
+            storage,
+            time,
             libvirt_jobs: BTreeMap::new(),
             epilogs: BTreeMap::new(),
             vm_jobs: BTreeMap::new(),
@@ -430,6 +434,7 @@ impl Cluster {
             }
             let message = entry.remove();
             self.now = self.now.max(at);
+            self.time.set(self.now);
             let about = message.job();
             self.deliver(message);
             self.libvirt_events();
@@ -438,6 +443,7 @@ impl Cluster {
             }
         }
         self.now = until;
+        self.time.set(self.now);
         self.half_seconds += 1;
         self.clockwork();
         self.libvirt_events();
@@ -454,6 +460,13 @@ impl Cluster {
             for job in jobs {
                 self.write_again(&node, job);
                 self.core(&node, job, Event::Tick);
+            }
+        }
+        if self.half_seconds.is_multiple_of(SWEEP) {
+            for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+                if self.nodes[&node].alive {
+                    self.reach(&node, |rooms| sweep::saves(rooms));
+                }
             }
         }
         if self.half_seconds.is_multiple_of(2) {
@@ -483,6 +496,7 @@ impl Cluster {
         self.say(&format!("{name}: no power"));
         self.kill(name);
         self.hypervisors[name].power_off();
+        self.storage.power_off(name);
         self.slurm.set_up(name, false);
         self.slurm_events();
     }
@@ -641,8 +655,9 @@ impl Cluster {
 
     pub fn restart(&mut self, name: &str) {
         self.say(&format!("{name}: agent started"));
+        let fresh = rooms::of(name, &self.time, &self.storage, &self.hypervisors[name], &self.slurm);
         let Some(node) = self.nodes.get_mut(name) else { return };
-        node.alive = true;
+        (node.alive, node.rooms) = (true, fresh);
         let records: Vec<Record> = node.ledger.values().cloned().collect();
         let hypervisor = self.hypervisors[name].clone();
         let there = hypervisor.list().ok().map(|all| domains_of(&all));
@@ -655,6 +670,9 @@ impl Cluster {
                 Found::Over { record, left } => {
                     if left {
                         let _ = hypervisor.destroy(&record.domain());
+                        if self.reach(name, |rooms| moving::clear_here(rooms, &record)).is_none() {
+                            return;
+                        }
                     }
                     if let Some(n) = self.nodes.get_mut(name) {
                         n.registry.over(record);
@@ -916,51 +934,6 @@ fn refusal(op: Op) -> HypervisorError {
         domain: 10,
         message: format!("{op:?} fails as ordered"),
         code: 9,
-    }
-}
-
-pub fn given(restarts: u32) -> Allocation {
-    Allocation {
-        cores: vec![0],
-        pinned: vec![0],
-        mem_mib: Some(512),
-        restarts: Some(restarts),
-    }
-}
-
-pub fn plan(record: &Record) -> Plan {
-    Plan {
-        vcpus: 1,
-        mem_mib: 256,
-        domain_type: "qemu".into(),
-        overlay: Some(format!("/shared/overlays/{}.{}.{}", record.domain(), record.node, record.run).into()),
-        overlay_shared: true,
-        layers: vec![],
-        base_sha256: None,
-    }
-}
-
-pub fn spec(record: &Record) -> DomainSpec {
-    DomainSpec {
-        name: record.domain(),
-        uuid: record.uuid(),
-        domain_type: DomainType::Qemu,
-        machine: None,
-        vcpus: 1,
-        cpuset: vec![],
-        mem_mib: 256,
-        hard_limit_mib: None,
-        cpu: CpuModel::Default,
-        boot: Boot::Disk,
-        disks: vec![],
-        channels: vec![],
-        serial_log: "/run/vm/serial.log".into(),
-        metadata: DomainMetadata {
-            job: record.job,
-            run: record.run,
-            node: record.node.clone(),
-            ..DomainMetadata::default()
-        },
     }
 }
 

@@ -601,9 +601,8 @@ impl Cluster {
         }
     }
 
-    /// Saves of jobs that are over, and reservations that belong to no move.
+    /// Reservations that belong to no move.
     fn sweep(&mut self, poll: &[JobBrief]) {
-        self.saves.retain(|s| poll.iter().any(|j| j.id == s.job));
         let names: Vec<String> = match self.slurm.reservations() {
             Ok(all) => all.into_iter().map(|r| r.name).filter(|n| is_ours(n)).collect(),
             Err(_) => return,

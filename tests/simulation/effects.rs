@@ -6,10 +6,10 @@ use slurm_vm::{
         registry::Entry,
     },
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
-    vm::supersede::is_superseded,
+    vm::{moving, prepare, saving, start, supersede::is_superseded},
 };
 
-use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Node, Order, Owner, SaveFile, domain, given, plan, spec, view};
+use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Node, Order, Owner, domain, view};
 
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
@@ -113,6 +113,7 @@ impl Cluster {
             Effect::AskJob => self.soon(later(Act::AskJob)),
             Effect::Clear => {
                 let _ = self.hypervisors[node].destroy(&domain(job));
+                self.reach(node, |rooms| moving::clear_here(rooms, &record));
             }
             Effect::AnswerRelease(_) => {
                 for id in std::mem::take(&mut owner.releases) {
@@ -219,9 +220,7 @@ impl Cluster {
                 }));
             }
             Effect::Restore => {
-                let Life::Restoring { from } = &record.life else { return };
-                let from = from.clone();
-                self.soon(later(Act::Restore { from }));
+                self.soon(later(Act::Restore));
             }
         }
     }
@@ -283,44 +282,26 @@ impl Cluster {
                 } else if self.rough(20) {
                     Err(Failure::Node("no space".into()))
                 } else {
-                    let plan = plan(&record);
-                    self.overlays.extend(plan.overlay.clone());
-                    Ok((given(self.restarts(job)), plan))
+                    let prepared = self.reach(node, |rooms| {
+                        let given = prepare::allotted(&rooms.world, &rooms.name, job)?;
+                        prepare::prepare(&rooms.world, &rooms.config, rooms.domain_type(), &record, given)
+                    });
+                    let Some(prepared) = prepared else { return };
+                    prepared
                 };
                 self.tell(node, epoch, job, Event::Prepared(done));
             }
             Act::Start => {
-                let done = match hypervisor.start(&spec(&record), false) {
-                    Err(HypervisorError::AlreadyExists { .. }) if self.same_run(node, &record) => Ok(()),
-                    Err(HypervisorError::AlreadyExists { .. }) => {
-                        // An earlier run's, which nobody owns.
-                        let _ = hypervisor.destroy(&name);
-                        hypervisor.start(&spec(&record), false)
-                    }
-                    done => done,
+                let Some(done) = self.reach(node, |rooms| start::domain(rooms, &record)) else {
+                    return;
                 };
                 self.count("boots");
-                self.tell(node, epoch, job, Event::DomainStarted(done.map_err(|e| Failure::Node(words(e)))));
+                self.tell(node, epoch, job, Event::DomainStarted(done));
             }
             Act::Destroy => {
                 self.close_arrivals(node, job);
-                let done = hypervisor.destroy(&name).and_then(|_| hypervisor.info(&name));
-                let done = match done {
-                    Ok(None) => {
-                        let over = self.job_is_over(job);
-                        if !matches!(
-                            record.life,
-                            Life::Stopping {
-                                why: slurm_vm::core::End::NotArrived
-                            }
-                        ) {
-                            self.remove_overlay(&record);
-                            self.saves.retain(|s| s.job != job || (!over && !s.used && s.manifest.is_some()));
-                        }
-                        Ok(())
-                    }
-                    Ok(Some(_)) => Err("still there".into()),
-                    Err(e) => Err(words(e)),
+                let Some(done) = self.reach(node, |rooms| moving::destroy(rooms, &record)) else {
+                    return;
                 };
                 self.tell(node, epoch, job, Event::Destroyed(done));
             }
@@ -334,11 +315,10 @@ impl Cluster {
                 self.tell(node, epoch, job, event);
             }
             Act::Pin => {
-                let given = given(self.restarts(job));
-                let done = if self.job_here(node, job) == Some(true) {
-                    hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words)
-                } else {
-                    Err("Slurm does not show the job here".into())
+                let given = prepare::allotted(&self.nodes[node].rooms.world, node, job);
+                let done = match given {
+                    Ok(given) => hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words),
+                    Err(Failure::Request(why) | Failure::Node(why)) => Err(why),
                 };
                 self.tell(node, epoch, job, Event::Pinned(done));
             }
@@ -391,21 +371,23 @@ impl Cluster {
             }
             Act::Save { at, record } => {
                 let long = self.random.between(300, 10_000);
-                self.saves.retain(|s| s.at != at);
-                self.saves.push(SaveFile {
-                    at: at.clone(),
-                    job,
-                    manifest: None,
-                    used: false,
-                });
                 self.libvirt_job(node, job, epoch, Act::Save { at, record }, long);
             }
-            Act::Restore { from } => {
-                let done = self.restore(node, &record, &from);
+            Act::Restore => {
+                let Some(done) = self.reach(node, |rooms| saving::restore(rooms, &record)) else {
+                    return;
+                };
+                if let Err(e) = &done {
+                    self.say(&format!("{node}: job {job} is not restored: {}", e.why));
+                }
                 if done.is_ok() {
                     self.count("restores");
                 }
-                self.tell(node, epoch, job, Event::Restored(done.map(|()| Box::new(view("", node)))));
+                if done.as_ref().is_err_and(|e| e.job_left) {
+                    self.tell(node, epoch, job, Event::GiveUp);
+                }
+                let done = done.map(|(done, _)| Box::new(done)).map_err(|e| e.why);
+                self.tell(node, epoch, job, Event::Restored(done));
             }
         }
     }
@@ -453,43 +435,6 @@ impl Cluster {
                 self.count("jobs started over beside a copy of theirs");
             }
         }
-    }
-
-    fn same_run(&self, node: &str, record: &Record) -> bool {
-        self.hypervisors[node]
-            .info(&record.domain())
-            .ok()
-            .flatten()
-            .is_some_and(|d| d.metadata.run == record.run)
-    }
-
-    fn remove_overlay(&mut self, record: &Record) {
-        // Made by a preparation that nobody heard the end of, when there is no plan yet.
-        let overlay = record.plan.clone().unwrap_or_else(|| plan(record)).overlay;
-        self.overlays.retain(|o| Some(o) != overlay.as_ref());
-    }
-
-    fn restore(&mut self, node: &str, record: &Record, from: &std::path::Path) -> Result<(), String> {
-        let hypervisor = self.hypervisors[node].clone();
-        if self.job_here(node, record.job) != Some(true) {
-            return Err("Slurm does not run the job here".into());
-        }
-        let save = self
-            .saves
-            .iter_mut()
-            .find(|s| s.at == from && s.manifest.is_some())
-            .ok_or("no manifest")?;
-        if hypervisor.info(&record.domain()).map_err(|e| e.to_string())?.is_none() {
-            if save.used {
-                return Err("the save was used".into());
-            }
-            hypervisor.restore(from, None, true).map_err(|e| e.to_string())?;
-        }
-        save.used = true;
-        self.overlays.extend(record.plan.as_ref().and_then(|p| p.overlay.clone()));
-        hypervisor.resume(&record.domain()).map_err(|e| e.to_string())?;
-        self.world.delete_save(from);
-        Ok(())
     }
 
     /// As an agent does it; what libvirt and the other end say may be late or lost.
@@ -689,22 +634,20 @@ impl Cluster {
                     Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
                 }
             }
-            Act::Save { at, record } => match hypervisor.save(&name, at, SaveFormat::Raw) {
-                Ok(_) if ours(self) => {
+            Act::Save { record, .. } if ours(self) => {
+                let Some(done) = self.reach(node, |rooms| saving::save(rooms, record, &[], "preemption")) else {
+                    return;
+                };
+                if done.is_ok() {
                     self.count("saves");
-                    let mut saved = (**record).clone();
-                    saved.life = Life::Restoring { from: at.clone() };
-                    saved.generation += 1;
-                    self.remove_overlay(record);
-                    if let Some(save) = self.saves.iter_mut().find(|s| s.at == *at) {
-                        save.manifest = Some(saved);
-                    }
-                    self.tell(node, ended.epoch, job, Event::SaveWritten(Ok(Box::new(view(node, "")))));
                 }
-                // Its memory is written, and nobody is there to write the manifest.
-                Ok(_) => self.say(&format!("libvirt: {name} saved for nobody")),
-                Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
-            },
+                self.tell(node, ended.epoch, job, Event::SaveWritten(done.map(Box::new)));
+            }
+            // Its memory is written, and nobody is there to write the manifest.
+            Act::Save { at, .. } => {
+                let done = hypervisor.save(&name, &at.join("memory"), SaveFormat::Sparse);
+                self.say(&format!("libvirt: {name} saved for nobody: {done:?}"));
+            }
             _ => {}
         }
     }
@@ -761,7 +704,6 @@ impl Cluster {
             return;
         };
         let busy = owner.move_reply.is_some() || owner.gate.is_shut().is_some();
-        let generation = owner.vm.record.generation;
         match order {
             Order::MoveOut { .. } | Order::Save if busy => self.answer(id, Err("another move is under way".into())),
             Order::MoveOut { to } => {
@@ -777,8 +719,16 @@ impl Cluster {
                 );
             }
             Order::Save => {
-                owner.move_reply = Some(id);
-                let at = format!("/shared/saves/{}.{generation}", domain(job)).into();
+                let record = owner.vm.record.clone();
+                let at = match self.reach(node, |rooms| saving::fits(rooms, &record)) {
+                    None => return self.answer(id, Err("connection lost".into())),
+                    Some(Err(why)) => return self.answer(id, Err(why)),
+                    Some(Ok(at)) => at,
+                };
+                let owner = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job));
+                if let Some(owner) = owner {
+                    owner.move_reply = Some(id);
+                }
                 self.core(
                     node,
                     job,

@@ -1,15 +1,19 @@
 //! Slurm's side of a job on the nodes: prolog, shim and epilog, and what the agent's registry does with them.
 use slurm_vm::{
     core::{
-        End, Event, Life, Record, Vm,
+        End, Event, Life, Vm,
         registry::{Admission, Announced, Begin, JobSeen, Meeting, WithoutVm, is_for_a_later_run, meets, without_vm},
     },
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
+    vm::Birth,
 };
 use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 
-use crate::cluster::{Cluster, EPILOG_MS, Message, Mood, domain, plan};
+use crate::{
+    cluster::{Cluster, EPILOG_MS, Message, Mood, domain},
+    rooms::IMAGE,
+};
 
 impl Cluster {
     pub fn slurm_events(&mut self) {
@@ -88,32 +92,16 @@ impl Cluster {
     }
 
     /// A VM begins, new or from a save.
-    pub fn begin(&mut self, node: &str, job: u32, number: u64, _run: &Announced) {
-        let save = self
-            .saves
-            .iter()
-            .filter(|s| s.job == job && !s.used)
-            .filter_map(|s| s.manifest.clone())
-            .max_by_key(|r| r.generation);
-        let (vm, effects) = match save {
-            Some(mut record) => {
-                record.run = number.max(record.run + 1);
-                record.come_to(node);
-                record.generation += 1;
-                record.plan = Some(plan(&record));
-                Vm::expected(record)
-            }
-            None => Vm::new(self.record(node, job, number)),
+    pub fn begin(&mut self, node: &str, job: u32, number: u64, run: &Announced) {
+        let Some(birth) = self.reach(node, |rooms| rooms.birth(job, number, run.clone())) else {
+            return;
+        };
+        let (vm, effects) = match birth {
+            Some(Birth::New(record)) => Vm::new(record),
+            Some(Birth::Expected(record)) => Vm::expected(record),
+            other => return self.wrong.push(format!("job {job}: on {node} it begins as {other:?}")),
         };
         self.adopt(node, job, vm, effects);
-    }
-
-    pub fn record(&self, node: &str, job: u32, run: u64) -> Record {
-        Record {
-            run,
-            created_ms: self.now,
-            ..Record::new("fake".into(), node.into(), job, user(), spec())
-        }
     }
 
     pub fn epilog(&mut self, node: &str, job: u32) {
@@ -242,7 +230,7 @@ fn user() -> UserEntry {
 
 fn spec() -> VmSpec {
     VmSpec {
-        image: "tiny".into(),
+        image: IMAGE.into(),
         cpus: None,
         mem_mib: None,
         boot_timeout_s: Some(60),

@@ -14,6 +14,7 @@ mod effects;
 mod jobs;
 mod late;
 mod random;
+mod rooms;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -12,6 +12,8 @@ use std::{
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use super::files::{Files, MemoryFiles};
+
 /// A disk cannot be used or made.
 #[derive(Debug, Error)]
 pub enum DiskError {
@@ -248,5 +250,46 @@ impl Disks for QemuImg {
             path: path.into(),
             why: e.to_string(),
         })
+    }
+}
+
+/// Disks in memory, for tests: any file may be an image, and an overlay is an empty file.
+#[derive(Debug, Clone)]
+pub struct MemoryDisks(pub MemoryFiles);
+
+impl Disks for MemoryDisks {
+    fn base(&self, path: &Path, _: &str) -> Result<Base, DiskError> {
+        Ok(Base {
+            sha256: crate::text::hex(&Sha256::digest(path.as_os_str().as_encoded_bytes())),
+            virtual_bytes: 1 << 30,
+        })
+    }
+
+    fn make_overlay(&self, overlay: &Path, _: &Path, _: &str) -> Result<(), DiskError> {
+        self.0.write_durably(overlay, b"").map_err(|e| DiskError::Node {
+            act: "make",
+            path: overlay.into(),
+            why: e.to_string(),
+        })
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), DiskError> {
+        self.0.remove(path).map_err(|e| DiskError::Node {
+            act: "remove",
+            path: path.into(),
+            why: e.to_string(),
+        })
+    }
+
+    fn used_bytes(&self, path: &Path) -> u64 {
+        u64::from(self.0.is_there(path))
+    }
+
+    fn free_bytes(&self, _: &Path) -> Result<u64, DiskError> {
+        Ok(1 << 40)
+    }
+
+    fn readable(&self, _: &Path) -> Result<(), DiskError> {
+        Ok(())
     }
 }

@@ -183,9 +183,23 @@ struct Undo {
 struct Held {
     files: BTreeMap<PathBuf, Vec<u8>>,
     directories: BTreeSet<PathBuf>,
+    /// Nodes whose agent is to be killed after so many more calls.
+    killed_after: BTreeMap<String, u32>,
     /// Oldest first.
     unsynced: Vec<Undo>,
 }
+
+impl Held {
+    /// What the file holds now outlasts a power cut.
+    fn synced(&mut self, file: &Path) {
+        self.unsynced.iter_mut().for_each(|u| u.before.retain(|(path, _)| path != file));
+        self.unsynced.retain(|u| !u.before.is_empty());
+    }
+}
+
+/// With what a thread unwinds whose agent was killed by [`Storage::kill_after`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Killed;
 
 /// Storage in memory, which several nodes may share. Clones are the same storage.
 #[derive(Debug, Clone, Default)]
@@ -220,6 +234,22 @@ impl Storage {
         }
     }
 
+    /// The node's agent is killed before the call after so many more: the calling thread unwinds with [`Killed`], and the call is not made.
+    pub fn kill_after(&self, node: &str, calls: u32) {
+        self.lock().killed_after.insert(node.into(), calls);
+    }
+
+    /// The node's agent is not to be killed after all.
+    pub fn spare(&self, node: &str) {
+        self.lock().killed_after.remove(node);
+    }
+
+    /// Whether there is a file of that name.
+    #[must_use]
+    pub fn has(&self, path: &Path) -> bool {
+        self.lock().files.contains_key(path)
+    }
+
     /// All files, for the test's own eyes.
     #[must_use]
     pub fn paths(&self) -> Vec<PathBuf> {
@@ -235,6 +265,21 @@ pub struct MemoryFiles {
 }
 
 impl MemoryFiles {
+    /// The storage for one call.
+    fn held(&self) -> MutexGuard<'_, Held> {
+        let mut held = self.storage.lock();
+        if let Some(calls) = held.killed_after.get_mut(&self.node) {
+            let Some(left) = calls.checked_sub(1) else {
+                held.killed_after.remove(&self.node);
+                drop(held);
+                // No panic: nothing is wrong, and nothing is said.
+                std::panic::resume_unwind(Box::new(Killed));
+            };
+            *calls = left;
+        }
+        held
+    }
+
     /// Writes a file as others do, QEMU and libvirt: nothing is synced.
     pub fn write(&self, path: &Path, bytes: &[u8]) {
         let mut held = self.storage.lock();
@@ -248,12 +293,7 @@ impl MemoryFiles {
 
 impl Files for MemoryFiles {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        self.storage
-            .lock()
-            .files
-            .get(path)
-            .cloned()
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.held().files.get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn read_trusted(&self, path: &Path) -> Result<Vec<u8>, Distrust> {
@@ -265,8 +305,10 @@ impl Files for MemoryFiles {
     }
 
     fn write_durably(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.storage.lock().files.insert(path.into(), bytes.into());
-        self.sync(path)
+        let mut held = self.held();
+        held.files.insert(path.into(), bytes.into());
+        held.synced(path);
+        Ok(())
     }
 
     fn touch(&self, path: &Path) -> io::Result<()> {
@@ -275,12 +317,14 @@ impl Files for MemoryFiles {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.storage.lock().files.remove(path);
-        self.sync(path)
+        let mut held = self.held();
+        held.files.remove(path);
+        held.synced(path);
+        Ok(())
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
-        let held = self.storage.lock();
+        let held = self.held();
         let below = held.files.keys().chain(&held.directories);
         let entry = |path: &PathBuf| Some(dir.join(path.strip_prefix(dir).ok()?.components().next()?));
         let entries: BTreeSet<PathBuf> = below.filter_map(entry).collect();
@@ -288,13 +332,13 @@ impl Files for MemoryFiles {
     }
 
     fn is_there(&self, path: &Path) -> bool {
-        let held = self.storage.lock();
+        let held = self.held();
         let mut all = held.files.keys().chain(&held.directories);
         all.any(|p| p.starts_with(path))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut held = self.storage.lock();
+        let mut held = self.held();
         let bytes = held.files.remove(from).ok_or(io::ErrorKind::NotFound)?;
         held.files.insert(to.into(), bytes);
         // What is unsynced of the file stays so under its new name.
@@ -310,14 +354,12 @@ impl Files for MemoryFiles {
     }
 
     fn sync(&self, file: &Path) -> io::Result<()> {
-        let mut held = self.storage.lock();
-        held.unsynced.iter_mut().for_each(|u| u.before.retain(|(path, _)| path != file));
-        held.unsynced.retain(|u| !u.before.is_empty());
+        self.held().synced(file);
         Ok(())
     }
 
     fn remove_all(&self, dir: &Path) -> io::Result<()> {
-        let mut held = self.storage.lock();
+        let mut held = self.held();
         held.files.retain(|path, _| !path.starts_with(dir));
         held.directories.retain(|path| !path.starts_with(dir));
         held.unsynced
@@ -327,7 +369,7 @@ impl Files for MemoryFiles {
     }
 
     fn make_directory(&self, dir: &Path, _: Directory<'_>) -> io::Result<()> {
-        self.storage.lock().directories.insert(dir.into());
+        self.held().directories.insert(dir.into());
         Ok(())
     }
 
@@ -381,6 +423,20 @@ mod tests {
         a_file_is_there_until_it_is_removed(&MemoryFiles::default(), dir.path());
         a_directory_is_listed_and_removed_with_what_is_in_it(&SystemFiles, dir.path());
         a_directory_is_listed_and_removed_with_what_is_in_it(&MemoryFiles::default(), dir.path());
+    }
+
+    #[test]
+    fn an_agent_is_killed_between_two_calls() {
+        let storage = Storage::default();
+        let files = storage.on("n1");
+        storage.kill_after("n1", 1);
+        let killed = std::panic::catch_unwind(|| {
+            files.write_durably(Path::new("/a"), b"1").unwrap();
+            files.write_durably(Path::new("/b"), b"2").unwrap();
+        });
+        assert_eq!(killed.unwrap_err().downcast_ref(), Some(&Killed));
+        assert_eq!(storage.paths(), [PathBuf::from("/a")]);
+        files.write_durably(Path::new("/b"), b"2").unwrap();
     }
 
     #[test]

@@ -10,9 +10,9 @@ pub mod trusted;
 
 use std::{fmt, sync::Arc, time::Duration};
 
-pub use disks::{Base, DiskError, Disks};
+pub use disks::{Base, DiskError, Disks, MemoryDisks};
 pub use faults::Faults;
-pub use files::{Directory, Files, MemoryFiles, Storage, SystemFiles};
+pub use files::{Directory, Files, Killed, MemoryFiles, Storage, SystemFiles};
 pub use store::{Store, StoreError};
 
 use crate::{hypervisor::Hypervisor, slurm::Slurm};

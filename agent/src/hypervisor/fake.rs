@@ -18,6 +18,7 @@ use super::{
     MigrateOutcome, MigrateParams, Result, SaveFormat, SavedDomain, StateReason, StopReason, check_spec,
     libvirt::xml::{self, Flavor},
 };
+use crate::effects::Storage;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -105,6 +106,8 @@ struct Inner {
     /// How often each guest was booted.
     boots: BTreeMap<Uuid, u32>,
     violations: Vec<String>,
+    /// Where saved images lie; without it they lie nowhere, and are never lost.
+    storage: Option<Storage>,
 }
 
 /// All nodes and their domains. Clones share it.
@@ -118,6 +121,14 @@ impl World {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A world whose saved images are files of this storage, written without a sync as libvirt writes them.
+    #[must_use]
+    pub fn on(storage: Storage) -> Self {
+        let world = Self::default();
+        world.lock().storage = Some(storage);
+        world
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -718,6 +729,9 @@ impl Hypervisor for FakeHypervisor {
                 return Err(HypervisorError::NoDomain { name: name.into() });
             };
             inner.saves.insert(path.into(), Image { guest, format });
+            if let Some(storage) = &inner.storage {
+                storage.on(node).write(path, b"memory");
+            }
             Ok(format)
         })
     }
@@ -805,7 +819,8 @@ fn image(inner: &Inner, path: &Path) -> Result<Image> {
         message: format!("{}: no such file", path.display()),
         code: 38,
     };
-    inner.saves.get(path).cloned().ok_or_else(none)
+    let is_there = inner.storage.as_ref().is_none_or(|s| s.has(path));
+    inner.saves.get(path).filter(|_| is_there).cloned().ok_or_else(none)
 }
 
 #[cfg(test)]

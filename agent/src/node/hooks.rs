@@ -54,7 +54,8 @@ impl Node {
 
     /// A record for a new VM, or the one of a save that waits on shared storage; nothing if the job's script has ended in its grace time and
     /// is not to run again. May last as long as a file server is away: called on the VM's own thread.
-    fn birth(&self, job: u32, number: u64, run: Announced) -> Option<Birth> {
+    #[must_use]
+    pub fn birth(&self, job: u32, number: u64, run: Announced) -> Option<Birth> {
         let Announced { restart, user, spec } = run;
         if restart == 0 {
             // Of another job that had this number.

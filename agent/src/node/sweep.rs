@@ -11,14 +11,7 @@ pub fn run(node: &Arc<Node>) {
     loop {
         node.world.clock.sleep(EVERY);
         node.look_at_shared_dir();
-        for save in saving::made_by(node) {
-            let job = save.job;
-            if is_over(node, job, save.uid) {
-                log::info!("job {job} has ended: removing its save {}", save.dir.display());
-                saving::remove(&*node.world.files, &save.dir);
-                node.saved_for_nobody(job);
-            }
-        }
+        saves(node);
         for (job, at) in node.saved() {
             if saving::is_used(&*node.world.files, &at) {
                 node.saved_for_nobody(job);
@@ -30,6 +23,18 @@ pub fn run(node: &Arc<Node>) {
             }
         }
         node.forget_old();
+    }
+}
+
+/// Removes the saves that this node has made of jobs that are over.
+pub fn saves(node: &Node) {
+    for save in saving::made_by(node) {
+        let job = save.job;
+        if is_over(node, job, save.uid) {
+            log::info!("job {job} has ended: removing its save {}", save.dir.display());
+            saving::remove(&*node.world.files, &save.dir);
+            node.saved_for_nobody(job);
+        }
     }
 }
 

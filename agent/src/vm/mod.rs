@@ -14,7 +14,7 @@ pub mod prepare;
 pub mod programs;
 pub mod saving;
 mod spool;
-mod start;
+pub mod start;
 pub mod supersede;
 pub mod view;
 

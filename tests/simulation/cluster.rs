@@ -100,6 +100,9 @@ pub enum Message {
     Restart {
         node: String,
     },
+    PowerOn {
+        node: String,
+    },
     RestartController,
     Libvirt {
         node: String,
@@ -568,6 +571,12 @@ impl Cluster {
             let after = self.random.between(200, 25_000);
             self.at(after, Message::Restart { node: node.clone() });
         }
+        if self.random.permille(3) && self.nodes[&node].alive {
+            self.count("power cuts");
+            self.power_off(&node);
+            let after = self.random.between(5_000, 90_000);
+            self.at(after, Message::PowerOn { node: node.clone() });
+        }
         if self.random.permille(6) && self.controller.alive {
             self.say("controller killed");
             self.controller.kill();
@@ -793,6 +802,7 @@ impl Cluster {
                 }
             }
             Message::Restart { node } => self.restart(&node),
+            Message::PowerOn { node } => self.power_on(&node),
             Message::RestartController => {
                 self.say("controller started");
                 self.controller.restart();

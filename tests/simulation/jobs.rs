@@ -194,13 +194,14 @@ impl Cluster {
         };
         match over {
             End::NodeFault { how } => {
-                let n = self.faults.entry(job).or_default();
-                *n += 1;
-                if *n > 20 {
-                    self.slurm.exited(job, 125);
-                } else {
-                    self.say(&format!("job {job}: shim requeues: {how}"));
-                    let _ = self.slurm.requeue(job);
+                self.say(&format!("job {job}: shim requeues: {how}"));
+                let tries = self.faults.get(&job).copied().unwrap_or(0);
+                if tries > 20 {
+                    self.wrong.push(format!("job {job} finds no node where its VM can be: {how}"));
+                }
+                // It ends all the same while slurmctld is away; then it is asked again.
+                if self.slurm.requeue(job).is_ok() {
+                    self.faults.insert(job, tries + 1);
                 }
                 self.slurm_events();
             }

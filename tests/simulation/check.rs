@@ -10,10 +10,8 @@ use crate::cluster::{Cluster, Mood, domain};
 impl Cluster {
     /// Looks at one job, or at all.
     pub fn check(&self, about: Option<u32>) -> Result<(), String> {
-        for what in self.world.violations() {
-            if !self.excused.iter().any(|job| what.starts_with(&format!("{} ", domain(*job)))) {
-                return Err(what);
-            }
+        if let Some(what) = self.world.violations().into_iter().next() {
+            return Err(what);
         }
         if let Some(what) = self.wrong.first() {
             return Err(what.clone());

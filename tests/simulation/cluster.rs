@@ -18,7 +18,7 @@ use slurm_vm::{
         fake::{FakeHypervisor, Fault, Op, World},
     },
     node::{Node as AgentNode, sweep},
-    slurm::{FakeJob, FakeSlurm, Slurm},
+    slurm::{FakeJob, FakeSlurm, NodeInfo, Slurm},
     vm::moving,
 };
 use slurm_vm_api::query::MoveView;
@@ -85,6 +85,8 @@ pub enum Message {
     Epilog {
         node: String,
         job: u32,
+        /// When it was called.
+        since: u64,
     },
     EpilogOver {
         id: u64,
@@ -245,8 +247,6 @@ pub struct Cluster {
     pub faults: BTreeMap<u32, u32>,
     pub controller: Controller,
     quiet: bool,
-    /// Jobs that Slurm started over while a copy was left on a node that nobody could ask.
-    pub excused: BTreeSet<u32>,
     /// What has happened in the agents that must not.
     pub wrong: Vec<String>,
     /// What the last event was answered with: to what a source hands over, and to the other end's question.
@@ -254,10 +254,8 @@ pub struct Cluster {
     pub answered: Option<Result<bool, String>>,
     /// The last event had output offsets taken in.
     pub adopted: bool,
-    /// Starts that wait for a copy elsewhere to end, and how often they have looked.
-    pub superseding: BTreeMap<(String, u32), u32>,
-    /// Epilogs that found no agent: Slurm gave the node away with the VM on it.
-    pub missed: BTreeSet<(String, u32)>,
+    /// Starts that wait for what an earlier run has left elsewhere: since when, and the nodes that are still to be asked.
+    pub superseding: BTreeMap<(String, u32), (u64, Vec<NodeInfo>)>,
     pub slurm_away: bool,
     /// Milliseconds that each copying takes.
     pub copies_take: Option<u64>,
@@ -330,13 +328,11 @@ impl Cluster {
             faults: BTreeMap::new(),
             controller: Controller::default(),
             quiet: false,
-            excused: BTreeSet::new(),
             wrong: Vec::new(),
             taken: None,
             answered: None,
             adopted: false,
             superseding: BTreeMap::new(),
-            missed: BTreeSet::new(),
             slurm_away: false,
             copies_take: None,
             tracing: false,
@@ -792,7 +788,7 @@ impl Cluster {
                     self.ensure(&node, job);
                 }
             }
-            Message::Epilog { node, job } => self.epilog(&node, job),
+            Message::Epilog { node, job, since } => self.epilog(&node, job, since),
             Message::EpilogOver { id } => self.epilog_over(id),
             Message::Shim { job, restarts } => self.shim(job, restarts),
             Message::HighEnds { job, restarts } => {

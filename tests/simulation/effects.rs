@@ -4,12 +4,13 @@ use slurm_vm::{
         Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
         locate::{Copy, Search},
         registry::Entry,
+        supersede::{Heard, Next, is_superseded, next},
     },
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
-    vm::{moving, prepare, saving, start, supersede::is_superseded},
+    vm::{moving, prepare, saving, start, supersede},
 };
 
-use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Node, Order, Owner, domain, view};
+use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Order, Owner, domain, view};
 
 impl Cluster {
     pub fn carry_out(&mut self, node: &str, job: u32, effects: Vec<Effect>) {
@@ -270,17 +271,23 @@ impl Cluster {
         };
         let words = |e: HypervisorError| e.to_string();
         match act {
-            Act::Prepare if self.job_here(node, job) == Some(true) && self.supersede(node, job) => {
-                let node = node.to_owned();
-                let act = Act::Prepare;
-                self.at(100, Message::Act { node, epoch, job, act });
-            }
             Act::Prepare => {
-                self.excuse_copies(node, job);
+                let elsewhere = match self.job_here(node, job) {
+                    Some(true) if self.restarts(job) > 0 => self.supersede(node, job),
+                    _ => Ok(true),
+                };
+                if elsewhere == Ok(false) {
+                    let node = node.to_owned();
+                    let act = Act::Prepare;
+                    return self.at(500, Message::Act { node, epoch, job, act });
+                }
                 let done = if self.job_here(node, job) != Some(true) {
                     Err(Failure::Node("Slurm does not show the job here".into()))
                 } else if self.rough(20) {
                     Err(Failure::Node("no space".into()))
+                } else if let Err(why) = elsewhere {
+                    self.count("starts refused because of a copy");
+                    Err(Failure::Node(why))
                 } else {
                     let prepared = self.reach(node, |rooms| {
                         let given = prepare::allotted(&rooms.world, &rooms.name, job)?;
@@ -392,49 +399,45 @@ impl Cluster {
         }
     }
 
-    /// Has what waits elsewhere for a job that starts over ended first; true while that is awaited, for 5 s at most.
-    fn supersede(&mut self, node: &str, job: u32) -> bool {
-        let tries = self.superseding.entry((node.to_owned(), job)).or_default();
-        *tries += 1;
-        if *tries > 50 {
-            self.superseding.remove(&(node.to_owned(), job));
-            return false;
-        }
+    /// A round of questions to the other nodes about what an earlier run has left there; `true` when nothing is waited for any more.
+    fn supersede(&mut self, node: &str, job: u32) -> Result<bool, String> {
         let restarts = self.restarts(job);
-        let superseded = |n: &Node| n.alive && n.vms.get(&job).is_some_and(|o| is_superseded(&o.vm.record, restarts));
-        let ends = |n: &Node| matches!(n.vms[&job].vm.record.life, Life::Stopping { .. });
-        let waiting: Vec<String> = self
-            .nodes
-            .iter()
-            .filter(|(name, n)| *name != node && superseded(n) && !ends(n))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for other in &waiting {
-            self.count("copies ended because their job started over elsewhere");
-            self.core(other, job, Event::Release);
-        }
-        let ending = self.nodes.iter().any(|(name, n)| *name != node && superseded(n) && ends(n));
-        let again = !waiting.is_empty() || ending;
-        if !again {
-            self.superseding.remove(&(node.to_owned(), job));
-        }
-        again
-    }
-
-    /// Known gap: when Slurm starts a job over elsewhere although its VM has landed where the agent is down, or although its epilog
-    /// found no agent, the landed copy stays until the controller or its own deadline ends it.
-    fn excuse_copies(&mut self, node: &str, job: u32) {
-        let others: Vec<String> = self.nodes.keys().filter(|n| *n != node).cloned().collect();
-        for other in others {
-            let record = self.nodes[&other].ledger.get(&job);
-            let left_behind = record.is_some_and(|r| matches!(r.life, Life::Stopping { .. }))
-                || self.missed.contains(&(other.clone(), job))
-                || !self.nodes[&other].alive;
-            let there = self.hypervisors[&other].peek(&domain(job)).is_some();
-            if there && left_behind && self.excused.insert(job) {
-                self.count("jobs started over beside a copy of theirs");
+        let key = (node.to_owned(), job);
+        let rooms = self.nodes[node].rooms.clone();
+        let (since, asked) = match self.superseding.remove(&key) {
+            Some(known) => known,
+            None => (self.now, supersede::others(&rooms)?),
+        };
+        let mut again = Vec::new();
+        for other in asked {
+            let superseded = |c: &Self| {
+                let vm = c.nodes[&other.name].vms.get(&job);
+                vm.is_some_and(|o| is_superseded(&o.vm.record, restarts))
+            };
+            if self.nodes[&other.name].alive && superseded(self) {
+                self.count("copies ended because their job started over elsewhere");
+                self.core(&other.name, job, Event::Release);
+            }
+            let heard = match (self.nodes[&other.name].alive, superseded(self)) {
+                (false, _) => Heard::Silent("nobody there"),
+                (true, true) => Heard::Ending("its end takes time"),
+                (true, false) => Heard::Clear,
+            };
+            match next(heard, self.now - since, supersede::is_well(&rooms, &other)) {
+                Next::Clear => {}
+                Next::Again => again.push(other),
+                Next::Unknown(why) => {
+                    self.say(&format!("{node}: job {job}: {}: {why}", other.name));
+                    self.count("starts beside a silent agent");
+                }
+                Next::Refused(why) => return Err(why),
             }
         }
+        if again.is_empty() {
+            return Ok(true);
+        }
+        self.superseding.insert(key, (since, again));
+        Ok(false)
     }
 
     /// As an agent does it; what libvirt and the other end say may be late or lost.

@@ -43,7 +43,8 @@ impl Cluster {
                     for node in nodes {
                         if self.vm_jobs.contains_key(&job) {
                             let delay = self.random.between(50, 2_000);
-                            self.at(delay, Message::Epilog { node, job });
+                            let since = self.now + delay;
+                            self.at(delay, Message::Epilog { node, job, since });
                         } else {
                             self.slurm.epilog_done(job, &node);
                         }
@@ -104,15 +105,17 @@ impl Cluster {
         self.adopt(node, job, vm, effects);
     }
 
-    pub fn epilog(&mut self, node: &str, job: u32) {
+    /// The hook waits for its agent to come back, as long as it would wait for the VM's end.
+    pub fn epilog(&mut self, node: &str, job: u32, since: u64) {
+        if !self.nodes[node].alive && self.now < since + EPILOG_MS {
+            let node = node.to_owned();
+            return self.at(500, Message::Epilog { node, job, since });
+        }
         let id = self.id();
         self.epilogs.insert(id, (node.into(), job));
         let n = self.nodes.get_mut(node).filter(|n| n.alive);
         let owner = n.and_then(|n| n.registry.released(job).and_then(|job| n.vms.get_mut(&job)));
         let Some(owner) = owner else {
-            if !self.nodes[node].alive {
-                self.missed.insert((node.into(), job));
-            }
             self.epilog_returns(id);
             return;
         };

@@ -5,14 +5,13 @@ use crossbeam_channel::bounded;
 
 use super::protocol::{PeerReply, PeerRequest};
 use crate::{
-    core::{Event, HandOverError, KeptOutput},
+    core::{Event, HandOverError, KeptOutput, supersede::is_superseded},
     node::{Node, health},
     peer::{Role, Who},
     server::log_text,
     vm::{
         Request, converge,
         moving::{self, MoveOrder},
-        supersede,
     },
 };
 
@@ -146,7 +145,7 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             }
             PeerReply::Ok
         }
-        PeerRequest::Supersede { job, restarts } if node.record(job).is_some_and(|r| supersede::is_superseded(&r, restarts)) => {
+        PeerRequest::Supersede { job, restarts } if node.record(job).is_some_and(|r| is_superseded(&r, restarts)) => {
             log::warn!("job {job}: it has started over on {}: its VM here is ended", from.node);
             let (reply, answer) = bounded(1);
             if node.owner(job).is_none_or(|o| o.send(Request::Release(reply)).is_err()) {

@@ -23,6 +23,7 @@ pub mod record;
 mod recovery;
 pub mod registry;
 pub mod relocation;
+pub mod supersede;
 
 pub use event::{Effect, Event, Failure, KeptOutput, SessionNews, Whereabouts};
 pub use gate::Gate;

@@ -734,7 +734,7 @@ impl Owner {
             Effect::Prepare => worker(job, "prepare", move || {
                 let done = prepare::allotted(&node.world, &record.node, job).and_then(|given| {
                     if let Some(restarts) = given.restarts.filter(|n| *n > 0) {
-                        supersede::end_elsewhere(&node, job, restarts);
+                        supersede::end_elsewhere(&node, job, restarts).map_err(Failure::Node)?;
                     }
                     prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given)
                 });

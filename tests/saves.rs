@@ -9,7 +9,7 @@ use std::{
 use slurm_vm::{
     cluster::Alone,
     config::Config,
-    core::{Allocation, Life, Plan, Record},
+    core::{Allocation, Life, Plan, Record, record::file_stem},
     effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::{
         Boot, CpuModel, DomainMetadata, DomainSpec, DomainState, DomainType, Hypervisor, SaveFormat,
@@ -47,7 +47,10 @@ impl Stage {
             ..FakeJob::default()
         });
         slurm.tick(2);
-        let save = dir.path().join(format!("shared/saves/slurm-{job}-0.1.5.n1"));
+        let save = dir
+            .path()
+            .join("shared/saves")
+            .join(format!("{}.1.5.n1", file_stem(&nodes[0].config.cluster, job, 0)));
         let stage = Self {
             dir,
             slurm,
@@ -300,7 +303,7 @@ fn a_base_image_that_was_replaced_is_refused_by_name_and_the_save_waits_on() {
 #[test]
 fn only_the_saves_of_the_very_vm_that_ends_are_removed() {
     let s = Stage::new();
-    let other = s.dir.path().join(format!("shared/saves/slurm-{}-0.1.6.n1", s.job));
+    let other = s.save.with_file_name(format!("{}.1.6.n1", s.record().file_stem()));
     fs::create_dir_all(&other).unwrap();
     fs::write(other.join("manifest.used.json"), "{}").unwrap();
     saving::remove_saves(&s.nodes[0], &s.record(), false);

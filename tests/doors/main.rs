@@ -269,9 +269,9 @@ fn saves_and_ends_that_another_user_could_have_forged_are_not_believed() {
     let t = Bench::new();
     let shared = t.node.config.shared_dir.clone().unwrap();
     let job = t.job(ALICE);
-    let save = shared.join(format!("saves/slurm-{job}-0.5.1.n1"));
     let spec = VmSpec::for_image("tiny").unwrap();
     let mut record = Record::new("cluster".into(), "n1".into(), job, open(job, ALICE).user, spec);
+    let save = shared.join("saves").join(format!("{}.5.1.n1", record.file_stem()));
     record.life = Life::Restoring { from: save.clone() };
     record.generation = 5;
     forge(

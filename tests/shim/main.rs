@@ -520,6 +520,39 @@ fn an_agent_that_ignores_the_window_is_made_to_wait() {
 }
 
 #[test]
+fn a_program_that_ended_right_before_its_vm_leaves_does_not_end_the_job_while_output_is_missing() {
+    let bench = Bench::new();
+    let mut command = bench.batch();
+    // It takes nothing: what comes waits, and is dropped at the hand-over.
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    command.stdout(full);
+    let mut shim = Shim::spawn(command);
+    let mut session = bench.start();
+    session.data(Stream::Stdout, 0, b"not written\n");
+    session.say(ToShim::Exited(Ended::Code(0)));
+    session.say(ToShim::HandOver);
+    assert!(matches!(session.message(), ToAgent::HandedOver { wrote, .. } if wrote[0] == (Stream::Stdout, 0)));
+    // Whoever goes on with the output is told of the end; this one hears of it in vain.
+    session.say(ToShim::Exited(Ended::Code(0)));
+    session.say(ToShim::TakeBack);
+    let mut session = bench.accept();
+    assert_eq!(session.open.resume[0], (Stream::Stdout, 0));
+    assert!(shim.0.try_wait().unwrap().is_none(), "it has ended the job");
+    session.started(0, 0, true, None);
+    drop(session);
+}
+
+#[test]
+fn the_place_in_a_file_that_is_emptied_at_the_start_is_known_from_the_beginning() {
+    let bench = Bench::new();
+    let mut command = bench.batch();
+    command.stdout(bench.output_file("of an earlier run\n"));
+    let _shim = Shim::spawn(command);
+    // A shim on another node goes by it where this one cannot report.
+    assert_eq!(bench.accept().open.stdout.base, 0);
+}
+
+#[test]
 fn a_move_that_did_not_happen_is_taken_back() {
     for agent_restarts in [false, true] {
         let bench = Bench::new();
@@ -532,12 +565,12 @@ fn a_move_that_did_not_happen_is_taken_back() {
         shim.signal(10);
         if agent_restarts {
             drop(session);
-            session = bench.accept();
-            assert_eq!(session.open.resume[0], (Stream::Stdout, 7));
-            session.started(7, 0, true, None);
         } else {
             session.say(ToShim::TakeBack);
         }
+        session = bench.accept();
+        assert_eq!(session.open.resume[0], (Stream::Stdout, 7));
+        session.started(7, 0, true, None);
         assert_eq!(session.message(), ToAgent::Signal { signo: 10 });
         session.data(Stream::Stdout, 7, b"after");
         session.exit(Ended::Code(0));

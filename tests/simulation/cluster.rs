@@ -3,12 +3,13 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     path::PathBuf,
     sync::Arc,
+    time::Instant,
 };
 
 use crossbeam_channel::Receiver;
 use slurm_vm::{
     core::{
-        Effect, Event, Gate, HandOverError, MoveIdentity, Record, Vm,
+        Effect, Event, Gate, HandOverError, MoveIdentity, ProgramRecord, Record, Vm,
         registry::{self, Found, Registry},
         relocation::Event as MoveEvent,
     },
@@ -19,13 +20,17 @@ use slurm_vm::{
     },
     node::{Node as AgentNode, sweep},
     slurm::{FakeJob, FakeSlurm, NodeInfo, Slurm},
-    vm::moving,
+    vm::{
+        moving,
+        programs::{Kept, Programs, ToGuest},
+    },
 };
 use slurm_vm_api::query::MoveView;
 
 use crate::{
     check::kind,
     controller::{Controller, Later},
+    output::{File, Guest, Link, Shim},
     random::Random,
     rooms::{self, Time},
 };
@@ -34,6 +39,8 @@ use crate::{
 const BEGIN_MS: u64 = 1_000_000;
 /// How long a VM waits for its job.
 pub const AWAIT_JOB_MS: u64 = 40_000;
+/// What an agent keeps of one stream of output.
+const SPOOL_BYTES: u64 = 400;
 /// Half seconds between two sweeps of an agent.
 const SWEEP: u64 = 60;
 /// How long a record is kept after its VM's end.
@@ -130,6 +137,7 @@ pub enum Message {
         epoch: u64,
         to: String,
         record: Box<Record>,
+        kept: Vec<Kept>,
     },
     /// An order of the controller, with the id of the request.
     Order {
@@ -172,7 +180,7 @@ pub enum Act {
     Start,
     Destroy,
     Migrate { to: String, to_epoch: Option<u64> },
-    Save { at: PathBuf, record: Box<Record> },
+    Save { at: PathBuf, record: Box<Record>, kept: Vec<Kept> },
     Restore,
     Resume,
     Pin,
@@ -199,6 +207,11 @@ pub struct Owner {
     pub releases: Vec<u64>,
     pub move_reply: Option<u64>,
     pub link: u64,
+    /// Who has got which byte of the output.
+    pub programs: Programs,
+    pub guest: Link,
+    /// Programs whose start waits until their record is written.
+    pub unstarted: Vec<ToGuest>,
 }
 
 #[derive(Debug)]
@@ -237,6 +250,14 @@ pub struct Cluster {
     pub hypervisors: BTreeMap<String, FakeHypervisor>,
     events: BTreeMap<String, Receiver<DomainEvent>>,
     pub slurm: Arc<FakeSlurm>,
+    pub guests: BTreeMap<u32, Guest>,
+    pub shims: BTreeMap<u32, Shim>,
+    /// The jobs' output.
+    pub files: BTreeMap<u32, File>,
+    /// Where agents keep output that no shim takes.
+    spools: tempfile::TempDir,
+    /// The monotonic clock's zero.
+    pub begun: Instant,
     /// What all nodes share.
     pub storage: Storage,
     time: Time,
@@ -320,6 +341,11 @@ impl Cluster {
                 .collect(),
             hypervisors,
             slurm,
+            guests: BTreeMap::new(),
+            shims: BTreeMap::new(),
+            files: BTreeMap::new(),
+            spools: tempfile::tempdir().unwrap(),
+            begun: Instant::now(),
             storage,
             time,
             libvirt_jobs: BTreeMap::new(),
@@ -461,10 +487,15 @@ impl Cluster {
                 self.core(&node, job, Event::Tick);
             }
         }
+        self.guests_write();
         if self.half_seconds.is_multiple_of(SWEEP) {
             for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
                 if self.nodes[&node].alive {
-                    self.reach(&node, |rooms| sweep::saves(rooms));
+                    let alive: BTreeSet<u32> = self.nodes[&node].vms.keys().copied().collect();
+                    self.reach(&node, |rooms| {
+                        sweep::saves(rooms);
+                        sweep::overlays(rooms, |job| alive.contains(&job));
+                    });
                 }
             }
         }
@@ -493,6 +524,7 @@ impl Cluster {
     /// A node loses power: its guests and its agent end at once, and Slurm starts its jobs over.
     pub fn power_off(&mut self, name: &str) {
         self.say(&format!("{name}: no power"));
+        self.end_migrations_of(name);
         self.kill(name);
         self.hypervisors[name].power_off();
         self.storage.power_off(name);
@@ -703,18 +735,29 @@ impl Cluster {
 
     pub fn adopt(&mut self, node: &str, job: u32, vm: Vm, effects: Vec<Effect>) {
         let link = self.id();
+        let programs = self.programs(node, job, &vm.record.programs);
         let owner = Owner {
             vm,
             gate: Gate::default(),
             releases: vec![],
             move_reply: None,
             link,
+            programs,
+            guest: Link::default(),
+            unstarted: vec![],
         };
         if let Some(n) = self.nodes.get_mut(node) {
             n.registry.begun(job, job, owner.vm.record.user.clone());
             n.vms.insert(job, owner);
         }
         self.carry_out(node, job, effects);
+    }
+
+    /// The programs of a VM on a node, with what is kept there of their output.
+    pub fn programs(&self, node: &str, job: u32, records: &[ProgramRecord]) -> Programs {
+        let dir = self.spools.path().join(node).join(job.to_string());
+        std::fs::create_dir_all(&dir).unwrap();
+        Programs::new(records, dir, SPOOL_BYTES)
     }
 
     pub fn job_here(&self, node: &str, job: u32) -> Option<bool> {
@@ -745,24 +788,37 @@ impl Cluster {
         let Some(event) = owner.gate.let_in(event) else { return };
         let before = owner.vm.record.life.name();
         let kind = kind(&event);
+        let was_leaving = registry::is_on_its_way_out(&owner.vm.record.life);
         let effects = owner.vm.on_event(now, AWAIT_JOB_MS, event);
         let after = owner.vm.record.life.name();
+        let stays = was_leaving && !registry::is_on_its_way_out(&owner.vm.record.life);
         self.reached.insert((before, kind));
         if self.tracing && (before != after || !matches!(kind, "tick")) {
             let named: Vec<String> = effects.iter().map(|e| format!("{e:?}").chars().take(60).collect()).collect();
             self.say(&format!("{node}: job {job} {before} <- {kind} -> {after}: {}", named.join(", ")));
         }
         self.carry_out(node, job, effects);
+        if stays
+            && let Some(n) = self.nodes.get_mut(node)
+            && let Some(record) = n.vms.get(&job).map(|o| &o.vm.record)
+            && n.registry.stays(job, record.user.uid)
+        {
+            let run = record.run + 1;
+            self.count("runs that got the last one's VM");
+            self.core(node, job, Event::JobHere { run });
+        }
         self.retire(node, job);
     }
 
     pub fn retire(&mut self, node: &str, job: u32) {
         let Some(n) = self.nodes.get_mut(node) else { return };
-        let is_over = |o: &Owner| o.vm.record.life.is_over_here() && o.releases.is_empty() && !o.gate.is_behind();
+        let idle = |o: &Owner| o.releases.is_empty() && !o.gate.is_behind() && !o.programs.attached();
+        let is_over = |o: &Owner| o.vm.record.life.is_over_here() && idle(o);
         if !n.vms.get(&job).is_some_and(is_over) {
             return;
         }
-        let Some(owner) = n.vms.remove(&job) else { return };
+        let Some(mut owner) = n.vms.remove(&job) else { return };
+        owner.programs.forget_spools();
         if let Some((number, run)) = n.registry.retired(owner.vm.record) {
             self.say(&format!("{node}: job {job}: the run that has waited begins"));
             self.count("runs that waited for the last one's end");
@@ -815,9 +871,15 @@ impl Cluster {
             }
             Message::Import { from, epoch, to, record } => self.import(&from, epoch, &to, *record),
             Message::Abandon { to, job, by } => self.core(&to, job, Event::Abandoned { by }),
-            Message::TakeOver { from, epoch, to, record } => {
+            Message::TakeOver {
+                from,
+                epoch,
+                to,
+                record,
+                kept,
+            } => {
                 let job = record.job;
-                let outcome = self.take_over(&to, &record);
+                let outcome = self.take_over(&to, &record, &kept);
                 let outcome = if self.rough(80) {
                     Err(HandOverError::NotNow("no answer".into()))
                 } else {

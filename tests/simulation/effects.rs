@@ -1,13 +1,13 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
     core::{
-        Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
+        Busy, Effect, Event, Failure, HandOverError, KeptOutput, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
         locate::{Copy, Search},
         registry::Entry,
         supersede::{Heard, Next, is_superseded, next},
     },
     hypervisor::{DomainState, Hypervisor, HypervisorError, MigrateParams, SaveFormat},
-    vm::{moving, prepare, saving, start, supersede},
+    vm::{moving, prepare, programs::Kept, saving, start, supersede},
 };
 
 use crate::cluster::{AWAIT_JOB_MS, Act, Cluster, LibvirtJob, Message, Order, Owner, domain, view};
@@ -31,6 +31,7 @@ impl Cluster {
         let Some(n) = self.nodes.get_mut(node) else { return };
         let full = now < n.full_until;
         let Some(owner) = n.vms.get_mut(&job) else { return };
+        owner.vm.record.programs = owner.programs.records();
         if full {
             owner.gate.not_written(&owner.vm, now, "no space".into());
             self.count("writes that failed");
@@ -61,6 +62,10 @@ impl Cluster {
         }
         while let Some(event) = self.owner(node, job).and_then(|o| o.gate.next_event()) {
             self.core(node, job, event);
+        }
+        if let Some(owner) = self.owner(node, job).filter(|o| o.gate.is_shut().is_none()) {
+            let starts = std::mem::take(&mut owner.unstarted);
+            self.send_guest(node, job, starts);
         }
         self.retire(node, job);
     }
@@ -99,9 +104,14 @@ impl Cluster {
         };
         match effect {
             Effect::Persist => self.persist(node, job),
-            Effect::Journal(_) | Effect::Sessions(_) | Effect::SetClock => {}
-            Effect::CloseGuest => owner.link = 0,
+            Effect::Journal(_) | Effect::SetClock => {}
+            Effect::Sessions(news) => self.tell_sessions(node, job, &news),
+            Effect::CloseGuest => {
+                owner.link = 0;
+                self.guest_closed(node, job);
+            }
             Effect::OpenGuest => {
+                self.guest_closed(node, job);
                 self.next_link(node, job);
             }
             Effect::Prepare => self.soon(later(Act::Prepare)),
@@ -168,11 +178,14 @@ impl Cluster {
             Effect::HandOver => {
                 let Life::Leaving { to, .. } = &record.life else { return };
                 let to = to.clone();
+                let kept = self.shims_hand_over(node, job);
+                let record = self.nodes[node].vms[&job].vm.record.clone();
                 let take_over = Message::TakeOver {
                     from: node.into(),
                     epoch,
                     to,
                     record: Box::new(record),
+                    kept,
                 };
                 // Once more, and perhaps when a later run is there.
                 if self.rough(200) {
@@ -193,8 +206,11 @@ impl Cluster {
                     self.soon(take_over);
                 }
             }
-            Effect::Adopt(_) => self.adopted = true,
-            Effect::Keep(_) => {}
+            Effect::Adopt(programs) => {
+                programs.iter().for_each(|p| owner.programs.adopt(p));
+                self.adopted = true;
+            }
+            Effect::Keep(output) => self.keep(node, job, output),
             Effect::AnswerSource(answer) => self.taken = Some(answer),
             Effect::AnswerAsked(answer) => self.answered = Some(answer),
             Effect::AbandonDestination { to, by } => {
@@ -215,10 +231,9 @@ impl Cluster {
                     });
                     return;
                 }
-                self.soon(later(Act::Save {
-                    at,
-                    record: Box::new(record),
-                }));
+                let kept = self.shims_hand_over(node, job);
+                let record = Box::new(self.nodes[node].vms[&job].vm.record.clone());
+                self.soon(later(Act::Save { at, record, kept }));
             }
             Effect::Restore => {
                 self.soon(later(Act::Restore));
@@ -349,7 +364,8 @@ impl Cluster {
                 match hypervisor.info(&name) {
                     Ok(Some(d)) if d.state == DomainState::Running => {
                         let boot_id = format!("boot {}", self.world.boots(record.uuid()));
-                        self.tell(node, epoch, job, Event::GuestUp { boot_id });
+                        self.core(node, job, Event::GuestUp { boot_id });
+                        self.guest_answers(node, job);
                     }
                     // The link tries again as long as it is wanted.
                     _ => self.at(
@@ -376,9 +392,9 @@ impl Cluster {
                 let long = self.copies_take.unwrap_or(long);
                 self.libvirt_job(node, job, epoch, Act::Migrate { to, to_epoch }, long);
             }
-            Act::Save { at, record } => {
+            Act::Save { at, record, kept } => {
                 let long = self.random.between(300, 10_000);
-                self.libvirt_job(node, job, epoch, Act::Save { at, record }, long);
+                self.libvirt_job(node, job, epoch, Act::Save { at, record, kept }, long);
             }
             Act::Restore => {
                 let Some(done) = self.reach(node, |rooms| saving::restore(rooms, &record)) else {
@@ -393,7 +409,18 @@ impl Cluster {
                 if done.as_ref().is_err_and(|e| e.job_left) {
                     self.tell(node, epoch, job, Event::GiveUp);
                 }
-                let done = done.map(|(done, _)| Box::new(done)).map_err(|e| e.why);
+                let done = done.map_err(|e| e.why).map(|(done, kept)| {
+                    for (program, stream, offset, bytes) in kept {
+                        let output = KeptOutput {
+                            program,
+                            stream,
+                            offset,
+                            bytes,
+                        };
+                        self.keep(node, job, output);
+                    }
+                    Box::new(done)
+                });
                 self.tell(node, epoch, job, Event::Restored(done));
             }
         }
@@ -508,7 +535,7 @@ impl Cluster {
     }
 
     /// A source hands over its output offsets.
-    pub fn take_over(&mut self, to: &str, from: &Record) -> Result<(), HandOverError> {
+    pub fn take_over(&mut self, to: &str, from: &Record, kept: &[Kept]) -> Result<(), HandOverError> {
         let job = from.job;
         if !self.nodes[to].alive {
             return Err(HandOverError::NotNow(format!("{to} does not answer")));
@@ -521,6 +548,21 @@ impl Cluster {
         };
         if self.nodes[to].vms[&job].gate.is_shut().is_some() {
             return Err(HandOverError::NotNow(format!("{to} cannot write its ledger")));
+        }
+        for (program, stream, offset, bytes) in kept.iter().cloned() {
+            let output = KeptOutput {
+                program,
+                stream,
+                offset,
+                bytes,
+            };
+            self.taken = None;
+            self.core(to, job, Event::Kept { by: by.clone(), output });
+            match self.taken.take() {
+                Some(Ok(())) => {}
+                Some(Err(why)) => return Err(why),
+                None => return Err(HandOverError::NotNow(format!("{to} does not answer"))),
+            }
         }
         (self.taken, self.adopted) = (None, false);
         self.core(
@@ -587,6 +629,17 @@ impl Cluster {
         }
     }
 
+    /// A node is gone: nothing comes from it or to it any more.
+    pub fn end_migrations_of(&mut self, node: &str) {
+        let its = |((from, _), j): &(&(String, u32), &LibvirtJob)| from == node || matches!(&j.act, Act::Migrate { to, .. } if to == node);
+        let ended: Vec<(String, u32)> = self.libvirt_jobs.iter().filter(its).map(|(key, _)| key.clone()).collect();
+        for key in ended {
+            if let Some(broken) = self.libvirt_jobs.remove(&key) {
+                self.libvirt_job_failed(&key.0, key.1, &broken, "the line broke".into());
+            }
+        }
+    }
+
     /// An agent dies, and the relay of its migrations with it; what is on its way may be enough all the same.
     pub fn break_relays(&mut self, node: &str) {
         let broken: Vec<((String, u32), LibvirtJob)> = self
@@ -637,8 +690,8 @@ impl Cluster {
                     Err(e) => self.libvirt_job_failed(node, job, &ended, e.to_string()),
                 }
             }
-            Act::Save { record, .. } if ours(self) => {
-                let Some(done) = self.reach(node, |rooms| saving::save(rooms, record, &[], "preemption")) else {
+            Act::Save { record, kept, .. } if ours(self) => {
+                let Some(done) = self.reach(node, |rooms| saving::save(rooms, record, kept, "preemption")) else {
                     return;
                 };
                 if done.is_ok() {

@@ -148,7 +148,9 @@ impl Cluster {
 
     /// One look of the shim at its VM.
     pub fn shim(&mut self, job: u32, restarts: u32) {
-        let Some(node) = self.runs_on(job, restarts) else { return };
+        let Some(node) = self.runs_on(job, restarts) else {
+            return self.shim_is_killed(job, restarts);
+        };
         let again = self.random.between(400, 1_200);
         self.at(again, Message::Shim { job, restarts });
         if !self.nodes[&node].alive {
@@ -160,19 +162,19 @@ impl Cluster {
                 if is_for_a_later_run(record, restarts) {
                     return;
                 }
+                let is_up = record.up_ms.is_some();
                 match record.life.clone() {
                     Life::Stopping { why } | Life::Stopped { why } => why,
-                    Life::Running | Life::AwaitingJob { .. } => {
-                        let done = self.hypervisors[&node].work(&domain(job)).is_some_and(|w| w >= self.vm_jobs[&job]);
-                        if done && record.up_ms.is_some() {
+                    _ => {
+                        if self.shim_turn(&node, job, restarts) && is_up {
                             self.say(&format!("job {job} has done its work"));
+                            self.check_output(job);
                             self.count("jobs finished");
                             self.slurm.exited(job, 0);
                             self.slurm_events();
                         }
                         return;
                     }
-                    _ => return,
                 }
             }
             Admission::NotYours => return self.wrong.push(format!("job {job}: {node} takes its shim for another user's")),

@@ -24,13 +24,16 @@ fn program(wrote: u64) -> ProgramRecord {
         stderr: None,
         wrote: [wrote, 0],
         ended: None,
+        started: true,
     }
 }
 
 /// The program of the VM on this node has written so much.
 fn has_written(c: &mut Cluster, node: &str, job: u32, bytes: u64) {
+    let programs = c.programs(node, job, &[program(bytes)]);
     let owner = c.nodes.get_mut(node).unwrap().vms.get_mut(&job).unwrap();
     owner.vm.record.programs = vec![program(bytes)];
+    owner.programs = programs;
     let record = owner.vm.record.clone();
     c.nodes.get_mut(node).unwrap().ledger.insert(job, record);
 }
@@ -137,9 +140,11 @@ fn an_arrival_that_its_source_asks_for_is_ended_before_the_answer_is_no() {
 #[test]
 fn what_a_source_hands_over_twice_is_taken_once() {
     let (mut c, job) = in_mid_copy();
-    c.until("n1 is done with the move", 60, |c| !c.nodes["n1"].vms.contains_key(&job));
+    c.until("n1 is done with the move", 60, |c| {
+        matches!(life(c, "n1", job), Some(Life::Gone { .. }))
+    });
     let landed = record(&c, "n2", job);
-    assert_eq!(landed.programs, [program(5_000)]);
+    assert_eq!(landed.programs[0].wrote, [5_000, 0]);
     has_written(&mut c, "n2", job, 6_000);
     let mut left = c.nodes["n1"].ledger[&job].clone();
     let by = landed.arrived_by.expect("the move by which it came").by;
@@ -150,8 +155,8 @@ fn what_a_source_hands_over_twice_is_taken_once() {
         stage,
     };
     left.programs = vec![program(9_000)];
-    assert_eq!(c.take_over("n2", &left), Ok(()));
-    assert_eq!(record(&c, "n2", job).programs, [program(6_000)]);
+    assert_eq!(c.take_over("n2", &left, &[]), Ok(()));
+    assert_eq!(record(&c, "n2", job).programs[0].wrote, [6_000, 0]);
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod controller;
 mod effects;
 mod jobs;
 mod late;
+mod output;
 mod random;
 mod rooms;
 

@@ -156,6 +156,19 @@ pub struct ProgramRecord {
     pub wrote: [u64; 2],
     /// How it ended.
     pub ended: Option<Ended>,
+    /// The guest has started it, as far as was known when this was written. One that was not, and that the guest does not know, may be
+    /// started. An agent that does not know the field may lose it: then such a program counts as lost, as before there was the field.
+    #[serde(default = "yes", skip_serializing_if = "is_so")]
+    pub started: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_so(so: &bool) -> bool {
+    *so
 }
 
 /// Where a VM is in its life.
@@ -425,11 +438,13 @@ impl Record {
     /// libvirt's uuid of the domain: version 5 of cluster, job and k, so that every node derives the same.
     #[must_use]
     pub fn uuid(&self) -> uuid::Uuid {
-        let name = format!("{}/{}/{}", self.cluster, self.job, self.k);
-        uuid::Uuid::new_v5(
-            &uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, b"https://slurm-vm.org/"),
-            name.as_bytes(),
-        )
+        domain_uuid(&self.cluster, self.job, self.k)
+    }
+
+    /// How names of the VM's files on shared storage begin: another cluster's VM of the same job number has others.
+    #[must_use]
+    pub fn file_stem(&self) -> String {
+        file_stem(&self.cluster, self.job, self.k)
     }
 
     /// The program of a step's task, if it was ever started.
@@ -442,6 +457,21 @@ impl Record {
     pub fn program_mut(&mut self, id: u32) -> Option<&mut ProgramRecord> {
         self.programs.iter_mut().find(|p| p.id == id)
     }
+}
+
+fn domain_uuid(cluster: &str, job: u32, k: u32) -> uuid::Uuid {
+    let name = format!("{cluster}/{job}/{k}");
+    uuid::Uuid::new_v5(
+        &uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, b"https://slurm-vm.org/"),
+        name.as_bytes(),
+    )
+}
+
+/// As [`Record::file_stem`]: the domain's name, and the first part of its uuid, which tells clusters apart.
+#[must_use]
+pub fn file_stem(cluster: &str, job: u32, k: u32) -> String {
+    let uuid = domain_uuid(cluster, job, k).simple().to_string();
+    format!("{}.{}", domain_name(job, k), &uuid[..8])
 }
 
 /// libvirt's name of a job's domain.

@@ -255,6 +255,15 @@ impl<W: Clone> Registry<W> {
         }
     }
 
+    /// The VM was on its way out and stays, so that a run which has waited for its end gets it. True if one has, and it is that user's:
+    /// the owner goes on as if it had been announced now.
+    pub fn stays(&mut self, job: u32, uid: u32) -> bool {
+        match self.vms.get_mut(&job) {
+            Some(Entry::Live(live)) => live.next.take_if(|next| next.user.uid == uid).is_some(),
+            _ => false,
+        }
+    }
+
     /// The job leaves this node: the way to its VM's owner, who has to know. A run that waits for the VM's end is over as well.
     pub fn released(&mut self, job: u32) -> Option<W> {
         match self.vms.get_mut(&job) {
@@ -395,7 +404,7 @@ pub fn is_on_its_way_out(life: &Life) -> bool {
     life.is_over_here() || matches!(life, Life::Stopping { .. } | Life::Leaving { .. } | Life::Saving { .. })
 }
 
-/// The shim belongs to a later run than the VM, which ends: it has to wait for its own. `restart` is Slurm's count as the shim has it.
+/// The shim belongs to a later run than the VM, which is on its way out: it has to wait for its own, or for this one to stay. `restart` is Slurm's count as the shim has it.
 #[must_use]
 pub fn is_for_a_later_run(record: &Record, restart: u32) -> bool {
     let known = record
@@ -404,7 +413,7 @@ pub fn is_for_a_later_run(record: &Record, restart: u32) -> bool {
         .and_then(|a| a.restarts)
         .unwrap_or(0)
         .max(record.run_state.restart);
-    matches!(record.life, Life::Stopping { .. } | Life::Stopped { .. }) && restart > known
+    is_on_its_way_out(&record.life) && restart > known
 }
 
 /// What becomes of a shim of the user `uid` that finds no VM, by what Slurm says of the job and by the record of its last VM here.
@@ -511,6 +520,17 @@ mod tests {
         assert!(matches!(r.announced(JOB), Begin::Ask { .. }), "still the old one's");
         let left = tests::record(Life::Gone { to: "n2".into() });
         assert_eq!(r.retired(left), Some((2, run(1))));
+    }
+
+    #[test]
+    fn a_vm_that_stays_after_all_is_the_waiting_runs() {
+        let mut r = with_live();
+        let vm = asked(&r);
+        assert!(!r.stays(JOB, UID), "nobody waits");
+        assert!(r.waits(JOB, vm, run(1)));
+        assert!(!r.stays(JOB, 2002), "another user's VM is not for it");
+        assert!(r.stays(JOB, UID));
+        assert_eq!(r.retired(tests::record(stopped())), None, "it has had its VM");
     }
 
     #[test]
@@ -626,6 +646,8 @@ mod tests {
         };
         assert!(!is_for_a_later_run(&ending, 1));
         assert!(is_for_a_later_run(&ending, 2));
+        assert!(is_for_a_later_run(&tests::record(leaving()), 1));
+        assert!(!is_for_a_later_run(&tests::record(leaving()), 0), "its own shim comes back");
         assert!(
             !is_for_a_later_run(&tests::record(Life::Running), 2),
             "a VM that goes on is the run's"

@@ -76,6 +76,7 @@ fn program(wrote: u64) -> ProgramRecord {
         stderr: None,
         wrote: [wrote, 0],
         ended: None,
+        started: true,
     }
 }
 

@@ -231,6 +231,12 @@ impl Node {
         true
     }
 
+    /// A VM that was on its way out stays: `true` if a run of its job has waited for its end, and gets it now.
+    #[must_use]
+    pub fn stays(&self, record: &Record) -> bool {
+        self.vms().stays(record.job, record.user.uid)
+    }
+
     /// Keeps the marker by which the epilog hook knows a job whose VM was asked for by a step only.
     pub fn mark(&self, record: &Record) {
         let marker = self.marker(record.job);

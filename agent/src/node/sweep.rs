@@ -1,10 +1,15 @@
-//! What nobody else removes: saves of jobs that were cancelled while no VM of theirs existed, completions that were not
+//! What nobody else removes: saves of jobs that were cancelled while no VM of theirs existed, overlays whose move lost both ends, completions that were not
 //! asked for again, records of VMs that ended long ago. It looks at `shared_dir` as well. One thread, every half minute.
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use crate::{node::Node, vm::saving};
+use crate::{
+    node::Node,
+    vm::{prepare, saving},
+};
 
 const EVERY: Duration = Duration::from_secs(30);
+/// So many seconds after its end nothing uses what a job has left.
+const LONG_S: i64 = 600;
 
 /// Sweeps until the process ends.
 pub fn run(node: &Arc<Node>) {
@@ -12,6 +17,7 @@ pub fn run(node: &Arc<Node>) {
         node.world.clock.sleep(EVERY);
         node.look_at_shared_dir();
         saves(node);
+        overlays(node, |job| node.owner(job).is_some());
         for (job, at) in node.saved() {
             if saving::is_used(&*node.world.files, &at) {
                 node.saved_for_nobody(job);
@@ -35,6 +41,29 @@ pub fn saves(node: &Node) {
             saving::remove(&*node.world.files, &save.dir);
             node.saved_for_nobody(job);
         }
+    }
+}
+
+/// Removes overlays that this node has made for jobs that ended long ago: both ends of a move may have been lost before they knew whose
+/// it is. `has_vm`: the node has a VM of the job. One that another node cannot end yet may still be using it, hence the time.
+pub fn overlays(node: &Node, has_vm: impl Fn(u32) -> bool) {
+    for (job, overlay) in prepare::overlays_made_by(node) {
+        if !has_vm(job) && has_long_been_over(node, job) {
+            log::info!("job {job} has ended: removing {}", overlay.display());
+            if let Err(e) = node.world.disks.remove(&overlay) {
+                log::warn!("job {job}: {e}");
+            }
+        }
+    }
+}
+
+/// Slurm has forgotten the job, or says that it ended [`LONG_S`] ago.
+fn has_long_been_over(node: &Node, job: u32) -> bool {
+    let now_s = i64::try_from(node.world.clock.now_ms() / 1000).unwrap_or(i64::MAX);
+    match node.world.slurm.job(job) {
+        Ok(Some(info)) => info.brief.state.is_finished() && info.brief.end_time.is_some_and(|end| end + LONG_S < now_s),
+        Ok(None) => true,
+        Err(_) => false,
     }
 }
 

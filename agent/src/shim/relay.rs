@@ -225,6 +225,10 @@ impl Relay {
             for blob in &self.task.blobs {
                 link.send(blob)?;
             }
+            if self.phase == Phase::Opening && self.task.truncates() {
+                // The file as it will be: a shim on another node may have to find its place in it though this one never reports.
+                (self.open.stdout.base, self.open.stderr.base) = (0, 0);
+            }
             if self.phase != Phase::Opening {
                 if self.phase == Phase::Running {
                     self.outputs.iter_mut().for_each(|o| o.sync(now));
@@ -444,6 +448,8 @@ impl Relay {
             ToShim::Started { from, resumed } => self.on_started(&from, resumed),
             ToShim::StdinTaken { offset } => self.input.taken(offset),
             ToShim::Cause(cause) => self.on_cause(cause),
+            // Who goes on with the output is told so again.
+            ToShim::Exited(_) if self.phase == Phase::HandedOver => {}
             ToShim::Exited(ended) => self.ending = Some(End::Program(ended)),
             // An agent that was restarted while the VM left does not know of it. Ending here would end the job in Slurm.
             ToShim::Failed { .. } if self.phase == Phase::HandedOver && !self.live => self.lose(io::ErrorKind::ConnectionReset.into()),
@@ -498,6 +504,11 @@ impl Relay {
     }
 
     fn hand_over(&mut self) {
+        if self.ending.is_some() && self.all_is_written() {
+            return;
+        }
+        // What is not written is dropped here, and the next shim gets it: it is not for this one to end the job.
+        self.ending.take_if(|end| matches!(end, End::Program(_)));
         self.phase = Phase::HandedOver;
         let now = Instant::now();
         for i in 0..self.outputs.len() {
@@ -510,12 +521,11 @@ impl Relay {
         self.send(ToAgent::HandedOver { wrote, sinks });
     }
 
+    /// What was dropped at the hand-over, the program's end perhaps with it, comes again in a session that is opened anew.
     fn take_back(&mut self) {
         self.phase = Phase::Running;
-        for signo in std::mem::take(&mut self.held) {
-            self.send(ToAgent::Signal { signo });
-        }
-        self.send_input();
+        self.lose(io::Error::other("the VM stays"));
+        self.retry_at = Instant::now();
     }
 
     fn on_cause(&mut self, cause: Cause) {

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     core::{
         Allocation, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm,
-        registry::{Meeting, is_for_a_later_run, meets},
+        registry::{Meeting, is_for_a_later_run, is_on_its_way_out, meets},
     },
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
     hypervisor::DomainState,
@@ -103,7 +103,6 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
     let mine = tx.clone();
     let spawned = thread::Builder::new().name(format!("vm-{job}")).spawn(move || {
         let Some(birth) = birth(&node) else { return };
-        let resumed = !matches!(birth, Birth::New(_));
         let (vm, effects) = match birth {
             Birth::New(mut record) => {
                 record.k = node.place_in(job);
@@ -118,7 +117,7 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
         };
         let domain = vm.record.domain();
         let dir = node.world.store.vm_dir(&domain);
-        let programs = Programs::new(&vm.record.programs, dir, u64::from(node.config.node.spool_mib) << 20, resumed);
+        let programs = Programs::new(&vm.record.programs, dir, u64::from(node.config.node.spool_mib) << 20);
         let clock = (node.world.clock.now_ms(), Instant::now());
         let mut owner = Owner {
             node,
@@ -215,13 +214,18 @@ impl Owner {
         if !matches!(event, Event::Tick) {
             log::debug!("job {}: {} <- {event:?}", self.vm.record.job, self.vm.record.life.name());
         }
-        let before = self.vm.record.life.name();
+        let (before, was_leaving) = (self.vm.record.life.name(), is_on_its_way_out(&self.vm.record.life));
         let effects = self.vm.on_event(self.node.world.clock.now_ms(), self.await_job_ms(), event);
         let after = self.vm.record.life.name();
         if before != after {
             log::info!("job {}: {before} -> {after}", self.vm.record.job);
         }
         self.carry_out(effects);
+        let stays = was_leaving && !is_on_its_way_out(&self.vm.record.life);
+        if stays && self.node.stays(&self.vm.record) {
+            let run = self.vm.record.run + 1;
+            self.core(Event::JobHere { run });
+        }
     }
 
     fn await_job_ms(&self) -> u64 {
@@ -545,7 +549,10 @@ impl Owner {
             }
             LinkEvent::Lost {
                 program, stream, start, ..
-            } => self.programs.lost_before(program, stream, start),
+            } => {
+                let requests = self.programs.lost_before(program, stream, start);
+                self.send_guest(requests);
+            }
             LinkEvent::ProgramLost { program } => {
                 self.programs.lost(program);
                 self.sync_programs();

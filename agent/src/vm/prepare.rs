@@ -5,9 +5,10 @@ use slurm_vm_api::overhead::{guest_mib_for, qemu_overhead_mib};
 
 use crate::{
     config::{Config, ImageConfig},
-    core::{Allocation, Failure, Plan, Record},
+    core::{Allocation, Failure, Plan, Record, record::file_stem, registry::job_of},
     effects::{DiskError, World},
     hypervisor::{Boot, Channel, CpuModel, Disk, DiskCache, DiskFormat, DomainMetadata, DomainSpec, DomainType},
+    node::Node,
     slurm::{HostCpus, SYSFS, SlurmError},
 };
 
@@ -42,11 +43,28 @@ pub fn overlay_path(config: &Config, vm_dir: &Path, record: &Record) -> (PathBuf
         Some(shared) => (
             shared
                 .join("overlays")
-                .join(format!("{}.{}.{}.qcow2", record.domain(), record.node, record.run)),
+                .join(format!("{}.{}.{}.qcow2", record.file_stem(), record.node, record.run)),
             true,
         ),
         None => (vm_dir.join("overlay.qcow2"), false),
     }
+}
+
+/// Overlays on shared storage that this node has made, with their jobs.
+#[must_use]
+pub fn overlays_made_by(node: &Node) -> Vec<(u32, PathBuf)> {
+    let Some(shared) = &node.config.shared_dir else { return vec![] };
+    let dir = shared.join("overlays");
+    let all = node.world.files.list(&dir);
+    let all = all.inspect_err(|e| log::warn!("{}: {e}", dir.display())).unwrap_or_default();
+    let mine = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        let job = job_of(&name)?;
+        let rest = name.strip_prefix(&file_stem(&node.config.cluster, job, 0))?.strip_prefix('.')?;
+        let (maker, _run) = rest.strip_suffix(".qcow2")?.rsplit_once('.')?;
+        (maker == node.name).then_some((job, path))
+    };
+    all.into_iter().filter_map(mine).collect()
 }
 
 /// Directory of a VM's sockets.

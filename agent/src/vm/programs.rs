@@ -134,7 +134,7 @@ pub enum ToGuest {
 struct Output {
     received: u64,
     wrote: u64,
-    /// Where the stream ends, once the guest has said so.
+    /// Where the stream ends, once the guest has said so: to this agent, for it is not on record.
     end: Option<u64>,
     spool: Spool,
     /// Next byte of the spool to go to the shim.
@@ -161,6 +161,8 @@ struct Program {
     record: ProgramRecord,
     batch: bool,
     started: bool,
+    /// Its output file holds what an earlier shim has written of it, and is not emptied.
+    resumed: bool,
     session: Option<u64>,
     start: Option<Start>,
     /// For the message when it cannot be started.
@@ -182,7 +184,6 @@ pub struct Programs {
     dir: PathBuf,
     spool_limit: u64,
     guest_up: bool,
-    resumed: bool,
     next_id: u32,
     complaints: Vec<String>,
 }
@@ -203,16 +204,14 @@ fn to_session(i: usize) -> Stream {
 
 impl Programs {
     /// The programs of a record; `dir` takes the spools, each of at most `spool_limit` bytes.
-    /// `resumed`: the guest was running before this agent had it.
     #[must_use]
-    pub fn new(records: &[ProgramRecord], dir: PathBuf, spool_limit: u64, resumed: bool) -> Self {
+    pub fn new(records: &[ProgramRecord], dir: PathBuf, spool_limit: u64) -> Self {
         let mut programs = Self {
             list: Vec::new(),
             sessions: HashMap::new(),
             dir,
             spool_limit,
             guest_up: false,
-            resumed,
             next_id: 1,
             complaints: Vec::new(),
         };
@@ -238,10 +237,18 @@ impl Programs {
                     here.clone_from(there);
                 }
                 o.wrote = o.wrote.max(r.wrote[i]);
-                o.pumped = o.wrote;
+                if o.wrote > o.pumped {
+                    // Its shim learns that these bytes are in the file.
+                    o.pumped = o.wrote;
+                    mine.told_start = false;
+                }
                 o.received = o.received.max(o.wrote).max(o.spool.end());
             }
+            if r.started && !mine.started {
+                (mine.started, mine.resumed) = (true, true);
+            }
             mine.ended = mine.ended.take().or_else(|| r.ended.clone());
+            self.progress(&mut Vec::new());
             return;
         }
         let output = |i: usize| {
@@ -260,7 +267,8 @@ impl Programs {
             outputs: [output(0), output(1)],
             ended: r.ended.clone(),
             record: r.clone(),
-            started: true,
+            started: r.started,
+            resumed: r.started,
             session: None,
             start: None,
             argv0: String::new(),
@@ -279,6 +287,7 @@ impl Programs {
             .map(|p| ProgramRecord {
                 wrote: [p.outputs[0].wrote, p.outputs[1].wrote],
                 ended: p.ended.clone(),
+                started: p.started,
                 ..p.record.clone()
             })
             .collect()
@@ -357,6 +366,7 @@ impl Programs {
                 stderr: sink(&a.open.stderr),
                 wrote: [0, 0],
                 ended: None,
+                started: false,
             };
             let output = |i| {
                 let mut spool = Spool::open(&self.dir, id, i, self.spool_limit);
@@ -374,6 +384,7 @@ impl Programs {
                 batch: record.key.starts_with("batch."),
                 record,
                 started: false,
+                resumed: false,
                 session: Some(a.session),
                 argv0: String::from_utf8_lossy(a.arguments.split(|b| *b == 0).next().unwrap_or_default()).into_owned(),
                 start: Some(Start::of(a)),
@@ -429,15 +440,19 @@ impl Programs {
         let mut requests = Vec::new();
         for p in &mut self.list {
             let Some(report) = hello.iter().find(|r| r.program == p.record.id) else {
-                if p.start.is_none() && p.ended.is_none() && p.started {
-                    p.ended = Some(Ended::NotStarted {
+                if p.start.is_none() && p.started {
+                    p.ended.get_or_insert_with(|| Ended::NotStarted {
                         errno: libc::ESRCH,
                         path: "the guest does not know the program any more".into(),
                     });
-                    p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
+                    p.outputs.iter_mut().for_each(|o| o.end = o.end.or(Some(o.received)));
                 }
                 continue;
             };
+            if !p.started {
+                // By an agent that died before it could put that on record. As long as the guest has all of the output, it is written anew.
+                p.resumed = report.streams.iter().any(|s| s.start > 0);
+            }
             p.started = true;
             p.start = None;
             if !p.followed {
@@ -447,6 +462,7 @@ impl Programs {
                     if let Some(i) = index(s.stream) {
                         let from = p.outputs[i].received;
                         if p.outputs[i].skip_to(s.start) {
+                            p.told_start = false;
                             self.complaints.push(format!(
                                 "program {}: bytes {from} to {} of its {:?} were acknowledged without a record of who has them",
                                 p.record.id, s.start, s.stream
@@ -563,14 +579,18 @@ impl Programs {
         requests
     }
 
-    /// The guest no longer has what was asked for: its ring begins at `start`.
-    pub fn lost_before(&mut self, program: u32, stream: guest::Stream, start: u64) {
+    /// The guest no longer has what was asked for: its ring begins at `start`. The shim is told to go on there.
+    pub fn lost_before(&mut self, program: u32, stream: guest::Stream, start: u64) -> Vec<ToGuest> {
+        let mut requests = Vec::new();
         let found = self.list.iter_mut().find(|p| p.record.id == program);
         if let (Some(p), Some(i)) = (found, index(stream))
             && p.outputs[i].skip_to(start)
         {
             log::warn!("program {program}: goes on at byte {start} of its output, all before it was acknowledged");
+            p.told_start = false;
+            self.progress(&mut requests);
         }
+        requests
     }
 
     /// A program has ended.
@@ -762,7 +782,6 @@ impl Programs {
 
     /// Sends what has become due: start, kept output, end.
     fn progress(&mut self, requests: &mut Vec<ToGuest>) {
-        let resumed = self.resumed;
         for p in &mut self.list {
             let Some(to) = p.session.and_then(|s| self.sessions.get(&s)) else {
                 continue;
@@ -778,7 +797,7 @@ impl Programs {
                         sink: sinks[i].clone(),
                     })
                     .collect();
-                to.send(Frame::Control(ToShim::Started { from, resumed }));
+                to.send(Frame::Control(ToShim::Started { from, resumed: p.resumed }));
                 p.told_start = true;
             }
             if !p.told_start {
@@ -812,7 +831,7 @@ impl Programs {
             }
             if !p.told_end
                 && let Some(ended) = &p.ended
-                && p.outputs.iter().all(|o| o.end.is_none_or(|end| o.pumped >= end))
+                && p.outputs.iter().all(|o| o.end.is_some_and(|end| o.pumped >= end))
             {
                 to.send(Frame::Control(ToShim::Exited(ended.clone())));
                 p.told_end = true;
@@ -841,6 +860,8 @@ pub fn ended(status: ExitStatus, argv0: &str) -> Ended {
 
 fn set_end(p: &mut Program, status: ExitStatus, ends: &[(guest::Stream, u64)]) {
     p.ended = Some(ended(status, &p.argv0));
+    // A stream that the guest does not have (merged, a terminal) ends where it is.
+    p.outputs.iter_mut().for_each(|o| o.end = Some(o.received));
     for (stream, end) in ends {
         if let Some(i) = index(*stream) {
             p.outputs[i].end = Some(*end);
@@ -937,6 +958,7 @@ mod tests {
             stderr: None,
             wrote: [wrote, 0],
             ended: None,
+            started: true,
         }
     }
 
@@ -1005,7 +1027,7 @@ mod tests {
         for (dir_is_there, limit) in [(true, 4), (false, 1 << 20), (true, 0)] {
             let dir = tempfile::tempdir().unwrap();
             let spools = if dir_is_there { dir.path().into() } else { dir.path().join("none") };
-            let mut programs = Programs::new(&[record(100)], spools, limit, true);
+            let mut programs = Programs::new(&[record(100)], spools, limit);
             programs.take_spool(1, 0, 100, b"0123456789");
             programs.take_spool(1, 0, 110, b"abc");
             programs.adopt(&record(100));
@@ -1027,7 +1049,7 @@ mod tests {
     #[test]
     fn after_a_restore_the_guest_goes_on_behind_what_came_with_the_save_though_its_ring_begins_before() {
         let dir = tempfile::tempdir().unwrap();
-        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
         // A save's kept output comes without a word of offsets.
         programs.take_spool(1, 0, 100, b"0123456789");
         assert!(programs.guest_up(&[report(100)]).contains(&resume(110)));
@@ -1040,7 +1062,7 @@ mod tests {
     #[test]
     fn a_kept_piece_that_comes_twice_is_neither_doubled_nor_takes_the_place_of_what_came_before() {
         let dir = tempfile::tempdir().unwrap();
-        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
         for (offset, piece) in [(100, b"0123"), (104, b"4567"), (104, b"4567"), (100, b"0123"), (106, b"6789")] {
             programs.take_spool(1, 0, offset, piece);
         }
@@ -1055,7 +1077,7 @@ mod tests {
     #[test]
     fn what_is_kept_stays_in_the_guests_ring_while_there_is_room_so_that_a_failed_hand_over_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
         let mut acked = 100;
         let (mut at, piece) = (100, vec![b'x'; 32 << 10]);
         for _ in 0..20 {
@@ -1073,10 +1095,10 @@ mod tests {
             assert!(stays <= KEPT_IN_RING && (stays == KEPT_IN_RING || acked == 100), "{stays}");
         }
         // The next node was never told: its guest still has it.
-        let mut next = Programs::new(&[record(acked)], dir.path().join("none"), 1 << 20, true);
+        let mut next = Programs::new(&[record(acked)], dir.path().join("none"), 1 << 20);
         assert!(next.guest_up(&[report(acked)]).contains(&resume(acked)));
         assert!(next.take_complaints().is_empty());
-        let mut next = Programs::new(&[record(100)], dir.path().join("none"), 1 << 20, true);
+        let mut next = Programs::new(&[record(100)], dir.path().join("none"), 1 << 20);
         assert!(next.guest_up(&[report(acked)]).contains(&resume(acked)));
         assert_eq!(next.take_complaints().len(), 1, "what is gone is said");
     }
@@ -1095,7 +1117,7 @@ mod tests {
             p.sealed(session, &[(Stream::Stdout, sink)]);
         };
         let dir = tempfile::tempdir().unwrap();
-        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
         programs.guest_up(&[report(100)]);
         let _from = shim(&mut programs, 1, None);
         programs.data(1, guest::Stream::Stdout, 100, b"1234");
@@ -1129,7 +1151,7 @@ mod tests {
         });
         for (late, end) in [(false, Some(104)), (true, None)] {
             let dir = tempfile::tempdir().unwrap();
-            let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20, true);
+            let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
             let _from = late.then(|| shim(&mut programs, 1, None));
             if late {
                 programs.guest_up(&[report(100)]);
@@ -1144,7 +1166,7 @@ mod tests {
     fn resumed_from(wrote: u64, kept: &[u8], ring_start: u64) -> (Vec<ToGuest>, u64) {
         let dir = tempfile::tempdir().unwrap();
         let record = record(wrote);
-        let mut programs = Programs::new(std::slice::from_ref(&record), dir.path().into(), 1 << 20, true);
+        let mut programs = Programs::new(std::slice::from_ref(&record), dir.path().into(), 1 << 20);
         programs.take_spool(1, 0, wrote, kept);
         programs.adopt(&record);
         (programs.guest_up(&[report(ring_start)]), programs.records()[0].wrote[0])
@@ -1184,5 +1206,113 @@ mod tests {
         // What the last agent had kept for a shim is not skipped.
         let (requests, wrote) = resumed_from(436, &[b'x'; 124], 560);
         assert!(requests.contains(&resume(560)) && wrote == 436, "{requests:?} {wrote}");
+    }
+
+    fn exited_at(programs: &mut Programs, end: u64) {
+        let status = ExitStatus::Code { code: 0 };
+        programs.exited(1, status, &[(guest::Stream::Stdout, end)]);
+    }
+
+    /// What a shim was told, beside output: where to go on, and whether the file holds something already; or that the program has ended.
+    fn told(from: &Outbox) -> Vec<Result<(u64, bool), Ended>> {
+        let mut told = Vec::new();
+        while let Some(frame) = from.next_at_once() {
+            match frame {
+                Frame::Control(ToShim::Started { from, resumed }) => told.push(Ok((from[0].offset, resumed))),
+                Frame::Control(ToShim::Exited(ended)) => told.push(Err(ended)),
+                _ => {}
+            }
+        }
+        told
+    }
+
+    #[test]
+    fn a_program_that_ended_before_the_agent_was_restarted_has_ended_for_its_shim_only_when_all_of_its_output_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let ended = ProgramRecord {
+            ended: Some(Ended::Code(0)),
+            ..record(100)
+        };
+        let mut programs = Programs::new(&[ended], dir.path().into(), 1 << 20);
+        let from = shim(&mut programs, 1, Some(100));
+        assert_eq!(told(&from), [Ok((100, true))], "its output is not known yet");
+        programs.guest_up(&[report(100)]);
+        programs.data(1, guest::Stream::Stdout, 100, b"the rest");
+        assert_eq!(told(&from), []);
+        exited_at(&mut programs, 108);
+        assert_eq!(told(&from), [Err(Ended::Code(0))]);
+        // A guest that knows nothing of it has nothing more to say.
+        let ended = ProgramRecord {
+            ended: Some(Ended::Code(3)),
+            ..record(100)
+        };
+        let mut programs = Programs::new(&[ended], dir.path().join("none"), 1 << 20);
+        let from = shim(&mut programs, 1, Some(100));
+        programs.guest_up(&[]);
+        assert_eq!(told(&from), [Ok((100, true)), Err(Ended::Code(3))]);
+    }
+
+    #[test]
+    fn a_program_that_was_put_on_record_and_not_started_yet_is_started_by_the_next_agent_and_writes_its_file_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let unstarted = ProgramRecord {
+            started: false,
+            ..record(0)
+        };
+        let programs = || Programs::new(std::slice::from_ref(&unstarted), dir.path().into(), 1 << 20);
+        let mut killed_before = programs();
+        let from = shim(&mut killed_before, 1, None);
+        let requests = killed_before.guest_up(&[]);
+        assert!(matches!(requests[..], [ToGuest::Start { program: 1, .. }]), "{requests:?}");
+        killed_before.started(1, &guest::StartReport::default());
+        assert_eq!(told(&from), [Ok((0, false))]);
+        assert!(killed_before.records()[0].started);
+        // Started, and killed before that was written. The guest has all of its output, or not.
+        for (ring_start, resumed) in [(0, false), (64, true)] {
+            let mut killed_after = programs();
+            let from = shim(&mut killed_after, 1, None);
+            let requests = killed_after.guest_up(&[report(ring_start)]);
+            assert!(!requests.iter().any(|r| matches!(r, ToGuest::Start { .. })), "twice: {requests:?}");
+            assert_eq!(told(&from), [Ok((ring_start, resumed))]);
+        }
+        // One that was started, and that the guest has forgotten, is not started again.
+        let mut lost = Programs::new(&[record(0)], dir.path().into(), 1 << 20);
+        let _from = shim(&mut lost, 1, None);
+        assert_eq!(lost.guest_up(&[]), []);
+        assert!(matches!(lost.batch_ended(), Some(Ended::NotStarted { .. })));
+    }
+
+    #[test]
+    fn a_shim_is_told_where_to_go_on_when_what_it_waits_for_was_acknowledged_by_another() {
+        let dir = tempfile::tempdir().unwrap();
+        // The source's word never came: its shim wrote up to 148, and here 116 is on record.
+        let mut programs = Programs::new(&[record(116)], dir.path().into(), 1 << 20);
+        let from = shim(&mut programs, 1, None);
+        assert_eq!(told(&from), [Ok((116, true))]);
+        programs.guest_up(&[report(148)]);
+        assert_eq!(told(&from), [Ok((148, true))]);
+        // It comes back in between, with what it had.
+        let from = shim(&mut programs, 2, Some(116));
+        programs.lost_before(1, guest::Stream::Stdout, 148);
+        assert_eq!(told(&from), [Ok((116, true)), Ok((148, true))]);
+        // The word comes at last.
+        let mut programs = Programs::new(&[record(116)], dir.path().into(), 1 << 20);
+        let from = shim(&mut programs, 1, None);
+        programs.adopt(&record(148));
+        assert_eq!(told(&from), [Ok((116, true)), Ok((148, true))]);
+    }
+
+    #[test]
+    fn a_late_word_of_offsets_takes_nothing_back_of_what_the_shim_here_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut programs = Programs::new(&[record(100)], dir.path().into(), 1 << 20);
+        programs.guest_up(&[report(100)]);
+        let from = shim(&mut programs, 1, Some(100));
+        programs.data(1, guest::Stream::Stdout, 100, &[b'x'; 50]);
+        programs.adopt(&record(120));
+        exited_at(&mut programs, 150);
+        assert_eq!(told(&from), [Ok((100, true)), Err(Ended::Code(0))]);
+        assert_eq!(programs.wrote(1, Stream::Stdout, 150).len(), 1, "acknowledged");
+        assert_eq!(programs.records()[0].wrote[0], 150);
     }
 }

@@ -1,8 +1,8 @@
 //! A VM saved to shared storage, and brought back wherever its job starts next.
 //!
-//! `SHARED/saves/DOMAIN.GENERATION.BIRTH.NODE/{memory,overlay.qcow2,manifest.json}`, the manifest last: without it there is no
+//! `SHARED/saves/DOMAIN.CLUSTER.GENERATION.BIRTH.NODE/{memory,overlay.qcow2,manifest.json}`, the manifest last: without it there is no
 //! save. BIRTH is when the VM began ([`Record::created_ms`], hexadecimal): a later VM of the same job, or of another job that was
-//! given the same number, has saves of its own. NODE has made it, and looks after it until its job has ended.
+//! given the same number, has saves of its own, and so has another cluster's ([`Record::file_stem`]). NODE has made it, and looks after it until its job has ended.
 //!
 //! A restore never writes into the save: it claims it ([`claim`]), puts a fresh qcow2 layer over the saved overlay, restores paused,
 //! marks the save as used (from then on it is only a backing file) and lets the guest run. If it fails before the guest has run, or
@@ -25,7 +25,7 @@ use claim::{Claim, Stand, Taken};
 
 use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
-    core::{Life, Record, record::domain_name, registry::job_of},
+    core::{Life, Record, record::file_stem, registry::job_of},
     effects::{Directory, Files, trusted::Distrust},
     hypervisor::{Disk, DiskCache, DiskFormat, DomainState, SaveFormat, repoint},
     node::Node,
@@ -62,7 +62,7 @@ impl From<String> for NotRestored {
 #[must_use]
 pub fn directory(node: &Node, record: &Record) -> Option<PathBuf> {
     let shared = node.config.shared_dir.as_ref()?;
-    let name = format!("{}.{}.{}.{}", record.domain(), record.generation, birth(record), node.name);
+    let name = format!("{}.{}.{}.{}", record.file_stem(), record.generation, birth(record), node.name);
     Some(shared.join("saves").join(name))
 }
 
@@ -74,28 +74,31 @@ fn birth(record: &Record) -> String {
 #[derive(Debug)]
 struct Named {
     dir: PathBuf,
-    domain: String,
+    job: u32,
     birth: String,
     node: String,
 }
 
 impl Named {
-    fn parse(dir: PathBuf) -> Option<Self> {
-        let name = dir.file_name()?.to_str()?.to_owned();
-        let mut parts = name.splitn(4, '.').map(str::to_owned);
-        let (domain, _generation, birth, node) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        Some(Self { dir, domain, birth, node })
+    /// `None` for what is another cluster's, or no save.
+    fn parse(dir: PathBuf, cluster: &str) -> Option<Self> {
+        let name = dir.file_name()?.to_str()?;
+        let job = job_of(name)?;
+        let rest = name.strip_prefix(&file_stem(cluster, job, 0))?.strip_prefix('.')?;
+        let mut parts = rest.splitn(3, '.').map(str::to_owned);
+        let (_generation, birth, node) = (parts.next()?, parts.next()?, parts.next()?);
+        Some(Self { dir, job, birth, node })
     }
 }
 
-/// All saves on shared storage, whole or not.
+/// All saves of this cluster on shared storage, whole or not.
 fn all(node: &Node) -> Vec<Named> {
     let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
         return vec![];
     };
     let all = node.world.files.list(&saves);
     let all = all.inspect_err(|e| log::warn!("{}: {e}", saves.display())).unwrap_or_default();
-    all.into_iter().filter_map(Named::parse).collect()
+    all.into_iter().filter_map(|dir| Named::parse(dir, &node.config.cluster)).collect()
 }
 
 /// Whether a save can be promised now.
@@ -246,8 +249,7 @@ fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, Strin
 #[must_use]
 pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
     let mut found: Option<Record> = None;
-    let domain = domain_name(job, 0);
-    for Named { dir, .. } in all(node).into_iter().filter(|s| s.domain == domain) {
+    for Named { dir, .. } in all(node).into_iter().filter(|s| s.job == job) {
         let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(&*node.world.files, &dir) else {
             continue;
         };
@@ -481,17 +483,17 @@ pub struct Made {
 #[must_use]
 pub fn made_by(node: &Node) -> Vec<Made> {
     let mut made = Vec::new();
-    for Named { dir, domain, .. } in all(node).into_iter().filter(|s| s.node == node.name) {
+    for Named { dir, job, .. } in all(node).into_iter().filter(|s| s.node == node.name) {
         let Ok((stand, manifest)) = claim::stand(&*node.world.files, &dir) else {
             continue;
         };
         let whole = if stand == Stand::None { None } else { read(node, &manifest) };
         match (stand, whole) {
             (_, Some(m)) if m.record.cluster == node.config.cluster => {
-                let (job, uid) = (m.record.job, Some(m.record.user.uid));
+                let uid = Some(m.record.user.uid);
                 made.push(Made { dir, job, uid });
             }
-            (Stand::None, None) => made.extend(job_of(&domain).map(|job| Made { dir, job, uid: None })),
+            (Stand::None, None) => made.push(Made { dir, job, uid: None }),
             _ => {}
         }
     }
@@ -514,8 +516,8 @@ pub fn is_used(files: &dyn Files, save: &Path) -> bool {
 /// Removes the saves of a VM that has ended here, and of no other VM of its job. One that nobody was restored from stays unless the job
 /// is over: a restore that failed here may do better on another node.
 pub fn remove_saves(node: &Node, record: &Record, job_is_over: bool) {
-    let (files, domain, birth) = (&*node.world.files, record.domain(), birth(record));
-    for Named { dir, .. } in all(node).into_iter().filter(|s| s.domain == domain && s.birth == birth) {
+    let (files, birth) = (&*node.world.files, birth(record));
+    for Named { dir, .. } in all(node).into_iter().filter(|s| s.job == record.job && s.birth == birth) {
         let waits = || !matches!(claim::stand(files, &dir), Ok((Stand::Used | Stand::None, _)));
         if job_is_over || !waits() {
             remove(files, &dir);

@@ -188,7 +188,7 @@ impl Cluster {
                     kept,
                 };
                 // Once more, and perhaps when a later run is there.
-                if self.rough(200) {
+                if self.rough(500) {
                     let late = self.random.between(100, 300_000);
                     self.at(late, take_over.clone());
                 }

@@ -331,7 +331,7 @@ impl Cluster {
                         rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm),
                         epoch: 1,
                         vms: BTreeMap::new(),
-                        registry: Registry::default(),
+                        registry: empty_registry(),
                         ledger: BTreeMap::new(),
                         full_until: 0,
                         departures: BTreeMap::new(),
@@ -985,6 +985,13 @@ impl Cluster {
             let _ = self.hypervisors[node].destroy(&name);
         }
     }
+}
+
+/// Of an agent that was started with an empty ledger.
+fn empty_registry() -> Registry<u32> {
+    let mut registry = Registry::default();
+    registry.all_found();
+    registry
 }
 
 pub fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {

@@ -168,6 +168,8 @@ pub struct Registry<W> {
     seen: u64,
     /// Domains of records that this agent cannot read: they are not its to end.
     foreign: BTreeSet<String>,
+    /// All of the ledger has been looked at. Before, a domain that is not known may be a VM's all the same.
+    complete: bool,
 }
 
 impl<W> Default for Registry<W> {
@@ -176,6 +178,7 @@ impl<W> Default for Registry<W> {
             vms: BTreeMap::new(),
             seen: 0,
             foreign: BTreeSet::new(),
+            complete: false,
         }
     }
 }
@@ -318,9 +321,17 @@ impl<W: Clone> Registry<W> {
         self.foreign.insert(domain);
     }
 
-    /// Domains of ours that nobody has. `lives`: the records of VMs that have an owner. Asked when all records have been found.
+    /// The whole ledger has been found.
+    pub fn all_found(&mut self) {
+        self.complete = true;
+    }
+
+    /// Domains of ours that nobody has; none before [`Registry::all_found`]. `lives`: the records of VMs that have an owner.
     #[must_use]
     pub fn strays(&self, domains: &[Domain], lives: &BTreeMap<u32, Record>) -> Vec<String> {
+        if !self.complete {
+            return vec![];
+        }
         let has = |name: &str| {
             let Some(entry) = job_of(name).and_then(|job| Some((job, self.get(job)?))) else {
                 return false;
@@ -699,6 +710,12 @@ mod tests {
         };
         let there = [named("slurm-7-0"), named("slurm-7-1"), named("slurm-8-0"), named("slurm-9-0")];
         let lives = BTreeMap::from([(JOB, live.clone())]);
+        assert_eq!(
+            r.strays(&there, &lives),
+            Vec::<String>::new(),
+            "the rest of the ledger may know them"
+        );
+        r.all_found();
         assert_eq!(r.strays(&there, &lives), ["slurm-7-1", "slurm-8-0"]);
         assert_eq!(
             r.strays(&there, &BTreeMap::new()),

@@ -62,6 +62,7 @@ impl Node {
                 }
             }
         }
+        self.vms().all_found();
         let strays = there.map(|there| self.vms().strays(&there, &lives)).unwrap_or_default();
         for name in strays {
             log::warn!("domain {name} is ours and in no record: ending it");

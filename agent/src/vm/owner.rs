@@ -226,6 +226,10 @@ impl Owner {
             let run = self.vm.record.run + 1;
             self.core(Event::JobHere { run });
         }
+        if stays {
+            // Shims of that run may have waited.
+            self.tell_sessions(SessionNews::Ready);
+        }
     }
 
     fn await_job_ms(&self) -> u64 {

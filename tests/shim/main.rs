@@ -532,7 +532,7 @@ fn a_program_that_ended_right_before_its_vm_leaves_does_not_end_the_job_while_ou
     session.say(ToShim::Exited(Ended::Code(0)));
     session.say(ToShim::HandOver);
     assert!(matches!(session.message(), ToAgent::HandedOver { wrote, .. } if wrote[0] == (Stream::Stdout, 0)));
-    // Whoever goes on with the output is told of the end; this one hears of it in vain.
+    // Whoever goes on with the output is told of the end; for this one it changes nothing.
     session.say(ToShim::Exited(Ended::Code(0)));
     session.say(ToShim::TakeBack);
     let mut session = bench.accept();

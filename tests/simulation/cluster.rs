@@ -15,10 +15,10 @@ use slurm_vm::{
     },
     effects::Storage,
     hypervisor::{
-        DomainEvent, DomainInfo, Hypervisor, HypervisorError, StopReason,
+        DomainEvent, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
     },
-    node::{Node as AgentNode, sweep},
+    node::{Node as AgentNode, domains_of, sweep},
     slurm::{FakeJob, FakeSlurm, NodeInfo, Slurm},
     vm::{
         moving,
@@ -992,15 +992,6 @@ fn empty_registry() -> Registry<u32> {
     let mut registry = Registry::default();
     registry.all_found();
     registry
-}
-
-pub fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {
-    let domain = |d: &DomainInfo| registry::Domain {
-        name: d.name.clone(),
-        uuid: d.uuid,
-        run: d.metadata.run,
-    };
-    all.iter().map(domain).collect()
 }
 
 fn refusal(op: Op) -> HypervisorError {

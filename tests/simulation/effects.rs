@@ -1,7 +1,7 @@
 //! What [`Effect`]s do in the simulated cluster: as `agent/src/vm` does it, in two halves with time between them.
 use slurm_vm::{
     core::{
-        Busy, Effect, Event, Failure, HandOverError, KeptOutput, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
+        Busy, Effect, Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Vm, Whereabouts,
         locate::{Copy, Search},
         registry::Entry,
         supersede::{Heard, Next, is_superseded, next},
@@ -210,7 +210,7 @@ impl Cluster {
                 programs.iter().for_each(|p| owner.programs.adopt(p));
                 self.adopted = true;
             }
-            Effect::Keep(output) => self.keep(node, job, output),
+            Effect::Keep(output) => self.keep(node, job, &output),
             Effect::AnswerSource(answer) => self.taken = Some(answer),
             Effect::AnswerAsked(answer) => self.answered = Some(answer),
             Effect::AbandonDestination { to, by } => {
@@ -410,14 +410,8 @@ impl Cluster {
                     self.tell(node, epoch, job, Event::GiveUp);
                 }
                 let done = done.map_err(|e| e.why).map(|(done, kept)| {
-                    for (program, stream, offset, bytes) in kept {
-                        let output = KeptOutput {
-                            program,
-                            stream,
-                            offset,
-                            bytes,
-                        };
-                        self.keep(node, job, output);
+                    for output in kept {
+                        self.keep(node, job, &output.into());
                     }
                     Box::new(done)
                 });
@@ -549,15 +543,10 @@ impl Cluster {
         if self.nodes[to].vms[&job].gate.is_shut().is_some() {
             return Err(HandOverError::NotNow(format!("{to} cannot write its ledger")));
         }
-        for (program, stream, offset, bytes) in kept.iter().cloned() {
-            let output = KeptOutput {
-                program,
-                stream,
-                offset,
-                bytes,
-            };
+        for output in kept.iter().cloned() {
             self.taken = None;
-            self.core(to, job, Event::Kept { by: by.clone(), output });
+            let (by, output) = (by.clone(), output.into());
+            self.core(to, job, Event::Kept { by, output });
             match self.taken.take() {
                 Some(Ok(())) => {}
                 Some(Err(why)) => return Err(why),

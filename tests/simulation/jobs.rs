@@ -2,7 +2,7 @@
 use slurm_vm::{
     core::{
         End, Event, Life, Vm,
-        registry::{Admission, Announced, Begin, JobSeen, Meeting, WithoutVm, is_for_a_later_run, meets, without_vm},
+        registry::{Admission, Announced, Begin, Meeting, WithoutVm, is_for_a_later_run, meets, without_vm},
     },
     hypervisor::Hypervisor,
     slurm::{FakeEvent, JobId, Slurm},
@@ -179,13 +179,9 @@ impl Cluster {
             }
             Admission::NotYours => return self.wrong.push(format!("job {job}: {node} takes its shim for another user's")),
             Admission::AskSlurm(last) => {
-                let seen = self.slurm.job(job).map_err(|e| e.to_string()).map(|info| {
-                    info.map(|info| JobSeen {
-                        uid: user().uid,
-                        here: info.brief.state.is_on_nodes() && info.brief.nodes.contains(&node),
-                        start_ms: info.brief.start_time.and_then(|s| u64::try_from(s).ok()).map(|s| s * 1000),
-                    })
-                });
+                let rooms = &self.nodes[&node].rooms;
+                let seen = self.slurm.job(job).map_err(|e| e.to_string());
+                let seen = seen.map(|info| info.as_ref().map(|info| rooms.job_seen(info)));
                 match without_vm(job, &node, user().uid, seen, last.as_deref()) {
                     WithoutVm::Announce => return self.ensure(&node, job),
                     WithoutVm::Left(_) => return,

@@ -381,15 +381,9 @@ impl Cluster {
         owner.programs.spools()
     }
 
-    pub fn keep(&mut self, node: &str, job: u32, output: KeptOutput) {
+    pub fn keep(&mut self, node: &str, job: u32, o: &KeptOutput) {
         if let Some(owner) = self.owner_of(node, job) {
-            let KeptOutput {
-                program,
-                stream,
-                offset,
-                bytes,
-            } = output;
-            owner.programs.take_spool(program, stream, offset, &bytes);
+            owner.programs.take_spool(o.program, o.stream, o.offset, &o.bytes);
         }
     }
 

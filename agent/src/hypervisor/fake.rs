@@ -199,11 +199,6 @@ impl World {
         self.lock().nodes.values().map(|n| n.guests.len()).sum()
     }
 
-    /// Removes a saved image, as its owner would delete the file.
-    pub fn delete_save(&self, path: &Path) {
-        self.lock().saves.remove(path);
-    }
-
     /// What has happened that must not. Empty in a good world.
     #[must_use]
     pub fn violations(&self) -> Vec<String> {

@@ -109,7 +109,9 @@ impl Node {
         }
     }
 
-    fn job_seen(&self, info: &JobInfo) -> JobSeen {
+    /// Slurm's word on a job as the registry looks at it.
+    #[must_use]
+    pub fn job_seen(&self, info: &JobInfo) -> JobSeen {
         let brief = &info.brief;
         JobSeen {
             uid: brief.uid,

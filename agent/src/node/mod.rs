@@ -256,7 +256,8 @@ impl Node {
 }
 
 /// libvirt's domains as the registry looks at them.
-fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {
+#[must_use]
+pub fn domains_of(all: &[DomainInfo]) -> Vec<registry::Domain> {
     let domain = |d: &DomainInfo| registry::Domain {
         name: d.name.clone(),
         uuid: d.uuid,

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     core::{
-        Allocation, Effect, Event, Failure, Gate, HandOverError, KeptOutput, Life, Record, RunState, SessionNews, Vm,
+        Allocation, Effect, Event, Failure, Gate, HandOverError, Life, Record, RunState, SessionNews, Vm,
         registry::{Meeting, is_for_a_later_run, is_on_its_way_out, meets},
     },
     guest::{GuestLink, LinkConfig, LinkEvent, LinkRequest, UnixTransport},
@@ -840,15 +840,7 @@ impl Owner {
                 worker(job, "abandon", move || moving::abandon(&node, job, &to, by, order.as_ref()));
             }
             Effect::Adopt(programs) => programs.iter().for_each(|p| self.programs.adopt(p)),
-            Effect::Keep(output) => {
-                let KeptOutput {
-                    program,
-                    stream,
-                    offset,
-                    bytes,
-                } = output;
-                self.programs.take_spool(program, stream, offset, &bytes);
-            }
+            Effect::Keep(o) => self.programs.take_spool(o.program, o.stream, o.offset, &o.bytes),
             Effect::AnswerSource(answer) => {
                 if let Some(reply) = self.source.take() {
                     let _ = reply.send(answer);
@@ -884,13 +876,8 @@ impl Owner {
                     let _ = tx.send(Request::Core(Event::GiveUp));
                 }
                 let done = restored.map(|(done, kept)| {
-                    for (program, stream, offset, bytes) in kept {
-                        let _ = tx.send(Request::Saved(KeptOutput {
-                            program,
-                            stream,
-                            offset,
-                            bytes,
-                        }));
+                    for output in kept {
+                        let _ = tx.send(Request::Saved(output.into()));
                     }
                     Box::new(done)
                 });

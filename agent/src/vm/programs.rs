@@ -14,7 +14,7 @@ use slurm_vm_api::{
 
 use super::{outbox::ToSession, spool::Spool};
 use crate::{
-    core::{ProgramRecord, record::program_key},
+    core::{KeptOutput, ProgramRecord, record::program_key},
     limits::Held,
 };
 
@@ -26,6 +26,17 @@ const PUMP_WINDOW: u64 = 256 << 10;
 
 /// Output that was kept for a shim, to travel with a move or a save: program, stream index, offset of the first byte, bytes.
 pub type Kept = (u32, usize, u64, Vec<u8>);
+
+impl From<Kept> for KeptOutput {
+    fn from((program, stream, offset, bytes): Kept) -> Self {
+        Self {
+            program,
+            stream,
+            offset,
+            bytes,
+        }
+    }
+}
 
 /// What a session brings.
 #[derive(Debug)]

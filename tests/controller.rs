@@ -140,10 +140,15 @@ impl Stage {
     }
 
     /// Plays slurmd until `is` says that it is enough: epilogs return at once.
-    fn play(&mut self, what: &str, is: impl Fn(&Self) -> bool) {
-        let until = Instant::now() + DEADLINE;
+    fn play(&mut self, what: &str, is: impl FnMut(&Self) -> bool) {
+        self.play_within(DEADLINE, what, is);
+    }
+
+    fn play_within(&mut self, deadline: Duration, what: &str, mut is: impl FnMut(&Self) -> bool) {
+        let until = Instant::now() + deadline;
         while !is(self) {
-            assert!(Instant::now() < until, "still waiting for {what}: {:?}", self.slurm.jobs_poll());
+            let jobs = || self.slurm.jobs_poll().map(|all| all.into_iter().take(20).collect::<Vec<_>>());
+            assert!(Instant::now() < until, "still waiting for {what}: {:?}", jobs());
             self.slurm.tick(SystemClockSeconds::now());
             for event in self.slurm.events() {
                 if let FakeEvent::Ending { job, nodes, .. } = event {
@@ -158,9 +163,13 @@ impl Stage {
 
     /// A controller with its state there. It polls until the process ends.
     fn controller(&self, state: &Path) -> Arc<Controller> {
+        self.controller_polling(state, 20)
+    }
+
+    fn controller_polling(&self, state: &Path, poll_ms: u64) -> Arc<Controller> {
         let mut config = Config::parse("", Path::new("slurm-vm.toml")).unwrap();
         config.state_dir = state.into();
-        config.controller.poll_ms = 20;
+        config.controller.poll_ms = poll_ms;
         let world = World {
             clock: Arc::new(SystemClock),
             store: Arc::new(DirStore::new(state).unwrap()),
@@ -575,7 +584,7 @@ fn a_job_that_was_put_back_by_hand_and_was_not_seen_waiting_has_its_whole_time_a
         ..FakeJob::default()
     });
     stage.play("the job to run", |s| s.job(job).brief.state == JobState::Running);
-    stage.slurm.requeue(job).unwrap();
+    stage.slurm.requeue(&[job]).unwrap();
     stage.play("its next run", |s| {
         s.job(job).brief.state == JobState::Running && s.job(job).brief.restarts == 1
     });
@@ -584,4 +593,80 @@ fn a_job_that_was_put_back_by_hand_and_was_not_seen_waiting_has_its_whole_time_a
     std::fs::write(state.path().join("jobs.json"), notes).unwrap();
     stage.controller(state.path());
     stage.wait(job, "its whole time", |i| i.brief.time_limit_min == Some(1440));
+}
+
+/// Commands so far: a job's details are two.
+#[cfg(feature = "full")]
+fn commands(slurm: &FakeSlurm, polls_of_the_test: u64) -> u64 {
+    let all: u64 = FakeOp::ALL.iter().map(|op| slurm.calls(*op)).sum();
+    all + slurm.calls(FakeOp::Job) - polls_of_the_test
+}
+
+#[cfg(feature = "full")]
+#[test]
+fn five_hundred_jobs_that_are_preempted_at_once_go_on_by_ten_commands_a_second() {
+    const NODES: u32 = 125;
+    let mut stage = Stage::with_moves(2 * NODES);
+    let names: Vec<String> = (1..=NODES).map(|i| format!("n{i}")).collect();
+    let submit = |node: &String| {
+        stage.slurm.submit(FakeJob {
+            req_nodes: vec![node.clone()],
+            ..FakeJob::default()
+        })
+    };
+    let low: Vec<u32> = names.iter().flat_map(|node| [node; 4]).map(submit).collect();
+    let mine = std::cell::Cell::new(0);
+    let states = |s: &Stage| {
+        mine.set(mine.get() + 1);
+        let jobs = s.slurm.jobs_poll().unwrap();
+        let running = jobs.iter().filter(|j| low.contains(&j.id) && j.state == JobState::Running);
+        let all: BTreeMap<u32, (bool, bool, u32)> = running
+            .map(|j| (j.id, (j.in_grace(), j.reservation.is_some(), j.restarts)))
+            .collect();
+        all
+    };
+    stage.play("the VMs to run", |s| states(s).len() == low.len());
+    let state = tempfile::tempdir().unwrap();
+    stage.controller_polling(state.path(), 1000);
+    let high = stage.slurm.submit(FakeJob {
+        partition: "high".into(),
+        nodes: NODES,
+        cpus_per_node: 4,
+        features: None,
+        req_nodes: names,
+        ..FakeJob::default()
+    });
+    let no_reservation = |s: &Stage| {
+        mine.set(mine.get() + 1);
+        s.slurm.reservations().unwrap().is_empty()
+    };
+    let began = Instant::now();
+    let (mut seconds, mut high_at) = (vec![commands(&stage.slurm, mine.get())], None);
+    stage.play_within(Duration::from_secs(280), "all VMs to run elsewhere, without a reservation", |s| {
+        if began.elapsed() >= Duration::from_secs(1) * u32::try_from(seconds.len()).unwrap() {
+            seconds.push(commands(&s.slurm, mine.get()));
+            if high_at.is_none() && states(s).values().all(|(_, _, restarts)| *restarts == 1) {
+                high_at = Some(began.elapsed());
+            }
+            return states(s)
+                .values()
+                .filter(|(_, reserved, restarts)| !reserved && *restarts == 1)
+                .count()
+                == low.len()
+                && no_reservation(s);
+        }
+        false
+    });
+    let took = began.elapsed();
+    assert_eq!(stage.job(high).brief.state, JobState::Running);
+    assert_eq!(stage.agents.moved.lock().unwrap().len(), low.len());
+    let most = |window: usize, counts: &[u64]| counts.windows(window + 1).map(|w| w[window] - w[0]).max().unwrap_or(0);
+    println!(
+        "the nodes were left after {high_at:?}, all was over after {took:?}: {} commands, {} in the first second, {} in any ten after that",
+        seconds[seconds.len() - 1] - seconds[0],
+        seconds[1] - seconds[0],
+        most(10, &seconds[1..])
+    );
+    assert!(most(1, &seconds[..2]) <= 100, "commands by the second: {seconds:?}");
+    assert!(most(10, &seconds[1..]) <= 100, "commands by the second: {seconds:?}");
 }

@@ -119,7 +119,7 @@ impl Stage {
     /// The job is put back into the queue and started again.
     fn next_run(&self, now: i64) {
         let restarts = self.restarts();
-        self.slurm.requeue(self.job).unwrap();
+        self.slurm.requeue(&[self.job]).unwrap();
         self.slurm.epilog_done(self.job, "n1");
         for later in 0..300 {
             self.slurm.tick(now + later);

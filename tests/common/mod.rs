@@ -189,7 +189,15 @@ impl<'a> Alice<'a> {
         let mut last = BTreeMap::new();
         wait_with(&format!("the end of job {job}"), &mut last, |last| {
             *last = self.job(job);
-            let on = ["PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SPECIAL_EXIT", "SUSPENDED"];
+            let on = [
+                "PENDING",
+                "RUNNING",
+                "SIGNALING",
+                "CONFIGURING",
+                "COMPLETING",
+                "SPECIAL_EXIT",
+                "SUSPENDED",
+            ];
             last.get("JobState").is_some_and(|s| !on.contains(&s.as_str()))
         });
         let take = |k: &str| last.get(k).cloned().unwrap_or_default();

@@ -364,8 +364,8 @@ impl Cluster {
         let update = |update: JobUpdate| slurm.update_job(job, &update);
         match order {
             SlurmOrder::Requeue { hold: true } => slurm.requeuehold(&[job]),
-            SlurmOrder::Requeue { hold: false } => slurm.requeue(job),
-            SlurmOrder::Hold => slurm.hold(job),
+            SlurmOrder::Requeue { hold: false } => slurm.requeue(&[job]),
+            SlurmOrder::Hold => slurm.hold(&[job]),
             SlurmOrder::AllowRequeue => update(JobUpdate {
                 requeue: Some(true),
                 ..JobUpdate::default()
@@ -576,7 +576,7 @@ impl Cluster {
             features: None,
             users: vec!["alice".into()],
         };
-        self.slurm.create_reservation(&spec).map(drop)
+        self.slurm.create_reservation(&spec)
     }
 
     fn leave_place(&mut self, job: u32) {

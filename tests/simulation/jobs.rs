@@ -201,7 +201,7 @@ impl Cluster {
                     self.wrong.push(format!("job {job} finds no node where its VM can be: {how}"));
                 }
                 // It ends all the same while slurmctld is away; then it is asked again.
-                if self.slurm.requeue(job).is_ok() {
+                if self.slurm.requeue(&[job]).is_ok() {
                     self.faults.insert(job, tries + 1);
                 }
                 self.slurm_events();

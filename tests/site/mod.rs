@@ -213,7 +213,7 @@ systemctl restart slurmctld && ssh root@n1 systemctl restart slurmd && ssh root@
         wait(&format!("job {job} ended"), || {
             let fields = self.job(job);
             let get = |k: &str| fields.get(k).map_or("", String::as_str);
-            let on = ["", "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED"];
+            let on = ["", "PENDING", "RUNNING", "SIGNALING", "CONFIGURING", "COMPLETING", "SUSPENDED"];
             if on.contains(&get("JobState")) {
                 Err(format!("{fields:?}"))
             } else {

@@ -8,6 +8,7 @@
 mod admission;
 mod asks;
 mod check;
+mod details;
 mod faulty;
 mod health;
 mod jobs;
@@ -90,6 +91,7 @@ pub struct Controller {
     notes: Mutex<Notes>,
     places: places::Places,
     orders: orders::Orders,
+    details: details::Details,
     relocations: relocate::Relocations,
 }
 
@@ -115,6 +117,7 @@ impl Controller {
             notes: Mutex::new(notes),
             places: places::Places::default(),
             orders,
+            details: details::Details::default(),
             relocations: relocate::Relocations::default(),
         })
     }

@@ -13,13 +13,13 @@ use std::{
 
 use crate::{
     effects::Clock,
-    slurm::{Slurm, SlurmError},
+    slurm::{JobUpdate, Slurm, SlurmError},
 };
 
 /// Commands that may follow each other without a pause.
 const BURST: u32 = 40;
 /// After that, milliseconds for each command: with the polls this makes less than ten commands a second.
-const PER_COMMAND_MS: u64 = 200;
+const PER_COMMAND_MS: u64 = 175;
 /// Orders that wait at the most; who gives one more, waits until there is room.
 const MOST_WAITING: usize = 4096;
 /// Jobs in one command: their numbers fit into a command line of any length that is usual.
@@ -37,21 +37,34 @@ pub(super) enum Tried {
 }
 
 /// An order that one command gives for many jobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Bulk {
+    /// Back into the queue.
+    Requeue,
     /// Back into the queue, and held there.
     RequeueHold,
+    /// Hold a waiting job.
+    Hold,
     /// Let a held job go.
     Release,
+    /// Change the same of it.
+    Update(JobUpdate),
 }
 
 impl Bulk {
     /// Runs the command.
-    pub(super) fn give(self, slurm: &dyn Slurm, jobs: &[u32]) -> Result<(), SlurmError> {
+    pub(super) fn give(&self, slurm: &dyn Slurm, jobs: &[u32]) -> Result<(), SlurmError> {
         match self {
+            Self::Requeue => slurm.requeue(jobs),
             Self::RequeueHold => slurm.requeuehold(jobs),
+            Self::Hold => slurm.hold(jobs),
             Self::Release => slurm.release(jobs),
+            Self::Update(update) => slurm.update_jobs(jobs, update),
         }
+    }
+
+    fn frees_node(&self) -> bool {
+        matches!(self, Self::Requeue | Self::RequeueHold)
     }
 }
 
@@ -91,15 +104,12 @@ struct Queue {
 }
 
 impl Queue {
-    /// An order that frees a node, else one whose next try is due, else the oldest.
+    /// An order that frees a node, else the oldest. One whose next try is due goes behind those that wait.
     fn next(&mut self, now: Instant) -> Option<Next> {
-        if let Some(next) = pop(&mut self.first) {
-            return Some(next);
+        while self.due().is_some_and(|at| at <= now) {
+            self.rest.extend(self.again.pop_front().map(|(_, own)| Task::Own(own)));
         }
-        if self.due().is_some_and(|at| at <= now) {
-            return self.again.pop_front().map(|(_, own)| Next::Own(own));
-        }
-        pop(&mut self.rest)
+        pop(&mut self.first).or_else(|| pop(&mut self.rest))
     }
 
     /// When the next try of some order is due.
@@ -132,6 +142,25 @@ fn pop(tasks: &mut VecDeque<Task>) -> Option<Next> {
 /// The way to the thread, which ends with it.
 pub(super) struct Orders {
     shared: Arc<Shared>,
+    pacer: Arc<Pacer>,
+}
+
+/// The pace of all commands to Slurm that a move costs, whichever thread gives them.
+struct Pacer {
+    clock: Arc<dyn Clock>,
+    begun: Instant,
+    pace: Mutex<Pace>,
+}
+
+impl Pacer {
+    /// Waits until so many commands may be given.
+    fn wait(&self, commands: u32) {
+        let now_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut pace = self.pace.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let wait = pace.wait_ms(now_ms, commands);
+        drop(pace);
+        self.clock.sleep(Duration::from_millis(wait));
+    }
 }
 
 #[derive(Default)]
@@ -180,9 +209,9 @@ impl Pace {
         }
         let missing = u64::from(commands - self.left);
         self.left = 0;
-        let wait = (missing * PER_COMMAND_MS).saturating_sub(now_ms.saturating_sub(self.since_ms));
         self.since_ms += missing * PER_COMMAND_MS;
-        wait
+        // Somebody else may have been given a time that is still to come: this comes after that.
+        self.since_ms.saturating_sub(now_ms)
     }
 }
 
@@ -216,17 +245,28 @@ impl Orders {
     /// Starts the thread.
     pub(super) fn start(clock: Arc<dyn Clock>, slurm: Arc<dyn Slurm>) -> Self {
         let shared = Arc::new(Shared::default());
-        let waiting = shared.clone();
+        let pacer = Arc::new(Pacer {
+            clock,
+            begun: Instant::now(),
+            pace: Mutex::new(Pace::new(0)),
+        });
+        let (waiting, paced) = (shared.clone(), pacer.clone());
         if let Err(e) = thread::Builder::new()
             .name("orders".into())
-            .spawn(move || work(&waiting, &*clock, &*slurm))
+            .spawn(move || work(&waiting, &paced, &*slurm))
         {
             log::error!("cannot start the thread that gives orders to Slurm: {e}");
         }
-        Self { shared }
+        Self { shared, pacer }
     }
 
-    /// Puts an order behind the others. `commands`: how many it runs.
+    /// For a command that is not given here: waits for its turn.
+    pub(super) fn wait_turn(&self, commands: u32) {
+        self.pacer.wait(commands);
+    }
+
+    /// Puts an order behind the others. `commands`: how many it runs, but for those for which it waits itself
+    /// ([`Orders::wait_turn`]).
     pub(super) fn give(&self, commands: u32, run: impl FnMut() -> Tried + Send + 'static) {
         let run = Box::new(run);
         self.put(Task::Own(Own { commands, run }), false);
@@ -241,7 +281,8 @@ impl Orders {
     /// An order that goes with its like of other jobs; `done` takes Slurm's answer.
     pub(super) fn give_bulk(&self, kind: Bulk, job: u32, done: impl FnOnce(Result<(), SlurmError>) + Send + 'static) {
         let done = Box::new(done);
-        self.put(Task::Bulk(kind, Part { job, done }), kind == Bulk::RequeueHold);
+        let first = kind.frees_node();
+        self.put(Task::Bulk(kind, Part { job, done }), first);
     }
 
     fn put(&self, task: Task, first: bool) {
@@ -265,25 +306,18 @@ impl Drop for Orders {
     }
 }
 
-fn work(shared: &Shared, clock: &dyn Clock, slurm: &dyn Slurm) {
-    let begun = Instant::now();
-    let mut pace = Pace::new(0);
-    let mut wait_for = |commands| {
-        let now_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let wait = pace.wait_ms(now_ms, commands);
-        // Nothing else may overtake it.
-        clock.sleep(Duration::from_millis(wait));
-    };
+fn work(shared: &Shared, pacer: &Pacer, slurm: &dyn Slurm) {
     while let Some(next) = shared.take() {
         // One order that goes wrong must not end all the others.
         let done = std::panic::catch_unwind(AssertUnwindSafe(|| match next {
             Next::Own(mut own) => {
-                wait_for(own.commands);
+                // Nothing else may overtake it.
+                pacer.wait(own.commands);
                 if (own.run)() == Tried::Again {
                     shared.queue().again.push_back((Instant::now() + AGAIN, own));
                 }
             }
-            Next::Bulk(kind, parts) => give_all(slurm, kind, parts, &mut wait_for),
+            Next::Bulk(kind, parts) => give_all(slurm, &kind, parts, pacer),
         }));
         if done.is_err() {
             log::error!("an order to Slurm was given up by a panic");
@@ -292,13 +326,13 @@ fn work(shared: &Shared, clock: &dyn Clock, slurm: &dyn Slurm) {
 }
 
 /// One command for all, and one for each where Slurm refuses that: one of the jobs may have ended.
-fn give_all(slurm: &dyn Slurm, kind: Bulk, parts: Vec<Part>, wait_for: &mut dyn FnMut(u32)) {
+fn give_all(slurm: &dyn Slurm, kind: &Bulk, parts: Vec<Part>, pacer: &Pacer) {
     let jobs: Vec<u32> = parts.iter().map(|p| p.job).collect();
-    wait_for(1);
+    pacer.wait(1);
     match kind.give(slurm, &jobs) {
         Err(e) if jobs.len() > 1 && !e.is_transient() => {
             for part in parts {
-                wait_for(1);
+                pacer.wait(1);
                 (part.done)(kind.give(slurm, &[part.job]));
             }
         }
@@ -332,7 +366,7 @@ mod tests {
         let last = *at.last().unwrap();
         assert_eq!(last, (1000 - u64::from(BURST)) * PER_COMMAND_MS);
         for second in at.iter().map(|ms| ms / 1000).filter(|s| *s > 0) {
-            assert!(at.iter().filter(|ms| *ms / 1000 == second).count() <= 5, "second {second}");
+            assert!(at.iter().filter(|ms| *ms / 1000 == second).count() <= 6, "second {second}");
         }
         // After a pause there may be a burst again, and not more than one.
         let later = last + 3_600_000;
@@ -387,7 +421,7 @@ mod tests {
     fn held_jobs(slurm: &FakeSlurm, n: u32) -> Vec<u32> {
         let submit = |_| {
             let job = slurm.submit(crate::slurm::FakeJob::default());
-            slurm.hold(job).unwrap();
+            slurm.hold(&[job]).unwrap();
             job
         };
         (0..n).map(submit).collect()

@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::{
     Controller, health,
+    orders::Tried,
     placement::{self, Arrival, Claims, Picture, PreemptRule, Want, by_node, is_ours, reservation_of},
 };
 use crate::core::relocation::{Event, JobMove, Resources};
@@ -26,8 +27,10 @@ const AGAIN: Duration = Duration::from_millis(500);
 const LOOKS: u32 = 3;
 /// How long tiers and QOS's of a cluster are taken to be what they were, in milliseconds.
 const RULE_KEPT_MS: u64 = 30_000;
-/// Excluded nodes of so many waiting jobs are asked for in one round: each is one command.
-const MOST_ASKED: usize = 16;
+/// How often giving a place back is tried, at the pace of [`super::orders`].
+const LEAVE_TRIES: u32 = 80;
+/// Places that are given back together; other orders may go in between.
+const LEAVE_TOGETHER: usize = 32;
 
 /// A move that waits for its place.
 #[derive(Debug)]
@@ -44,6 +47,19 @@ pub(super) struct Hold {
     needs: Resources,
 }
 
+/// A move that has let go of its place.
+#[derive(Debug)]
+struct Leaving {
+    job: u32,
+    was: Hold,
+    /// The move waits for the end of this.
+    tell: bool,
+    tries: u32,
+}
+
+/// Reservations by name, with the users that they were given; `None`: it was removed, or Slurm did not answer.
+type Changed = BTreeMap<String, Option<Vec<String>>>;
+
 /// What the room keeps between two rounds.
 #[derive(Debug)]
 pub(super) struct Places {
@@ -52,9 +68,13 @@ pub(super) struct Places {
     holds: Mutex<BTreeMap<u32, Hold>>,
     wake: Sender<()>,
     woken: Receiver<()>,
-    /// Held while reservations are made or removed, never while something is awaited. In it: names of those that were
+    /// Moves whose places are to be looked at before their jobs are steered there.
+    keeping: Mutex<Vec<(u32, String)>>,
+    /// Moves that have let go of their places; Slurm is to hear of it.
+    leaving: Mutex<Vec<Leaving>>,
+    /// Held while reservations are made or removed, never while something is awaited. In it: those that were
     /// changed since the round at hand began.
-    reserving: Mutex<BTreeSet<String>>,
+    reserving: Mutex<Changed>,
     memory: Mutex<Memory>,
 }
 
@@ -74,6 +94,8 @@ impl Default for Places {
             holds: Mutex::default(),
             wake,
             woken,
+            keeping: Mutex::default(),
+            leaving: Mutex::default(),
             reserving: Mutex::default(),
             memory: Mutex::default(),
         }
@@ -399,17 +421,22 @@ impl Controller {
         let unknown: Vec<u32> = {
             let mut memory = locked(&self.places.memory);
             memory.exclude.retain(|job, _| waiting.contains(job));
-            waiting
-                .iter()
-                .filter(|job| !memory.exclude.contains_key(job))
-                .take(MOST_ASKED)
-                .copied()
-                .collect()
+            waiting.iter().filter(|job| !memory.exclude.contains_key(job)).copied().collect()
         };
-        for job in unknown {
-            if let Ok(Some(info)) = self.world.slurm.job(job) {
-                locked(&self.places.memory).exclude.insert(job, info.exclude_nodes);
+        if !unknown.is_empty() {
+            self.orders.wait_turn(2);
+        }
+        let found = if unknown.is_empty() {
+            Ok(vec![])
+        } else {
+            self.world.slurm.jobs(&unknown)
+        };
+        match found {
+            Ok(found) => {
+                let found = found.into_iter().map(|info| (info.brief.id, info.exclude_nodes));
+                locked(&self.places.memory).exclude.extend(found);
             }
+            Err(e) => log::debug!("excluded nodes of {unknown:?} are not known: {e}"),
         }
         locked(&self.places.memory).exclude.clone()
     }
@@ -483,6 +510,10 @@ impl Controller {
     /// Puts a move into a node's reservation, which is made if there is none. `seen`: the reservations as the round at hand saw them,
     /// so that not each place costs a question of its own.
     fn take_place(&self, want: &Want, node: &str, seen: &[ReservationInfo]) -> Result<(), String> {
+        let is_there = |r: &ReservationInfo| r.name == reservation_of(node) && r.users.contains(&want.user);
+        if !seen.iter().any(is_there) && !locked(&self.places.reserving).contains_key(&reservation_of(node)) {
+            self.orders.wait_turn(1);
+        }
         let mut changed = locked(&self.places.reserving);
         let hold = Hold {
             node: node.to_owned(),
@@ -491,10 +522,10 @@ impl Controller {
         };
         locked(&self.places.holds).insert(want.job, hold);
         let name = reservation_of(node);
-        let there = if changed.contains(&name) {
-            self.world.slurm.reservation(&name)
-        } else {
-            Ok(seen.iter().find(|r| r.name == name).cloned())
+        let there = match changed.get(&name) {
+            Some(Some(users)) if users.contains(&want.user) => return Ok(()),
+            Some(_) => self.world.slurm.reservation(&name),
+            None => Ok(seen.iter().find(|r| r.name == name).cloned()),
         };
         there.and_then(|there| self.reserve(node, there, &mut changed)).map_err(|e| {
             locked(&self.places.holds).remove(&want.job);
@@ -503,34 +534,69 @@ impl Controller {
     }
 
     /// Makes a node's reservation as those who hold it need it. `there`: as it is now.
-    fn reserve(&self, node: &str, there: Option<ReservationInfo>, changed: &mut BTreeSet<String>) -> Result<(), SlurmError> {
+    fn reserve(&self, node: &str, there: Option<ReservationInfo>, changed: &mut Changed) -> Result<(), SlurmError> {
         let slurm = &self.world.slurm;
         let name = reservation_of(node);
         let users = self.users_of(node);
         match there {
             Some(there) if users.iter().all(|u| there.users.contains(u)) => Ok(()),
             Some(there) => {
-                changed.insert(name.clone());
                 let more = users.iter().filter(|u| !there.users.contains(u));
                 let all: Vec<String> = there.users.iter().chain(more).cloned().collect();
-                slurm.set_reservation_users(&name, &all)
+                let done = slurm.set_reservation_users(&name, &all);
+                changed.insert(name, done.is_ok().then_some(all));
+                done
             }
             None => {
-                changed.insert(name.clone());
                 let spec = ReservationSpec {
-                    name,
+                    name: name.clone(),
                     nodes: ReservationNodes::Named(vec![node.to_owned()]),
                     partition: None,
                     features: None,
-                    users,
+                    users: users.clone(),
                 };
-                slurm.create_reservation(&spec).map(drop)
+                let done = slurm.create_reservation(&spec);
+                changed.insert(name, done.is_ok().then_some(users));
+                done
             }
         }
     }
 
-    /// A slurmctld that was killed may have forgotten the reservation.
-    pub(super) fn keep_place(&self, job: u32, node: &str) -> Result<(), String> {
+    /// Before a job is steered to its place, that is looked at: a slurmctld that was killed may have forgotten the reservation. Returns
+    /// whether [`Controller::keep_places`] is to be ordered.
+    pub(super) fn keep_later(&self, job: u32, node: String) -> bool {
+        let mut keeping = locked(&self.places.keeping);
+        keeping.push((job, node));
+        keeping.len() == 1
+    }
+
+    /// One look for all that wait for it; answered with [`Event::PlaceKept`].
+    pub(super) fn keep_places(&self) {
+        let keeping = std::mem::take(&mut *locked(&self.places.keeping));
+        let there = self.world.slurm.reservations();
+        for (job, node) in keeping {
+            let kept = match &there {
+                // It is held by this move, so nobody has removed it since.
+                Ok(there) if self.is_reserved(job, &node, there) => Ok(()),
+                Ok(_) => {
+                    self.orders.wait_turn(2);
+                    self.keep_place(job, &node)
+                }
+                Err(e) => Err(e.to_string()),
+            };
+            self.relocations.tell(job, Event::PlaceKept(kept));
+        }
+    }
+
+    fn is_reserved(&self, job: u32, node: &str, there: &[ReservationInfo]) -> bool {
+        let holds = locked(&self.places.holds);
+        let name = reservation_of(node);
+        let hold = holds.get(&job).filter(|h| h.node == node);
+        hold.is_some_and(|h| there.iter().any(|r| r.name == name && r.users.contains(&h.user)))
+    }
+
+    /// The reservation is made again if Slurm has lost it.
+    fn keep_place(&self, job: u32, node: &str) -> Result<(), String> {
         let mut changed = locked(&self.places.reserving);
         if locked(&self.places.holds).get(&job).is_none_or(|h| h.node != node) {
             return Err(format!("{node} is not held any more"));
@@ -542,9 +608,121 @@ impl Controller {
     }
 
     /// From now on the move is in no node's reservation; what is left to be done in Slurm about the one that it was in is
-    /// [`Controller::clear_place`]'s.
-    pub(super) fn let_go(&self, job: u32) -> Option<Hold> {
+    /// [`Controller::leave_places`]'s.
+    fn let_go(&self, job: u32) -> Option<Hold> {
         locked(&self.places.holds).remove(&job)
+    }
+
+    /// As [`Controller::let_go`], and Slurm hears of it in its turn. `tell`: the move waits for that. Returns whether
+    /// [`Controller::leave_places`] is to be ordered.
+    pub(super) fn leave_later(&self, job: u32, tell: bool) -> bool {
+        let Some(was) = self.let_go(job) else {
+            if tell {
+                self.relocations.place_left(job);
+            }
+            return false;
+        };
+        let mut leaving = locked(&self.places.leaving);
+        leaving.push(Leaving { job, was, tell, tries: 0 });
+        leaving.len() == 1
+    }
+
+    /// Gives back some of the places that moves have let go: one look at the jobs and one order for those that are in a reservation
+    /// still, and then each reservation goes that nobody holds any more.
+    pub(super) fn leave_places(&self) -> Tried {
+        let some: Vec<Leaving> = {
+            let mut leaving = locked(&self.places.leaving);
+            // Those of one node together, so that its reservation can go.
+            leaving.sort_by(|a, b| (a.tries, &a.was.node, a.job).cmp(&(b.tries, &b.was.node, b.job)));
+            let n = leaving.len().min(LEAVE_TOGETHER);
+            leaving.drain(..n).collect()
+        };
+        if some.is_empty() {
+            return Tried::Done;
+        }
+        let out = self.out_of_reservations(&some);
+        let mut cleared: BTreeMap<String, Result<(), String>> = BTreeMap::new();
+        for mut left in some {
+            let node = &left.was.node;
+            let done = match (&out, cleared.get(node)) {
+                (Err(e), _) => Err(e.clone()),
+                (Ok(()), Some(done)) => done.clone(),
+                (Ok(()), None) => {
+                    let done = self.unreserve(node, || self.orders.wait_turn(1));
+                    cleared.insert(node.clone(), done.clone());
+                    done
+                }
+            };
+            match done {
+                Err(e) if left.tries < LEAVE_TRIES => {
+                    log::debug!("job {}: {e}", left.job);
+                    left.tries += 1;
+                    locked(&self.places.leaving).push(left);
+                    continue;
+                }
+                // The sweep finds it.
+                Err(e) => log::warn!("job {}: {e}", left.job),
+                Ok(()) => {}
+            }
+            if left.tell {
+                self.relocations.place_left(left.job);
+            }
+        }
+        // Whoever comes while it is empty, orders this anew.
+        if locked(&self.places.leaving).is_empty() {
+            Tried::Done
+        } else {
+            Tried::Again
+        }
+    }
+
+    /// Jobs that use or ask for a reservation keep it from being deleted. What they have been given since is not touched.
+    fn out_of_reservations(&self, leaving: &[Leaving]) -> Result<(), String> {
+        self.orders.wait_turn(1);
+        let jobs = super::Jobs::new(self.world.slurm.jobs_poll().map_err(|e| e.to_string())?);
+        let has_it_again = |l: &Leaving| locked(&self.places.holds).get(&l.job).is_some_and(|h| h.node == l.was.node);
+        let is_in = |l: &&Leaving| {
+            let name = reservation_of(&l.was.node);
+            let job = jobs.by_id(l.job).filter(|j| !j.state.is_finished());
+            job.is_some_and(|j| j.reservation.as_deref() == Some(name.as_str())) && !has_it_again(l)
+        };
+        let inside: Vec<u32> = leaving.iter().filter(is_in).map(|l| l.job).collect();
+        let none = JobUpdate {
+            reservation: Some(None),
+            ..JobUpdate::default()
+        };
+        if inside.is_empty() {
+            return Ok(());
+        }
+        self.orders.wait_turn(1);
+        if let Err(e) = self.world.slurm.update_jobs(&inside, &none) {
+            log::debug!("jobs {inside:?}: {e}");
+            for job in inside.iter().filter(|_| inside.len() > 1) {
+                self.orders.wait_turn(1);
+                if let Err(e) = self.world.slurm.update_job(*job, &none) {
+                    log::debug!("job {job}: {e}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a node's reservation unless a move holds it.
+    fn unreserve(&self, node: &str, wait: impl FnOnce()) -> Result<(), String> {
+        if self.is_held(node) {
+            return Ok(());
+        }
+        wait();
+        let mut changed = locked(&self.places.reserving);
+        if self.is_held(node) {
+            return Ok(());
+        }
+        let name = reservation_of(node);
+        changed.insert(name.clone(), None);
+        match self.world.slurm.delete_reservation(&name) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(format!("reservation {name} cannot be removed yet: {e}")),
+        }
     }
 
     /// Takes a job out of the reservation that its move was in, which goes with the last one. What the job has been given
@@ -552,22 +730,13 @@ impl Controller {
     ///
     /// # Errors
     /// While Slurm refuses or does not answer: to be tried again.
-    pub(super) fn clear_place(&self, job: u32, was: &Hold) -> Result<(), String> {
+    fn clear_place(&self, job: u32, was: &Hold) -> Result<(), String> {
         let has_it_again = |holds: &BTreeMap<u32, Hold>| holds.get(&job).is_some_and(|h| h.node == was.node);
         if has_it_again(&locked(&self.places.holds)) {
             return Ok(());
         }
-        let name = reservation_of(&was.node);
-        self.out_of_reservation(job, &name);
-        let mut changed = locked(&self.places.reserving);
-        if self.is_held(&was.node) {
-            return Ok(());
-        }
-        changed.insert(name.clone());
-        match self.world.slurm.delete_reservation(&name) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(format!("reservation {name} cannot be removed yet: {e}")),
-        }
+        self.out_of_reservation(job, &reservation_of(&was.node));
+        self.unreserve(&was.node, || {})
     }
 
     /// A reservation that a job uses or asks for cannot be deleted.
@@ -600,6 +769,7 @@ impl Controller {
             // A move that has just been given its place has not written it down yet.
             let is_used = || {
                 let mut held = Vec::from_iter(locked(&self.places.holds).values().map(|h| h.node.clone()));
+                held.extend(locked(&self.places.leaving).iter().map(|l| l.was.node.clone()));
                 held.extend(self.cluster().moves.values().filter_map(|m| m.held.clone()));
                 held.iter().any(|node| reservation_of(node) == name)
             };
@@ -611,14 +781,16 @@ impl Controller {
             if is_used() {
                 continue;
             }
+            self.orders.wait_turn(1);
             for job in jobs {
+                self.orders.wait_turn(3);
                 self.out_of_reservation(job, &name);
             }
             let mut changed = locked(&self.places.reserving);
             if is_used() {
                 continue;
             }
-            changed.insert(name.clone());
+            changed.insert(name.clone(), None);
             match slurm.delete_reservation(&name) {
                 Ok(_) => log::warn!("reservation {name} belonged to no move, and was removed"),
                 Err(e) => log::info!("reservation {name} belongs to no move, and cannot be removed yet: {e}"),

@@ -41,8 +41,6 @@ const MOVE_WITHIN: Duration = Duration::from_secs(3600);
 const ASK_WITHIN: Duration = Duration::from_secs(5);
 /// Threads for short questions to agents.
 const ASKERS: usize = 8;
-/// How often giving a place back is tried, at [`super::orders`]' pace.
-const LEAVE_TRIES: u32 = 80;
 
 type Ask = Box<dyn FnOnce() + Send>;
 
@@ -99,6 +97,11 @@ impl Relocations {
     /// Something happened to a job's move.
     pub(super) fn tell(&self, job: u32, event: Event) {
         let _ = self.inbox.send(Inbox::Event { job, event });
+    }
+
+    /// Slurm has heard that a move left its place.
+    pub(super) fn place_left(&self, job: u32) {
+        let _ = self.inbox.send(Inbox::PlaceLeft { job });
     }
 
     /// A move waits for what the next poll shows.
@@ -402,12 +405,14 @@ impl Driver {
                 self.leave_place(job, true);
             }
             Effect::KeepPlace => {
-                let c = self.c.clone();
                 let node = record.held.clone().unwrap_or_default();
-                self.c.orders.give(2, move || {
-                    c.relocations.tell(job, Event::PlaceKept(c.keep_place(job, &node)));
-                    Tried::Done
-                });
+                if self.c.keep_later(job, node) {
+                    let c = self.c.clone();
+                    self.c.orders.give(1, move || {
+                        c.keep_places();
+                        Tried::Done
+                    });
+                }
             }
             Effect::MoveOut { to } => {
                 let request = PeerRequest::MoveOut {
@@ -439,7 +444,7 @@ impl Driver {
                 log::info!("job {job}: {line}");
                 self.ask(from, PeerRequest::Note { job, line }, |_, _| {});
             }
-            Effect::Order(order) => self.order(job, order),
+            Effect::Order(order) => self.order(job, &order),
             Effect::End(outcome) => {
                 let leaving = self.active.get(&job).is_some_and(|a| a.leaving);
                 if leaving && let Some(active) = self.active.get_mut(&job) {
@@ -480,25 +485,10 @@ impl Driver {
     /// The place is the move's no longer at once, so that a later one is not mistaken for it; Slurm hears of it in its turn.
     /// `tell`: the move waits for that.
     fn leave_place(&self, job: u32, tell: bool) {
-        let c = self.c.clone();
-        let was = self.c.let_go(job);
-        let mut tries = 0;
-        self.c.orders.give(2, move || {
-            tries += 1;
-            match was.as_ref().map_or(Ok(()), |was| c.clear_place(job, was)) {
-                Err(e) if tries < LEAVE_TRIES => {
-                    log::debug!("job {job}: {e}");
-                    return Tried::Again;
-                }
-                // The sweep finds it.
-                Err(e) => log::warn!("job {job}: {e}"),
-                Ok(()) => {}
-            }
-            if tell {
-                let _ = c.relocations.inbox.send(Inbox::PlaceLeft { job });
-            }
-            Tried::Done
-        });
+        if self.c.leave_later(job, tell) {
+            let c = self.c.clone();
+            self.c.orders.give(0, move || c.leave_places());
+        }
     }
 
     /// A short question to an agent, by one of the askers.
@@ -540,8 +530,8 @@ impl Driver {
         }
     }
 
-    fn order(&self, job: u32, order: Order) {
-        if let Order::Steer { req_nodes, .. } = &order
+    fn order(&self, job: u32, order: &Order) {
+        if let Order::Steer { req_nodes, .. } = order
             && !req_nodes.is_empty()
         {
             let nodes = req_nodes.clone();
@@ -559,22 +549,15 @@ impl Driver {
             });
             c.relocations.tell(job, Event::Ordered(done));
         };
-        let frees_node = matches!(order, Order::Requeue { .. } | Order::Cancel);
-        let c = self.c.clone();
-        match order {
-            Order::Requeue { hold: true } => self.c.orders.give_bulk(Bulk::RequeueHold, job, answered),
-            Order::Release => self.c.orders.give_bulk(Bulk::Release, job, answered),
-            order => {
-                let run = move || {
-                    answered(give(&c, job, &order));
-                    Tried::Done
-                };
-                if frees_node {
-                    self.c.orders.give_first(1, run);
-                } else {
-                    self.c.orders.give(1, run);
-                }
-            }
+        if let Some(bulk) = bulk_of(order) {
+            self.c.orders.give_bulk(bulk, job, answered);
+        } else {
+            // Cancelling frees a node too.
+            let c = self.c.clone();
+            self.c.orders.give_first(1, move || {
+                answered(c.world.slurm.cancel(job, None));
+                Tried::Done
+            });
         }
     }
 
@@ -588,13 +571,14 @@ impl Driver {
     }
 }
 
-fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
-    let slurm = &c.world.slurm;
-    let update = |update: JobUpdate| slurm.update_job(job, &update);
+/// The command for an order, which goes with its like of other jobs; `None`: the job is cancelled.
+fn bulk_of(order: &Order) -> Option<Bulk> {
+    let update = |update: JobUpdate| Some(Bulk::Update(update));
     match order {
-        Order::Requeue { hold: true } => Bulk::RequeueHold.give(&**slurm, &[job]),
-        Order::Requeue { hold: false } => slurm.requeue(job),
-        Order::Hold => slurm.hold(job),
+        Order::Requeue { hold: true } => Some(Bulk::RequeueHold),
+        Order::Requeue { hold: false } => Some(Bulk::Requeue),
+        Order::Hold => Some(Bulk::Hold),
+        Order::Release => Some(Bulk::Release),
         Order::AllowRequeue => update(JobUpdate {
             requeue: Some(true),
             ..JobUpdate::default()
@@ -610,7 +594,6 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
             req_nodes: (!req_nodes.is_empty()).then(Vec::new),
             ..JobUpdate::default()
         }),
-        Order::Release => Bulk::Release.give(&**slurm, &[job]),
         Order::Priority(priority) => update(JobUpdate {
             priority: Some(*priority),
             ..JobUpdate::default()
@@ -619,7 +602,7 @@ fn give(c: &Controller, job: u32, order: &Order) -> Result<(), SlurmError> {
             time_limit_min: Some(*minutes),
             ..JobUpdate::default()
         }),
-        Order::Cancel => slurm.cancel(job, None),
+        Order::Cancel => None,
     }
 }
 

@@ -256,7 +256,7 @@ impl Controller {
 
     /// Nothing is begun whose last step Slurm would refuse. What keeps a job where it is, is said once for each of its runs.
     fn admit(&self, j: &JobBrief, from: &str, cause: &str) -> Result<Admitted, String> {
-        let info = match self.world.slurm.job(j.id) {
+        let info = match self.job_details(j.id) {
             Ok(info) => info.ok_or_else(|| format!("Slurm knows no job {}", j.id))?,
             Err(e) => return Ok(Admitted::NotKnown(format!("Slurm does not say: {e}"))),
         };

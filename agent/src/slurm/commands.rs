@@ -309,6 +309,20 @@ impl Slurm for SlurmCommands {
         Ok(Some(job))
     }
 
+    fn jobs(&self, ids: &[JobId]) -> Result<Vec<JobInfo>, SlurmError> {
+        if let [id] = ids {
+            return self.job(*id).map(|job| job.into_iter().collect());
+        }
+        let list = ids.iter().map(JobId::to_string).collect::<Vec<_>>().join(",");
+        let text = match self.squeue(&["--states=all", "--jobs", &list], parse::squeue_format()) {
+            // One of them is not known any more: the others may be.
+            Err(SlurmError::NoSuchJob) => return Ok(Vec::new()),
+            other => other?,
+        };
+        let details = self.scontrol(&["--all", "--details", "--oneliner", "show", "job"])?;
+        parse::several(&text, &details, ids)
+    }
+
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
         let jobs = parse::briefs(&self.squeue(&[], parse::squeue_format())?)?;
         let named = jobs.iter().filter_map(|j| Some((j.id, order_name(j)?))).collect();
@@ -343,8 +357,8 @@ impl Slurm for SlurmCommands {
             .map(|_| ())
     }
 
-    fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["requeue", "Incomplete", &self.ordered(job)?]).map(|_| ())
+    fn requeue(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.scontrol(&["requeue", "Incomplete", &self.ordered_all(jobs)?]).map(|_| ())
     }
 
     fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
@@ -356,37 +370,36 @@ impl Slurm for SlurmCommands {
             .map(|_| ())
     }
 
-    fn hold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.scontrol(&["hold", &self.ordered(job)?]).map(|_| ())
+    fn hold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.scontrol(&["hold", &self.ordered_all(jobs)?]).map(|_| ())
     }
 
     fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
         self.scontrol(&["release", &self.ordered_all(jobs)?]).map(|_| ())
     }
 
-    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {
+    fn update_jobs(&self, jobs: &[JobId], update: &JobUpdate) -> Result<(), SlurmError> {
         if *update == JobUpdate::default() {
             return Ok(());
         }
-        self.ask("scontrol", &update_args(&self.ordered(job)?, update)?).map(|_| ())
+        self.ask("scontrol", &update_args(&self.ordered_all(jobs)?, update)?).map(|_| ())
     }
 
-    fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError> {
-        let args = reservation_args(spec)?;
-        // Looked up first: Slurm answers a second creation with "nodes are busy", which would hide that it is ours.
-        if let Some(there) = self.reservation(&spec.name)? {
-            return if there.users == spec.users {
-                Ok(there)
-            } else {
-                Err(SlurmError::Refused {
-                    message: format!("reservation {} exists for other users", spec.name),
-                })
-            };
+    fn create_reservation(&self, spec: &ReservationSpec) -> Result<(), SlurmError> {
+        let Err(refused) = self.ask("scontrol", &reservation_args(spec)?) else {
+            return Ok(());
+        };
+        if refused.is_transient() {
+            return Err(refused);
         }
-        self.ask("scontrol", &args)?;
-        self.reservation(&spec.name)?.ok_or(SlurmError::Refused {
-            message: format!("reservation {} vanished as soon as it was made", spec.name),
-        })
+        // Slurm answers a second creation with "nodes are busy", which does not say that it is ours.
+        match self.reservation(&spec.name)? {
+            Some(there) if there.users == spec.users => Ok(()),
+            Some(_) => Err(SlurmError::Refused {
+                message: format!("reservation {} exists for other users", spec.name),
+            }),
+            None => Err(refused),
+        }
     }
 
     fn set_reservation_users(&self, wanted: &str, users: &[String]) -> Result<(), SlurmError> {

@@ -43,6 +43,10 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// See [`SlurmError`]; this holds for every method here.
     fn job(&self, id: JobId) -> Result<Option<JobInfo>, SlurmError>;
 
+    /// The same of several jobs, by two commands however many they are. One that is missing in the answer is not known, or could not be
+    /// told for sure: [`job`](Slurm::job) says which.
+    fn jobs(&self, ids: &[JobId]) -> Result<Vec<JobInfo>, SlurmError>;
+
     /// All jobs of the cluster that wait, run, or are leaving their nodes. A job that is not in it has ended.
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError>;
 
@@ -61,29 +65,34 @@ pub trait Slurm: Send + Sync + std::fmt::Debug {
     /// Sets what features a node offers now. Must be a part of its available features. Running jobs are left alone; the list is lost at a reconfigure.
     fn set_active_features(&self, nodes: &[String], features: &[String]) -> Result<(), SlurmError>;
 
-    /// Ends this run and puts the job back into the queue. A job that does not run (any more) is left as it is, without an
+    /// Ends this run of some jobs and puts them back into the queue. After an error it is unknown which of several it was carried out
+    /// for. A job that does not run (any more) is left as it is, without an
     /// error: Slurm would otherwise bring back to life what has just been cancelled (scontrol(1), `Incomplete`).
-    fn requeue(&self, job: JobId) -> Result<(), SlurmError>;
+    fn requeue(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
-    /// The same for some jobs, and held there until [`release`](Slurm::release). After an error it is unknown which of several it was carried
-    /// out for.
+    /// The same, and held there until [`release`](Slurm::release).
     fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
     /// Ends this run and puts the job into the queue, held, in the state `SPECIAL_EXIT`: nothing else makes that state by
     /// itself, so it says that the job met a broken node. Its owner may do that.
     fn requeue_special(&self, job: JobId) -> Result<(), SlurmError>;
 
-    /// Holds a waiting job.
-    fn hold(&self, job: JobId) -> Result<(), SlurmError>;
+    /// Holds waiting jobs. After an error it is unknown which of several it was carried out for.
+    fn hold(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
     /// Lets held jobs go. After an error it is unknown which of several it was carried out for.
     fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError>;
 
     /// Changes a job, all or nothing.
-    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError>;
+    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {
+        self.update_jobs(&[job], update)
+    }
 
-    /// Makes a reservation and says which nodes it has. If one of this name is there already with the same users, it is returned as it is.
-    fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError>;
+    /// Changes several jobs alike, each of them all or nothing. After an error it is unknown which of several it was carried out for.
+    fn update_jobs(&self, jobs: &[JobId], update: &JobUpdate) -> Result<(), SlurmError>;
+
+    /// Makes a reservation. If one of this name is there already with the same users, it is left as it is.
+    fn create_reservation(&self, spec: &ReservationSpec) -> Result<(), SlurmError>;
 
     /// Makes these the users of a reservation that exists.
     fn set_reservation_users(&self, name: &str, users: &[String]) -> Result<(), SlurmError>;

@@ -1,5 +1,7 @@
 //! Reads what `squeue` and `scontrol show job` print.
 
+use std::collections::{HashMap, HashSet};
+
 use super::SlurmError;
 use super::hostlist::{expand_hosts, expand_numbers};
 use super::types::{JobBrief, JobId, JobInfo, JobState, NodeAlloc, UserText};
@@ -176,6 +178,37 @@ fn nice(record: &str) -> Option<i64> {
         .split(' ')
         .find_map(|word| word.strip_prefix("Nice="))
         .and_then(|n| n.parse().ok())
+}
+
+/// Several jobs out of what `squeue` and `scontrol show job -d -o` print of many. One that a text may have been forged for, or that is not
+/// told for sure, is left out.
+pub(super) fn several(text: &str, details: &str, ids: &[JobId]) -> Result<Vec<JobInfo>, SlurmError> {
+    let wanted: HashSet<JobId> = ids.iter().copied().collect();
+    let mut records: HashMap<&str, Vec<&str>> = HashMap::new();
+    for record in split_records(details) {
+        if let Some(id) = record.strip_prefix("JobId=").and_then(|r| r.split(' ').next()) {
+            records.entry(id).or_default().push(record);
+        }
+    }
+    let mut jobs: HashMap<JobId, Vec<JobInfo>> = HashMap::new();
+    for job in squeue(text)?.into_iter().filter(|j| wanted.contains(&j.brief.id)) {
+        jobs.entry(job.brief.id).or_default().push(job);
+    }
+    let one = |(id, mut found): (JobId, Vec<JobInfo>)| {
+        let mut job = found.pop().filter(|_| found.is_empty())?;
+        let [record] = records.get(id.to_string().as_str())?[..] else {
+            return None;
+        };
+        if !job.brief.state.is_on_nodes() {
+            let nodes = std::mem::take(&mut job.brief.nodes);
+            add_details(&mut job, record).ok()?;
+            job.brief.nodes = nodes;
+        } else {
+            add_details(&mut job, record).ok()?;
+        }
+        Some(job)
+    };
+    Ok(jobs.into_iter().filter_map(one).collect())
 }
 
 /// Adds from `scontrol show job -d -o` what squeue does not have: the CPUs and memory on each node, and the free texts.

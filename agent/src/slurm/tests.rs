@@ -478,8 +478,10 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         features: Some("vm".into()),
         users: vec![victim.user.clone()],
     };
-    let made = slurm.create_reservation(&spec).unwrap();
-    assert_eq!(slurm.create_reservation(&spec).unwrap(), made, "a second time it is the same one");
+    slurm.create_reservation(&spec).unwrap();
+    let made = slurm.reservation(&spec.name).unwrap().unwrap();
+    slurm.create_reservation(&spec).expect("a second time it changes nothing");
+    assert_eq!(slurm.reservation(&spec.name).unwrap().as_ref(), Some(&made));
     assert!(
         slurm
             .create_reservation(&ReservationSpec {
@@ -535,7 +537,8 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
         features: None,
         users: spec.users,
     };
-    assert_eq!(slurm.create_reservation(&named).unwrap().nodes, ["n1"]);
+    slurm.create_reservation(&named).unwrap();
+    assert_eq!(slurm.reservation("vm-n").unwrap().unwrap().nodes, ["n1"]);
     assert!(slurm.delete_reservation("vm-n").unwrap());
     let features = || slurm.nodes().unwrap().into_iter().find(|n| n.name == "n1").unwrap().active_features;
     slurm.set_active_features(&["n1".into()], &[]).unwrap();
@@ -546,10 +549,10 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
     assert!(slurm.set_active_features(&["n1 State=DOWN".into()], &[]).is_err(), "not a name");
 
     assert_eq!(slurm.job(4_000_000).unwrap(), None);
-    assert_eq!(slurm.requeue(4_000_000), Err(SlurmError::NoSuchJob));
+    assert_eq!(slurm.requeue(&[4_000_000]), Err(SlurmError::NoSuchJob));
     slurm.cancel(4_000_000, None).unwrap();
     slurm.cancel(victim.id, Some(18)).unwrap();
-    slurm.requeue(victim.id).unwrap();
+    slurm.requeue(&[victim.id]).unwrap();
     until("back in the queue again", &|| now().brief.state == JobState::Pending);
     let nodes = JobUpdate {
         req_nodes: Some(vec!["n2".into()]),
@@ -566,7 +569,7 @@ fn the_commands_steer_a_preempted_job_where_a_cluster_runs() {
     };
     slurm.update_job(victim.id, &clear).unwrap();
     assert_eq!((now().brief.req_nodes.len(), now().brief.features.as_deref()), (0, Some("vm")));
-    slurm.hold(victim.id).unwrap();
+    slurm.hold(&[victim.id]).unwrap();
     assert!(now().brief.is_held());
     slurm.cancel(victim.id, None).unwrap();
     until("cancelled", &|| now().brief.state == JobState::Cancelled);

@@ -131,6 +131,26 @@ pub enum FakeOp {
     Config,
 }
 
+impl FakeOp {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::Job,
+        Self::Poll,
+        Self::Nodes,
+        Self::SetFeatures,
+        Self::Requeue,
+        Self::RequeueHold,
+        Self::Hold,
+        Self::Release,
+        Self::Update,
+        Self::CreateReservation,
+        Self::Reservations,
+        Self::DeleteReservation,
+        Self::Cancel,
+        Self::Config,
+    ];
+}
+
 /// A failure to inject.
 #[derive(Debug, Clone)]
 pub struct Fault {
@@ -298,6 +318,10 @@ impl Slurm for FakeSlurm {
         self.call(FakeOp::Job, |m| Ok(m.info(id)))
     }
 
+    fn jobs(&self, ids: &[JobId]) -> Result<Vec<JobInfo>, SlurmError> {
+        self.call(FakeOp::Job, |m| Ok(ids.iter().filter_map(|id| m.info(*id)).collect()))
+    }
+
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
         self.call(FakeOp::Poll, |m| Ok(m.briefs()))
     }
@@ -335,8 +359,8 @@ impl Slurm for FakeSlurm {
         })
     }
 
-    fn requeue(&self, job: JobId) -> Result<(), SlurmError> {
-        self.call(FakeOp::Requeue, |m| m.requeue(job, false))
+    fn requeue(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.call(FakeOp::Requeue, |m| each(jobs, |job| m.requeue(job, false)))
     }
 
     fn requeuehold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
@@ -347,20 +371,20 @@ impl Slurm for FakeSlurm {
         self.call(FakeOp::RequeueHold, |m| m.requeue_special(job))
     }
 
-    fn hold(&self, job: JobId) -> Result<(), SlurmError> {
-        self.call(FakeOp::Hold, |m| m.set_held(job, true))
+    fn hold(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
+        self.call(FakeOp::Hold, |m| each(jobs, |job| m.set_held(job, true)))
     }
 
     fn release(&self, jobs: &[JobId]) -> Result<(), SlurmError> {
         self.call(FakeOp::Release, |m| each(jobs, |job| m.set_held(job, false)))
     }
 
-    fn update_job(&self, job: JobId, update: &JobUpdate) -> Result<(), SlurmError> {
-        self.call(FakeOp::Update, |m| m.update(job, update))
+    fn update_jobs(&self, jobs: &[JobId], update: &JobUpdate) -> Result<(), SlurmError> {
+        self.call(FakeOp::Update, |m| each(jobs, |job| m.update(job, update)))
     }
 
-    fn create_reservation(&self, spec: &ReservationSpec) -> Result<ReservationInfo, SlurmError> {
-        self.call(FakeOp::CreateReservation, |m| m.reserve(spec))
+    fn create_reservation(&self, spec: &ReservationSpec) -> Result<(), SlurmError> {
+        self.call(FakeOp::CreateReservation, |m| m.reserve(spec).map(drop))
     }
 
     fn set_reservation_users(&self, name: &str, users: &[String]) -> Result<(), SlurmError> {

@@ -19,7 +19,7 @@ use crate::{
 /// Commands that may follow each other without a pause.
 const BURST: u32 = 40;
 /// After that, milliseconds for each command: with the polls this makes less than ten commands a second.
-const PER_COMMAND_MS: u64 = 175;
+const PER_COMMAND_MS: u64 = 180;
 /// Orders that wait at the most; who gives one more, waits until there is room.
 const MOST_WAITING: usize = 4096;
 /// Jobs in one command: their numbers fit into a command line of any length that is usual.

@@ -228,6 +228,7 @@ impl Controller {
                 return Ok(());
             }
             locked(&self.places.reserving).clear();
+            self.orders.wait_turn(4);
             let seen = self.see().map_err(|e| e.to_string())?;
             let wants: Vec<Want> = wants.into_iter().map(|w| with_qos(w, &seen)).collect();
             let mut picture = self.picture(&seen);

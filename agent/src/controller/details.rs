@@ -1,13 +1,10 @@
 //! What Slurm says of a job beyond the poll. Many ask at once when many jobs are preempted: those who come while a question is under way
 //! are answered together by the next one, so that nobody waits for company and Slurm is not asked once for each job.
-use std::{
-    collections::BTreeSet,
-    sync::{Mutex, MutexGuard},
-};
+use std::{collections::BTreeSet, sync::Mutex};
 
 use crossbeam_channel::{Sender, bounded};
 
-use super::Controller;
+use super::{Controller, locked};
 use crate::slurm::{JobInfo, SlurmError};
 
 type Answer = Result<Option<JobInfo>, SlurmError>;
@@ -17,10 +14,6 @@ pub(super) struct Details {
     asked: Mutex<Vec<(u32, Sender<Answer>)>>,
     /// Held while Slurm is asked.
     asking: Mutex<()>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Controller {

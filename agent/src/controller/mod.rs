@@ -95,6 +95,11 @@ pub struct Controller {
     relocations: relocate::Relocations,
 }
 
+/// What another thread left when it panicked is taken as it is.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// An agent that has not answered for so long is sick.
 const STALE: Duration = Duration::from_secs(6);
 /// How often reservations are looked through for those that belong to no move.
@@ -124,12 +129,12 @@ impl Controller {
 
     /// What is known of the cluster; hold it shortly.
     pub fn cluster(&self) -> MutexGuard<'_, Cluster> {
-        self.cluster.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        locked(&self.cluster)
     }
 
     /// What is remembered of jobs; never taken before [`Controller::cluster`] is let go.
     fn notes(&self) -> MutexGuard<'_, Notes> {
-        self.notes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        locked(&self.notes)
     }
 
     /// Polls until the process ends.

@@ -53,7 +53,7 @@ pub(super) enum Bulk {
 
 impl Bulk {
     /// Runs the command.
-    pub(super) fn give(&self, slurm: &dyn Slurm, jobs: &[u32]) -> Result<(), SlurmError> {
+    fn give(&self, slurm: &dyn Slurm, jobs: &[u32]) -> Result<(), SlurmError> {
         match self {
             Self::Requeue => slurm.requeue(jobs),
             Self::RequeueHold => slurm.requeuehold(jobs),

@@ -5,14 +5,14 @@
 //! VMs that land there; it goes with the last of them. What an earlier life of the controller left is swept.
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Mutex, MutexGuard},
+    sync::Mutex,
     time::Duration,
 };
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::{
-    Controller, health,
+    Controller, health, locked,
     orders::Tried,
     placement::{self, Arrival, Claims, Picture, PreemptRule, Want, by_node, is_ours, reservation_of},
 };
@@ -115,10 +115,6 @@ pub(super) struct SlurmFacts {
     pub(super) sets_priority: bool,
     /// GraceTime of the partitions in seconds.
     pub(super) grace_s: BTreeMap<String, u64>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// What Slurm says at one moment.

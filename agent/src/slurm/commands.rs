@@ -292,21 +292,13 @@ impl Slurm for SlurmCommands {
             Err(SlurmError::NoSuchJob) => None,
             Err(e) => return Err(e),
         };
-        let Some(mut job) = found else { return Ok(None) };
+        let Some(job) = found else { return Ok(None) };
         let details = match self.scontrol(&["--details", "--oneliner", "show", "job", &parse::exact_name(&job)]) {
             Ok(text) => text,
             Err(SlurmError::NoSuchJob) => return Ok(None),
             Err(e) => return Err(e),
         };
-        if job.brief.state.is_on_nodes() {
-            parse::add_details(&mut job, &details)?;
-        } else {
-            // It holds no CPUs (any more), and records of ended runs are not always complete: the texts are all there is to take.
-            let nodes = std::mem::take(&mut job.brief.nodes);
-            parse::add_details(&mut job, &details)?;
-            job.brief.nodes = nodes;
-        }
-        Ok(Some(job))
+        parse::with_details(job, &details).map(Some)
     }
 
     fn jobs(&self, ids: &[JobId]) -> Result<Vec<JobInfo>, SlurmError> {

@@ -195,20 +195,26 @@ pub(super) fn several(text: &str, details: &str, ids: &[JobId]) -> Result<Vec<Jo
         jobs.entry(job.brief.id).or_default().push(job);
     }
     let one = |(id, mut found): (JobId, Vec<JobInfo>)| {
-        let mut job = found.pop().filter(|_| found.is_empty())?;
+        let job = found.pop().filter(|_| found.is_empty())?;
         let [record] = records.get(id.to_string().as_str())?[..] else {
             return None;
         };
-        if !job.brief.state.is_on_nodes() {
-            let nodes = std::mem::take(&mut job.brief.nodes);
-            add_details(&mut job, record).ok()?;
-            job.brief.nodes = nodes;
-        } else {
-            add_details(&mut job, record).ok()?;
-        }
-        Some(job)
+        with_details(job, record).ok()
     };
     Ok(jobs.into_iter().filter_map(one).collect())
+}
+
+/// The job as squeue has it, completed by [`add_details`].
+pub(super) fn with_details(mut job: JobInfo, text: &str) -> Result<JobInfo, SlurmError> {
+    if job.brief.state.is_on_nodes() {
+        add_details(&mut job, text)?;
+    } else {
+        // It holds no CPUs (any more), and records of ended runs are not always complete: the texts are all there is to take.
+        let nodes = std::mem::take(&mut job.brief.nodes);
+        add_details(&mut job, text)?;
+        job.brief.nodes = nodes;
+    }
+    Ok(job)
 }
 
 /// Adds from `scontrol show job -d -o` what squeue does not have: the CPUs and memory on each node, and the free texts.

@@ -251,6 +251,25 @@ fn a_job_whose_name_and_comment_forge_records_is_not_believed() {
 }
 
 #[test]
+fn of_many_jobs_one_whose_record_somebody_forges_is_left_out() {
+    for s in samples() {
+        let (squeue, details) = (s.out("squeue_running"), s.out("job_running"));
+        let job = s.job("running", "job_running").unwrap();
+        let id = job.brief.id;
+        let others = details.replacen(&format!("JobId={id} "), "JobId=4000000 ", 1);
+        let many = format!("{others}\n{details}");
+        assert_eq!(parse::several(squeue, &many, &[id]).unwrap(), [job], "{}", s.release);
+        // Another job's name may have a line break in it, and go on like a record.
+        let forged = format!("{others}\nJobId={id} JobName=x UserId=root(0)\n{details}");
+        assert_eq!(parse::several(squeue, &forged, &[id]).unwrap(), []);
+        // Nobody can take the true one away; where it is missing, the job is asked for alone.
+        assert_eq!(parse::several(squeue, &others, &[id]).unwrap(), []);
+        let attack = parse::squeue(s.out("squeue_forged")).unwrap().remove(0).brief.id;
+        assert_eq!(parse::several(s.out("squeue_forged"), s.out("job_forged"), &[attack]).unwrap(), []);
+    }
+}
+
+#[test]
 fn jobs_that_cannot_be_requeued_are_told_apart() {
     for s in samples() {
         let job = s.job("interactive", "job_interactive").unwrap().brief;

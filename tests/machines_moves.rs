@@ -46,9 +46,9 @@ fn a_guest_with_the_nodes_own_processor_model_moves() {
 #[test]
 fn a_preempted_job_moves_live_and_keeps_its_id() {
     let t = Site::take("live");
-    let job = counting(&t, "-c2", 700);
+    let job = counting(&t, "-c1", 700);
     let urgent = t
-        .on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'")
+        .on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c1 --wrap 'sleep 10'")
         .out;
     println!("bob's job is {urgent}");
     t.wait_vm(job, "n2", "running");
@@ -62,8 +62,8 @@ fn a_preempted_job_moves_live_and_keeps_its_id() {
 #[test]
 fn a_preempted_job_is_saved_and_goes_on_later() {
     let t = Site::take("save");
-    let job = counting(&t, "-c2 --vm-preempt=save", 200);
-    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'");
+    let job = counting(&t, "-c1 --vm-preempt=save", 200);
+    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c1 --wrap 'sleep 10'");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.ways(job), ["save", "restore"]);
     counted(&t, job, "out", 200);
@@ -73,8 +73,8 @@ fn a_preempted_job_is_saved_and_goes_on_later() {
 #[test]
 fn a_preempted_job_starts_over_if_that_is_all_it_wants() {
     let t = Site::take("requeue");
-    let job = counting(&t, "-c2 --vm-preempt=requeue", 60);
-    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c2 --wrap 'sleep 10'");
+    let job = counting(&t, "-c1 --vm-preempt=requeue", 60);
+    t.on("bob", "ctl", "cd ~ && sbatch --parsable -p high -w n1 -c1 --wrap 'sleep 10'");
     assert_eq!(t.end_of(job), "COMPLETED 0:0");
     assert_eq!(t.job(job)["Restarts"], "1");
     let text = t.text("out");

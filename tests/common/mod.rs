@@ -233,6 +233,14 @@ impl<'a> Alice<'a> {
         left
     }
 
+    /// Prints what a line of shell says on a host. It never panics: it is for tests that have failed.
+    fn tell(&self, host: &str, line: &str) {
+        let said = self.lab.command(host, "root", &["sh", "-c", line]).map(|mut c| c.output());
+        if let Ok(Ok(said)) = said {
+            println!("--- {host}: {line}\n{}", String::from_utf8_lossy(&said.stdout));
+        }
+    }
+
     /// Waits until nothing is left of a job but the ledger's record and logs.
     pub fn leaves_nothing(&self, job: u32) {
         let mut left = Vec::new();
@@ -240,6 +248,27 @@ impl<'a> Alice<'a> {
             *left = self.left_of(job);
             left.is_empty()
         });
+    }
+}
+
+/// What a failed test leaves for whoever reads its output: Slurm's view, the agents' logs, the last lines of the guests' consoles.
+impl Drop for Alice<'_> {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            return;
+        }
+        self.tell("ctl", "squeue; sinfo -N; svm list");
+        for host in self.lab.hosts().unwrap_or_default() {
+            println!(
+                "--- agent on {}\n{}",
+                host.name,
+                self.lab.log_tail(&host.name, "slurm-vmd", 40).unwrap_or_default()
+            );
+            self.tell(
+                &host.name,
+                "cd /var/lib/slurm-vm/vms 2>/dev/null && for f in $(ls -t */serial.log | head -n 4); do echo \"--- $f\"; tail -n 15 \"$f\"; done",
+            );
+        }
     }
 }
 

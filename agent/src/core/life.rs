@@ -48,6 +48,13 @@ impl Vm {
                 }
                 Err(failure) => self.stop(failure.into()),
             },
+            // What a boot that failed has left is gone: the next one begins with a disk of its own.
+            (Life::Preparing, Event::Destroyed(done)) if self.ended(Busy::Destroy) => match done {
+                Ok(()) => vec![self.begin(Busy::Prepare)],
+                Err(how) => self.stop(End::NodeFault {
+                    how: format!("what is left of the first boot cannot be removed: {how}"),
+                }),
+            },
             (Life::Booting { .. }, Event::DomainStarted(done)) if self.ended(Busy::Start) => match done {
                 Ok(()) => {
                     // The guest's time begins now; an agent that was restarted may have found an older deadline.
@@ -76,9 +83,11 @@ impl Vm {
                 });
                 vec![Do::Persist]
             }
-            (Life::Booting { deadline_ms }, Event::Tick) if self.busy.is_none() && now_ms >= deadline_ms => self.stop(End::BootTimeout {
-                seconds: self.boot_timeout_s(),
-            }),
+            (Life::Booting { deadline_ms }, Event::Tick) if self.busy.is_none() && now_ms >= deadline_ms => {
+                self.boot_failed(End::BootTimeout {
+                    seconds: self.boot_timeout_s(),
+                })
+            }
 
             // Running.
             (Life::Running | Life::AwaitingJob { .. }, Event::GuestUp { boot_id }) => {
@@ -105,11 +114,11 @@ impl Vm {
                     Some(false) => {
                         let how = self.lost.take().unwrap_or_else(|| "its domain is gone".into());
                         let never_up = matches!(self.record.life, Life::Booting { .. });
-                        self.stop(if never_up {
-                            End::BootFailed { how }
+                        if never_up {
+                            self.boot_failed(End::BootFailed { how })
                         } else {
-                            End::GuestLost { how }
-                        })
+                            self.stop(End::GuestLost { how })
+                        }
                     }
                     None => vec![],
                 }

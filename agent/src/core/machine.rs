@@ -111,6 +111,9 @@ impl Busy {
     }
 }
 
+/// Boots that are tried before a VM whose guest was never up is given up.
+pub const BOOTS: u32 = 2;
+
 /// How often ending a domain is tried before the epilog is told.
 pub(super) const DESTROY_ATTEMPTS: u32 = 3;
 /// How often the output offsets are offered to the destination.
@@ -241,6 +244,26 @@ impl Vm {
             effects.push(self.begin(Busy::Destroy));
         }
         effects
+    }
+
+    /// The guest was never up, so nothing of the job has begun: it is booted once more, from a new disk, before the job is given up. A boot
+    /// that hangs or resets is rarely the image's fault.
+    pub(super) fn boot_failed(&mut self, why: End) -> Vec<Effect> {
+        self.record.failed_boots += 1;
+        if self.record.failed_boots >= BOOTS {
+            return self.stop(why);
+        }
+        let line = why.verdict().map(|(_, line)| line).unwrap_or_default();
+        let line = format!("{line}; booting it once more");
+        self.enter(Life::Preparing);
+        self.lost = None;
+        vec![
+            Effect::Persist,
+            Effect::Journal(line.clone()),
+            Effect::CloseGuest,
+            Effect::Sessions(SessionNews::Progress(line)),
+            self.begin(Busy::Destroy),
+        ]
     }
 
     /// The guest goes on here: its job runs here, or is still awaited.

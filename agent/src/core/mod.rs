@@ -10,6 +10,8 @@
 //!                +--> Gone{to} +---- Restoring{from} <-- Saved{at} <-- Saving   (record travels in the save)
 //! ```
 //!
+//! A boot that fails leads back to Preparing once: what it left is destroyed, and the next one has a new disk.
+//!
 //! The invariant: *at most one node runs the guest; until the destination runs it, the source is the one that may
 //! resume it; after that, never.* libvirt's own handshake is the commit point of a live move: its Finish phase starts
 //! the guest at the destination and only then ends the source. When it is unclear, neither side resumes.

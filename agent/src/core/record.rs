@@ -72,6 +72,15 @@ pub struct Record {
     /// time may be run a second time, as before there was this field.
     #[serde(default, skip_serializing_if = "RunState::is_plain")]
     pub run_state: RunState,
+    /// How many boots of this VM here ended before the guest was up: after [`super::machine::BOOTS`] of them the VM is given up. An agent
+    /// that does not know the field may lose it: then one boot more is tried.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failed_boots: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// What is known of the job's present run on this node; it ends with the run, and does not travel.
@@ -405,6 +414,7 @@ impl Record {
             await_until_ms: None,
             arrived_by: None,
             run_state: RunState::default(),
+            failed_boots: 0,
         }
     }
 

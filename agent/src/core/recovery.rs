@@ -153,6 +153,8 @@ impl Vm {
             {
                 return self.wait_for(asked, Effect::AskJob);
             }
+            // The domain of a boot that failed may be there still.
+            Life::Preparing if self.record.failed_boots > 0 => vec![restarted("preparing again"), self.begin(Busy::Destroy)],
             Life::Preparing => vec![restarted("preparing again"), self.begin(Busy::Prepare)],
             // The intent was recorded and the domain never came.
             Life::Booting { .. } => vec![restarted("starting the domain"), self.begin(Busy::Start)],

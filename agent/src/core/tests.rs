@@ -738,7 +738,41 @@ fn a_save_that_the_agents_death_cut_short_is_the_nodes_fault() {
 fn an_old_boot_deadline_counts_anew_after_a_restart() {
     let told = Told::begin(Vm::recovered(record(Life::Booting { deadline_ms: 1 }), Some(true), Some(true))).after(1_000);
     assert!(told.is("booting"));
-    assert!(told.after(61_000).is("stopping"));
+    assert!(told.after(61_000).is("preparing"), "booted once more");
+}
+
+#[test]
+fn a_guest_that_is_not_up_in_time_or_ends_before_is_booted_once_more_from_a_new_disk_and_given_up_after_that() {
+    let booting = |told: Told| told.then(prepared()).then(Event::DomainStarted(Ok(())));
+    let begin = || booting(Told::begin(Vm::new(record(Life::Preparing))));
+    let hangs = |told: Told| told.after(60_000);
+    let ends = |told: Told| {
+        let how = "its kernel panicked".to_owned();
+        told.then(Event::DomainEnded { how }).then(Event::DomainIs(Some(false)))
+    };
+    for (first, second) in [(true, true), (true, false), (false, true), (false, false)] {
+        let fails = |told: Told, hang: bool| if hang { hangs(told) } else { ends(told) };
+        let told = fails(begin(), first);
+        assert!(told.is("preparing"), "{:?}", told.vm.record.life);
+        assert!(told.did(&Effect::Destroy) && told.did(&Effect::CloseGuest));
+        let kept: Record = serde_json::from_str(&serde_json::to_string(&told.vm.record).unwrap()).unwrap();
+        let told = told.then(Event::Destroyed(Ok(())));
+        assert!(told.did(&Effect::Prepare), "a disk of its own");
+        let told = booting(told);
+        assert!(told.is("booting"));
+        let up = booting(fails(begin(), first).then(Event::Destroyed(Ok(())))).then(Event::GuestUp { boot_id: "b".into() });
+        assert!(up.is("running"));
+        assert!(fails(told, second).is("stopping"), "twice is enough");
+        // What the first boot left is ended first by an agent that is restarted, too.
+        let again = Told::begin(Vm::recovered(kept, Some(true), Some(true)));
+        assert!(again.did(&Effect::Destroy) && !again.did(&Effect::Prepare));
+        assert!(again.then(Event::Destroyed(Ok(()))).did(&Effect::Prepare));
+    }
+    let told = hangs(begin()).then(Event::Release);
+    assert!(told.is("stopping"), "a job that is cancelled in between");
+    assert!(told.then(Event::Destroyed(Ok(()))).is("stopped"));
+    let told = hangs(begin()).then(Event::Destroyed(Err("libvirt is away".into())));
+    assert!(told.is("stopping"), "no second guest beside the first");
 }
 
 #[test]
@@ -1010,7 +1044,10 @@ fn a_clock_that_is_set_ends_no_guest_before_its_time_and_none_later() {
         let told = set(booting()).after(1_000);
         assert!(told.is("booting"), "set by {step}: {:?}", told.vm.record.life);
         assert!(told.all.contains(&Effect::Persist));
-        assert!(set(booting()).after(10 * AWAIT + 3_600_000).is("stopping"), "set by {step}");
+        assert!(
+            set(booting()).after(10 * AWAIT + 3_600_000).is("preparing"),
+            "set by {step}: booted once more"
+        );
         let told = set(awaiting()).after(1_000);
         assert!(told.is("awaiting-job") && !told.last.contains(&Effect::AskJob), "set by {step}");
         assert!(set(awaiting()).after(AWAIT + 1_000).last.contains(&Effect::AskJob), "set by {step}");

@@ -255,7 +255,7 @@ memory_limit = false
 listen = \"0.0.0.0:6822\"
 {controller}[node]
 enabled = {is_node}
-boot_timeout_s = 300
+boot_timeout_s = 100
 "
     );
     let images = "/var/lib/slurm-vm-images";

@@ -11,7 +11,7 @@ use slurm_vm::{
     cluster::{OpenEnd, PeerReply, PeerRequest, Peers},
     config::Config,
     controller::Controller,
-    effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
+    effects::{SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::fake,
     slurm::{FakeEvent, FakeJob, FakeOp, FakeSlurm, Fault, JobInfo, JobState, QosInfo, Slurm, SlurmError},
 };
@@ -177,7 +177,6 @@ impl Stage {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("ctl")),
             slurm: self.slurm.clone(),
-            faults: Faults::default(),
         };
         let controller = Controller::new(Arc::new(config), world, self.agents.clone());
         let running = controller.clone();

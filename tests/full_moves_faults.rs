@@ -50,7 +50,7 @@ fn noted(m: &Mover, job: u32) -> String {
 fn a_failed_import_leaves_the_guest_at_its_source_and_a_preempted_one_is_saved() {
     let lab = up("import");
     let m = Mover::new(&lab, "import", 2);
-    m.arm("n2", "import.before=fail@1,import.after=fail@1,import.before=fail@2");
+    m.arm("n2", "peers.admit.before=fail@1,peers.admit.after=fail@1,peers.admit.before=fail@2");
     let job = m.count(Count::to(250), "hand", "-w n1");
     m.wait_lines("hand", 5);
     let copies = OneCopy::watch(&lab, &m.nodes, job);

@@ -58,8 +58,18 @@ fn with_fault(m: &Mover, host: &str, point: &str, full: bool, may_start_over: bo
 fn the_controller_dies_at_each_step_of_a_move() {
     let lab = up("ctl");
     let m = Mover::new(&lab, "ctl", 2);
-    for step in ["planned", "moved", "requeued", "released", "landed"] {
-        with_fault(&m, "ctl", &format!("move.{step}"), false, false);
+    for point in [
+        "slurm.create_reservation.before",
+        "slurm.create_reservation.after",
+        "peers.move_out.after",
+        "slurm.requeuehold.before",
+        "slurm.requeuehold.after",
+        "slurm.release.before",
+        "slurm.release.after",
+        "slurm.delete_reservation.before",
+        "slurm.delete_reservation.after",
+    ] {
+        with_fault(&m, "ctl", point, false, false);
     }
     m.nothing_left();
     lab.down().expect("down");
@@ -70,12 +80,12 @@ fn the_sources_agent_dies_at_each_step_of_a_live_move() {
     let lab = up("source");
     let m = Mover::new(&lab, "source", 2);
     for point in [
-        "ask-destination.before",
-        "ask-destination.after",
-        "migrate.before",
-        "migrate.after",
-        "hand-over.before",
-        "hand-over.after",
+        "peers.import.before",
+        "peers.import.after",
+        "hypervisor.migrate.before",
+        "hypervisor.migrate.after",
+        "peers.take_over.before",
+        "peers.take_over.after",
     ] {
         with_fault(&m, "n1", point, false, true);
     }
@@ -87,7 +97,7 @@ fn the_sources_agent_dies_at_each_step_of_a_live_move() {
 fn the_destinations_agent_dies_at_each_step_of_a_live_move() {
     let lab = up("dest");
     let m = Mover::new(&lab, "dest", 2);
-    for point in ["import.before", "import.after"] {
+    for point in ["peers.admit.before", "peers.admit.after"] {
         with_fault(&m, "n2", point, false, true);
     }
     m.nothing_left();
@@ -98,10 +108,10 @@ fn the_destinations_agent_dies_at_each_step_of_a_live_move() {
 fn the_agent_dies_while_it_saves_and_while_it_restores() {
     let lab = up("save");
     let m = Mover::new(&lab, "save", 2);
-    for point in ["save.before", "save.after"] {
+    for point in ["hypervisor.save.before", "hypervisor.save.after"] {
         with_fault(&m, "n1", point, true, true);
     }
-    for point in ["restore.before", "restore.after"] {
+    for point in ["hypervisor.restore.before", "hypervisor.restore.after"] {
         with_fault(&m, "n2", point, true, true);
     }
     m.nothing_left();

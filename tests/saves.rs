@@ -10,7 +10,7 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::{Allocation, Life, Plan, Record, record::file_stem},
-    effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
+    effects::{SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::{
         Boot, CpuModel, DomainMetadata, DomainSpec, DomainState, DomainType, Hypervisor, SaveFormat,
         fake::{self, FakeHypervisor, Fault, Op},
@@ -162,7 +162,6 @@ fn node(dir: &Path, k: usize, slurm: &Arc<FakeSlurm>, libvirt: &Arc<FakeHypervis
         disks: Arc::new(QemuImg::default()),
         hypervisor: libvirt.clone(),
         slurm: slurm.clone(),
-        faults: Faults::default(),
     };
     Node::new(Arc::new(config), world, Arc::new(Alone))
 }

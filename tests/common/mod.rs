@@ -47,7 +47,7 @@ pub fn images(list: &[Image]) -> String {
 /// `more_images` are written to the list that submissions are checked against.
 pub fn start(options: &Options, more_images: &[&str]) -> Lab {
     let begun = Instant::now();
-    let mut lab = match Lab::up(options) {
+    let lab = match Lab::up(options) {
         Ok(lab) => lab,
         Err(e) => panic!("no lab: {e}"),
     };

@@ -15,9 +15,7 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::Record,
-    effects::{
-        Directory, Faults, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust,
-    },
+    effects::{Directory, Files, Store, StoreError, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore, trusted::Distrust},
     hypervisor::fake,
     node::Node,
     server::{self, Roles},
@@ -217,7 +215,6 @@ impl Bench {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("n1")),
             slurm: slurm.clone(),
-            faults: Faults::default(),
         };
         let listener = server::bind(&config.socket).unwrap();
         let node = Node::new(Arc::new(config), world, Arc::new(Alone));

@@ -7,14 +7,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::Record,
-    effects::{Clock, Faults, Killed, MemoryDisks, Store, StoreError, World},
+    effects::{Clock, Killed, MemoryDisks, Store, StoreError, World},
     hypervisor::fake::FakeHypervisor,
     node::Node,
     slurm::FakeSlurm,
@@ -27,8 +27,14 @@ pub const IMAGE: &str = "tiny";
 const SHARED: &str = "/shared";
 
 /// The simulation's time.
-#[derive(Debug, Clone, Default)]
-pub struct Time(Arc<AtomicU64>);
+#[derive(Debug, Clone)]
+pub struct Time(Arc<AtomicU64>, Instant);
+
+impl Default for Time {
+    fn default() -> Self {
+        Self(Arc::default(), Instant::now())
+    }
+}
 
 impl Time {
     pub fn set(&self, now_ms: u64) {
@@ -39,6 +45,10 @@ impl Time {
 impl Clock for Time {
     fn now_ms(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    fn instant(&self) -> Instant {
+        self.1 + Duration::from_millis(self.0.load(Ordering::Relaxed))
     }
 
     fn sleep(&self, _: Duration) {}
@@ -82,7 +92,6 @@ pub fn of(name: &str, time: &Time, storage: &slurm_vm::effects::Storage, libvirt
         files: Arc::new(files),
         hypervisor: Arc::new(libvirt.clone()),
         slurm: slurm.clone(),
-        faults: Faults::default(),
     };
     Node::new(Arc::new(config), world, Arc::new(Alone))
 }

@@ -158,10 +158,9 @@ impl Way {
             disks: Arc::new(QemuImg::default()),
             hypervisor,
             slurm,
-            faults: Faults::default(),
         };
         let config = Arc::new(config);
-        let peers = TlsPeers::new(&config, &[0], Role::Node, &world.faults)?;
+        let peers = TlsPeers::new(&config, &[0], Role::Node, &Faults::default())?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
         let domains = node.world.hypervisor.events();

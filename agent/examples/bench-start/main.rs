@@ -17,7 +17,7 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::{Allocation, Plan, Record, registry::Announced},
-    effects::{Base, DiskError, Disks, Faults, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
+    effects::{Base, DiskError, Disks, Store, StoreError, SystemClock, World, disks::QemuImg, store::DirStore},
     hypervisor::{DomainType, Hypervisor, libvirt::LibvirtHypervisor},
     node::Node,
     slurm::{FakeEvent, FakeJob, FakeSlurm},
@@ -181,7 +181,6 @@ impl Bench {
             disks: Arc::new(TimedDisks(QemuImg::default(), marks.clone())),
             hypervisor: Arc::new(hypervisor),
             slurm: slurm.clone(),
-            faults: Faults::default(),
         };
         let direct = libvirt::Connection::open(&config.hypervisor.uri)?;
         let node = Node::new(Arc::new(config), world, Arc::new(Alone));

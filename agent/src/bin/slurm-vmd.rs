@@ -3,14 +3,14 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, thread};
 
 use clap::Parser;
 use slurm_vm::{
-    cluster::{self, Peers, TlsPeers},
+    cluster::{self, TlsPeers},
     config::{self, Config},
     controller::Controller,
-    effects::{Faults, SystemClock, World, disks::QemuImg, private, store::DirStore, trusted},
+    effects::{Faults, SystemClock, World, disks::QemuImg, points, private, store::DirStore, trusted},
     hypervisor::{Hypervisor, libvirt::LibvirtHypervisor},
     logging,
     node::Node,
-    peer::Role,
+    peer::{HANDSHAKE_VERSION, Role},
     server::{self, Roles},
     slurm::{Slurm, SlurmCommands, SlurmSettings},
     text::chain,
@@ -26,6 +26,9 @@ struct Arguments {
     /// Check the configuration and exit.
     #[arg(long)]
     check: bool,
+    /// List the fault points, which `SLURM_VM_FAULT=POINT=abort|fail[@N]` arms for tests, and exit.
+    #[arg(long)]
+    fault_points: bool,
     /// Print debug lines, too.
     #[arg(long, short)]
     verbose: bool,
@@ -33,6 +36,10 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.fault_points {
+        println!("{}", fault_points().join("\n"));
+        return ExitCode::SUCCESS;
+    }
     logging::init(arguments.verbose || std::env::var_os("SLURM_VM_DEBUG").is_some());
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,19 +84,20 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         store: Arc::new(DirStore::new(&config.state_dir).map_err(|e| chain(&e))?),
         disks: Arc::new(QemuImg::for_user(&config.peer.qemu_user)),
         hypervisor,
-        slurm: slurm.clone(),
-        faults: Faults::from_environment()?,
+        slurm,
     };
-    let operators = slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
-    let peers = TlsPeers::new(&config, &operators, Role::Node, &world.faults)?;
-    let as_peers: Arc<dyn Peers> = peers.clone();
+    let faults = Faults::from_environment(&fault_points())?;
+    let world = world.with_fault_points(&faults);
+    let operators = world.slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
+    let peers = TlsPeers::new(&config, &operators, Role::Node, &faults)?;
+    let as_peers = cluster::points::with_fault_points(peers.clone(), &faults);
     let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
     let controller = if config.controller.enabled {
         // A key of its own: what an agent may order depends on the role it proves.
         Some(Controller::new(
             config.clone(),
             world.clone(),
-            TlsPeers::new(&config, &operators, Role::Controller, &world.faults)?,
+            cluster::points::with_fault_points(TlsPeers::new(&config, &operators, Role::Controller, &faults)?, &faults),
         ))
     } else {
         None
@@ -143,6 +151,13 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         },
     );
     Ok(())
+}
+
+/// All fault points of the daemon.
+fn fault_points() -> Vec<String> {
+    let mut points = [points::points(), cluster::points::points(), vec![HANDSHAKE_VERSION.to_owned()]].concat();
+    points.sort();
+    points
 }
 
 /// Takes as many descriptors as the service may have: each client needs one.

@@ -1,5 +1,6 @@
 //! Agents talking to each other: [`protocol`] says what, [`crate::peer`] carries it.
 mod alone;
+pub mod points;
 pub mod protocol;
 mod server;
 mod tls;

@@ -147,6 +147,53 @@ pub enum PeerRequest {
     },
 }
 
+impl PeerRequest {
+    /// What is asked, as it is named in messages: all there are.
+    pub const KINDS: [&str; 17] = [
+        "status",
+        "show",
+        "log",
+        "move_out",
+        "save",
+        "cancel_move",
+        "progress",
+        "grace",
+        "part",
+        "note",
+        "release",
+        "import",
+        "take_over",
+        "kept",
+        "abandon",
+        "supersede",
+        "runs_here",
+    ];
+
+    /// What is asked: one of [`PeerRequest::KINDS`].
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Show { .. } => "show",
+            Self::Log { .. } => "log",
+            Self::MoveOut { .. } => "move_out",
+            Self::Save { .. } => "save",
+            Self::CancelMove { .. } => "cancel_move",
+            Self::Progress { .. } => "progress",
+            Self::Grace { .. } => "grace",
+            Self::Part { .. } => "part",
+            Self::Note { .. } => "note",
+            Self::Release { .. } => "release",
+            Self::Import { .. } => "import",
+            Self::TakeOver { .. } => "take_over",
+            Self::Kept { .. } => "kept",
+            Self::Abandon { .. } => "abandon",
+            Self::Supersede { .. } => "supersede",
+            Self::RunsHere { .. } => "runs_here",
+        }
+    }
+}
+
 /// What the destination must match.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct HostFacts {

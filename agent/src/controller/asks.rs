@@ -50,7 +50,11 @@ impl Controller {
             Ask::Health => {
                 let all: Vec<_> = {
                     let cluster = self.cluster();
-                    cluster.nodes.keys().map(|n| health::of(&cluster, n)).collect()
+                    cluster
+                        .nodes
+                        .keys()
+                        .map(|n| health::of(&cluster, n, self.world.clock.instant()))
+                        .collect()
                 };
                 for n in all {
                     say(Answer::Node(n))?;
@@ -164,7 +168,10 @@ impl Controller {
     fn ended_before(&self, job: u32) -> Option<VmView> {
         let well: Vec<String> = {
             let cluster = self.cluster();
-            let nodes = cluster.nodes.keys().filter(|n| health::of(&cluster, n).healthy);
+            let nodes = cluster
+                .nodes
+                .keys()
+                .filter(|n| health::of(&cluster, n, self.world.clock.instant()).healthy);
             nodes.cloned().collect()
         };
         let ask = |node: String| match self.peers.request(&node, &self.address(&node), &PeerRequest::Show { job }, PEER) {

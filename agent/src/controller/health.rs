@@ -13,16 +13,16 @@ use crate::slurm::NodeInfo;
 /// Nodes in one command to Slurm: their names fit into a command line of any length that is usual.
 const MOST_NODES: usize = 500;
 
-/// Health of one node as the controller sees it: the agent's own word, or that there is none.
+/// Health of one node as the controller sees it at `now`: the agent's own word, or that there is none.
 #[must_use]
-pub fn of(cluster: &Cluster, name: &str) -> NodeHealth {
+pub fn of(cluster: &Cluster, name: &str, now: Instant) -> NodeHealth {
     match cluster.nodes.get(name) {
-        Some(Some(status)) if status.heard.elapsed() <= STALE => status.health.clone(),
+        Some(Some(status)) if now.duration_since(status.heard) <= STALE => status.health.clone(),
         Some(Some(status)) => NodeHealth {
             healthy: false,
             why: Some(format!(
                 "its agent has not answered for {} s",
-                Instant::now().duration_since(status.heard).as_secs()
+                now.duration_since(status.heard).as_secs()
             )),
             ..status.health.clone()
         },
@@ -80,13 +80,14 @@ impl Controller {
     /// Compares and corrects.
     pub(super) fn keep_features(&self, nodes: &[NodeInfo]) {
         let feature = &self.config.controller.feature;
+        let now = self.world.clock.instant();
         let judged: Vec<(NodeInfo, bool)> = {
             let cluster = self.cluster();
             // A controller that has just started has heard nobody: it waits before it takes anything away.
-            if cluster.nodes.values().any(Option::is_none) && self.started.elapsed() < STALE {
+            if cluster.nodes.values().any(Option::is_none) && now.duration_since(self.started) < STALE {
                 return;
             }
-            nodes.iter().map(|n| (n.clone(), of(&cluster, &n.name).healthy)).collect()
+            nodes.iter().map(|n| (n.clone(), of(&cluster, &n.name, now).healthy)).collect()
         };
         for (nodes, features) in in_groups(changes(feature, &judged)) {
             let gives = features.contains(feature);
@@ -94,7 +95,7 @@ impl Controller {
                 Ok(()) if gives => log::info!("{}: healthy, has feature {feature} again", nodes.join(",")),
                 Ok(()) => {
                     for node in nodes {
-                        let why = of(&self.cluster(), &node).why.unwrap_or_default();
+                        let why = of(&self.cluster(), &node, now).why.unwrap_or_default();
                         log::warn!("{node}: feature {feature} taken away: {why}");
                     }
                 }

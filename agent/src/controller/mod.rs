@@ -112,12 +112,13 @@ impl Controller {
     #[must_use]
     pub fn new(config: Arc<Config>, world: World, peers: Arc<dyn Peers>) -> Arc<Self> {
         let notes = Notes::load(world.files.clone(), config.state_dir.join("jobs.json"));
+        let started = world.clock.instant();
         let orders = orders::Orders::start(world.clock.clone(), world.slurm.clone());
         Arc::new(Self {
             config,
             world,
             peers,
-            started: Instant::now(),
+            started,
             cluster: Mutex::new(Cluster::default()),
             notes: Mutex::new(notes),
             places: places::Places::default(),
@@ -150,13 +151,14 @@ impl Controller {
         if let Err(e) = thread::Builder::new().name("places".into()).spawn(move || controller.run_places()) {
             log::error!("cannot start the thread that gives out places: {e}");
         }
+        let since = |begun: Instant| self.world.clock.instant().duration_since(begun);
         loop {
-            let begun = Instant::now();
+            let begun = self.world.clock.instant();
             match self.poll() {
                 Ok(()) => {
                     failing = false;
-                    if swept.is_none_or(|at| at.elapsed() > SWEEP) {
-                        swept = Some(Instant::now());
+                    if swept.is_none_or(|at| begun.duration_since(at) > SWEEP) {
+                        swept = Some(begun);
                         self.sweep_reservations();
                     }
                 }
@@ -167,9 +169,9 @@ impl Controller {
                 Err(_) => {}
             }
             // Moves that wait for Slurm look a little oftener, by one command for all of them.
-            while let Some(left) = poll.checked_sub(begun.elapsed()).filter(|left| !left.is_zero()) {
+            while let Some(left) = poll.checked_sub(since(begun)).filter(|left| !left.is_zero()) {
                 self.world.clock.sleep(left.min(poll / 3 + Duration::from_millis(1)));
-                if begun.elapsed() < poll
+                if since(begun) < poll
                     && self.relocations.wait_for_slurm()
                     && let Ok(jobs) = self.world.slurm.jobs_poll()
                 {
@@ -234,7 +236,7 @@ impl Controller {
         let spawned = thread::Builder::new().name(format!("watch-{name}")).spawn(move || {
             let poll = Duration::from_millis(controller.config.controller.poll_ms);
             loop {
-                let begun = Instant::now();
+                let begun = controller.world.clock.instant();
                 if let Ok(PeerReply::Status { health, vms, totals }) =
                     controller.peers.request(&name, &address, &PeerRequest::Status, STATUS_WITHIN)
                 {
@@ -242,11 +244,12 @@ impl Controller {
                         health,
                         vms,
                         totals,
-                        heard: Instant::now(),
+                        heard: controller.world.clock.instant(),
                     };
                     controller.cluster().nodes.insert(name.clone(), Some(status));
                 }
-                controller.world.clock.sleep(poll.saturating_sub(begun.elapsed()));
+                let taken = controller.world.clock.instant().duration_since(begun);
+                controller.world.clock.sleep(poll.saturating_sub(taken));
             }
         });
         if let Err(e) = spawned {

@@ -155,7 +155,7 @@ struct Pacer {
 impl Pacer {
     /// Waits until so many commands may be given.
     fn wait(&self, commands: u32) {
-        let now_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now_ms = u64::try_from(self.clock.instant().duration_since(self.begun).as_millis()).unwrap_or(u64::MAX);
         let mut pace = self.pace.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let wait = pace.wait_ms(now_ms, commands);
         drop(pace);
@@ -221,10 +221,10 @@ impl Shared {
     }
 
     /// Waits for the next order; `None`: there will be none.
-    fn take(&self) -> Option<Next> {
+    fn take(&self, clock: &dyn Clock) -> Option<Next> {
         let mut queue = self.queue();
         loop {
-            let now = Instant::now();
+            let now = clock.instant();
             if let Some(next) = queue.next(now) {
                 self.room.notify_all();
                 return Some(next);
@@ -246,8 +246,8 @@ impl Orders {
     pub(super) fn start(clock: Arc<dyn Clock>, slurm: Arc<dyn Slurm>) -> Self {
         let shared = Arc::new(Shared::default());
         let pacer = Arc::new(Pacer {
+            begun: clock.instant(),
             clock,
-            begun: Instant::now(),
             pace: Mutex::new(Pace::new(0)),
         });
         let (waiting, paced) = (shared.clone(), pacer.clone());
@@ -307,14 +307,14 @@ impl Drop for Orders {
 }
 
 fn work(shared: &Shared, pacer: &Pacer, slurm: &dyn Slurm) {
-    while let Some(next) = shared.take() {
+    while let Some(next) = shared.take(&*pacer.clock) {
         // One order that goes wrong must not end all the others.
         let done = std::panic::catch_unwind(AssertUnwindSafe(|| match next {
             Next::Own(mut own) => {
                 // Nothing else may overtake it.
                 pacer.wait(own.commands);
                 if (own.run)() == Tried::Again {
-                    shared.queue().again.push_back((Instant::now() + AGAIN, own));
+                    shared.queue().again.push_back((pacer.clock.instant() + AGAIN, own));
                 }
             }
             Next::Bulk(kind, parts) => give_all(slurm, &kind, parts, pacer),

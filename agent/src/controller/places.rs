@@ -324,7 +324,7 @@ impl Controller {
         let wanted = wants.iter().find(|w| w.job == job).and_then(|w| w.wanted.clone());
         let sick = wanted
             .filter(|to| seen.nodes.iter().any(|n| n.name == *to))
-            .map(|to| health::of(&self.cluster(), &to))
+            .map(|to| health::of(&self.cluster(), &to, self.world.clock.instant()))
             .filter(|h| !h.healthy);
         sick.map_or_else(
             || why.to_owned(),
@@ -346,7 +346,9 @@ impl Controller {
         let well = {
             let cluster = self.cluster();
             let names = nodes.iter().map(|n| n.name.clone());
-            names.filter(|n| health::of(&cluster, n).healthy).collect()
+            names
+                .filter(|n| health::of(&cluster, n, self.world.clock.instant()).healthy)
+                .collect()
         };
         let arrival = |(job, hold): (&u32, &Hold)| Arrival {
             job: *job,
@@ -842,7 +844,7 @@ mod tests {
     use crate::{
         cluster::Alone,
         config::Config,
-        effects::{Faults, MemoryFiles, SystemClock, World, disks::QemuImg, store::DirStore},
+        effects::{MemoryFiles, SystemClock, World, disks::QemuImg, store::DirStore},
         hypervisor::fake,
         slurm::{FakeSlurm, Slurm},
     };
@@ -860,7 +862,6 @@ mod tests {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("ctl")),
             slurm: slurm.clone(),
-            faults: Faults::default(),
         };
         let c = Controller::new(Arc::new(config), world, Arc::new(Alone));
         let want = Want {

@@ -16,7 +16,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -30,7 +30,7 @@ use crate::{
     cluster::{PeerReply, PeerRequest},
     core::{
         Gate,
-        relocation::{Effect, Event, JobMove, JobSeen, Order, OrderError, Relocation, Reply, Standing, Step, Word},
+        relocation::{Effect, Event, JobMove, JobSeen, Order, OrderError, Relocation, Reply, Standing, Word},
     },
     slurm::{JobState, JobUpdate, SlurmError},
 };
@@ -115,8 +115,6 @@ struct Active {
     r: Relocation,
     /// Effects, and what waits while the ledger cannot be written.
     gate: Gate<Effect, Event>,
-    /// Step that was last written.
-    written: Option<Step>,
     /// The place is being given back; then it ends.
     leaving: bool,
     end: Option<Result<String, String>>,
@@ -270,7 +268,6 @@ impl Driver {
         let active = Active {
             r,
             gate: Gate::default(),
-            written: None,
             leaving: false,
             end: None,
         };
@@ -372,21 +369,15 @@ impl Driver {
         }
     }
 
-    /// Writes the record; the fault point of a step stands right behind the write that begins it.
+    /// Writes the record.
     fn persist(&mut self, job: u32) -> std::io::Result<()> {
-        let Some(active) = self.active.get_mut(&job) else { return Ok(()) };
+        let Some(active) = self.active.get(&job) else { return Ok(()) };
         let record = active.r.record.clone();
         self.c
             .world
             .files
             .write_durably(&self.c.ledger(job), &serde_json::to_vec_pretty(&record)?)?;
-        let step = record.step;
         self.c.cluster().moves.insert(job, record);
-        if active.written.replace(step) != Some(step)
-            && let Err(e) = self.c.world.faults.pass(&format!("move.{step:?}").to_lowercase())
-        {
-            log::warn!("job {job}: {e}");
-        }
         Ok(())
     }
 
@@ -473,7 +464,7 @@ impl Driver {
             let mut cluster = self.c.cluster();
             cluster.moves.remove(&job);
             if outcome.is_err() && active.r.record.cause == "drain" {
-                cluster.failed.insert(job, Instant::now());
+                cluster.failed.insert(job, self.c.world.clock.instant());
             }
             cluster.results.insert(job, (outcome, active.r.record.done));
         }

@@ -1,10 +1,5 @@
 //! What sets a move off: a job in its grace time, a node put into drain, somebody who asks.
-use std::{
-    collections::BTreeSet,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, sync::Arc, thread, time::Duration};
 
 use slurm_vm_api::{query::VmView, spec::PreemptWay};
 
@@ -68,7 +63,12 @@ impl Controller {
                 log::info!("job {}: preempted on {from}, grace ends at {end:?}", j.id);
                 let deadline_ms = end.and_then(|t| u64::try_from(t).ok()).map(|t| t * 1000);
                 self.plan_aside(j.clone(), from, "preemption", deadline_ms);
-            } else if self.cluster().failed.get(&j.id).is_none_or(|at| at.elapsed() > LEAVE_ALONE) {
+            } else if self
+                .cluster()
+                .failed
+                .get(&j.id)
+                .is_none_or(|at| self.world.clock.instant().duration_since(*at) > LEAVE_ALONE)
+            {
                 log::info!("job {}: {from} is being drained", j.id);
                 self.plan_aside(j.clone(), from, "drain", None);
             }
@@ -104,7 +104,7 @@ impl Controller {
                     log::warn!("job {job}: its {cause} is left to Slurm for now: {why}");
                 }
                 if cause == "drain" {
-                    cluster.failed.insert(job, Instant::now());
+                    cluster.failed.insert(job, controller.world.clock.instant());
                 }
             }
         });

@@ -1,7 +1,7 @@
 //! Fault points: places between two effects at which a test can end the agent or make an effect fail.
 //!
-//! Every effect of a VM has a point before and one after it, named `EFFECT.before` and `EFFECT.after`
-//! (`start-domain.after`). The environment variable `SLURM_VM_FAULT=POINT=ACT[@N]` arms one: ACT is `abort` (end the process
+//! Every effect has a point before and one after it: [`points`](super::points) and [`cluster::points`](crate::cluster::points) make them, and
+//! `slurm-vmd --fault-points` lists them. The environment variable `SLURM_VM_FAULT=POINT=ACT[@N]` arms one: ACT is `abort` (end the process
 //! at once, as a power cut would) or `fail` (the effect reports a failure), at its Nth passing (1). Several are
 //! separated by commas. Unarmed points cost one look at an empty list.
 use std::sync::{
@@ -34,12 +34,22 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Those of the environment.
+    /// Those of the environment; `known` are the points that there are.
     ///
     /// # Errors
-    /// A line that names the part that is not understood.
-    pub fn from_environment() -> Result<Self, String> {
-        std::env::var(VARIABLE).map_or_else(|_| Ok(Self::default()), |text| Self::parse(&text))
+    /// A line that names the part that is not understood, or the point that does not exist.
+    pub fn from_environment(known: &[String]) -> Result<Self, String> {
+        let Ok(text) = std::env::var(VARIABLE) else {
+            return Ok(Self::default());
+        };
+        let faults = Self::parse(&text)?;
+        match faults.armed.iter().find(|a| !known.contains(&a.point)) {
+            Some(a) => Err(format!(
+                "{VARIABLE}: there is no fault point `{}` (`slurm-vmd --fault-points` lists them)",
+                a.point
+            )),
+            None => Ok(faults),
+        }
     }
 
     /// Parses `POINT=ACT[@N]`, comma-separated; `@*` hits at every passing.

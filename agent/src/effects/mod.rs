@@ -1,14 +1,19 @@
 //! Everything outside the process goes through the traits gathered in [`World`]: time, the ledger, disks, libvirt,
-//! Slurm. Here is where fault points stand ([`faults`]) and where the simulation plugs in its fakes; a test
+//! Slurm. Fault points stand around them ([`points`]), and here is where the simulation plugs in its fakes; a test
 //! (`tests/effects.rs`) fails on a direct call elsewhere.
 pub mod disks;
 pub mod faults;
 pub mod files;
+pub mod points;
 pub mod private;
 pub mod store;
 pub mod trusted;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub use disks::{Base, DiskError, Disks, MemoryDisks};
 pub use faults::Faults;
@@ -17,10 +22,12 @@ pub use store::{Store, StoreError};
 
 use crate::{hypervisor::Hypervisor, slurm::Slurm};
 
-/// Wall-clock time.
+/// Time.
 pub trait Clock: Send + Sync + fmt::Debug {
-    /// Unix time in milliseconds.
+    /// The wall clock: Unix time in milliseconds.
     fn now_ms(&self) -> u64;
+    /// The monotonic clock, for lengths and bounds: setting the wall clock does not change it.
+    fn instant(&self) -> Instant;
     /// Blocks this thread.
     fn sleep(&self, for_: Duration);
 }
@@ -35,6 +42,10 @@ impl Clock for SystemClock {
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap_or_default();
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn instant(&self) -> Instant {
+        Instant::now()
     }
 
     fn sleep(&self, for_: Duration) {
@@ -57,6 +68,4 @@ pub struct World {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// Slurm's commands.
     pub slurm: Arc<dyn Slurm>,
-    /// Where to die on purpose.
-    pub faults: Faults,
 }

@@ -2,7 +2,7 @@
 //! capabilities that list it, prove nothing: a host without nested virtualization offers both, and guests hang in it.
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use slurm_vm_api::{guest::PORT_NAME, spec::VmSpec};
@@ -174,9 +174,9 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
         .start(&spec, false)
         .map_err(|e| format!("the probe guest did not start: {e}"))?;
     // libvirt's own part may take long on a host that has just booted, and says nothing about KVM.
-    let begun = Instant::now();
+    let begun = world.clock.instant();
     let up = if guest.helper {
-        answers(socket, limit)
+        answers(world, socket, limit)
     } else {
         boots(world, &console, limit)
     };
@@ -184,7 +184,7 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
         log::warn!("the probe guest cannot be ended: {e}");
     }
     if up {
-        return Ok(begun.elapsed().as_secs_f64());
+        return Ok(world.clock.instant().duration_since(begun).as_secs_f64());
     }
     Err(format!(
         "/dev/kvm is there, but a probe guest did not come up within {} s",
@@ -193,13 +193,13 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
 }
 
 /// Waits for the guest's helper.
-fn answers(socket: PathBuf, limit: Duration) -> bool {
-    let begun = Instant::now();
+fn answers(world: &World, socket: PathBuf, limit: Duration) -> bool {
+    let begun = world.clock.instant();
     let Ok((link, events)) = GuestLink::start(LinkConfig::new("probe", 1), Box::new(UnixTransport::new(socket))) else {
         return false;
     };
     let up = loop {
-        let left = limit.checked_sub(begun.elapsed());
+        let left = limit.checked_sub(world.clock.instant().duration_since(begun));
         match left.map(|l| events.recv_timeout(l)) {
             Some(Ok(LinkEvent::Up { .. })) => break true,
             Some(Ok(_)) => {}
@@ -212,9 +212,9 @@ fn answers(socket: PathBuf, limit: Duration) -> bool {
 
 /// Waits until a kernel without a root file system has come to where it needs one.
 fn boots(world: &World, console: &Path, limit: Duration) -> bool {
-    let end = Instant::now() + limit;
+    let end = world.clock.instant() + limit;
     loop {
-        let late = Instant::now() > end;
+        let late = world.clock.instant() > end;
         if std::fs::read(console).is_ok_and(|text| has_booted(&text)) {
             return true;
         }

@@ -56,7 +56,7 @@ impl Node {
                 tx.send(Request::View(reply)).ok().map(|()| (job, answer))
             })
             .collect();
-        let until = std::time::Instant::now() + VIEWS_WITHIN;
+        let until = self.world.clock.instant() + VIEWS_WITHIN;
         let mut last = self.last_views.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let known = std::mem::take(&mut *last);
         for (job, answer) in answers {

@@ -26,6 +26,9 @@ use std::time::Duration;
 /// Versions that this program speaks: n and n-1.
 pub const VERSIONS: (u32, u32) = (1, 1);
 
+/// Fault point: armed to fail, the accepting side speaks versions of which the agents of nodes know none.
+pub const HANDSHAKE_VERSION: &str = "handshake.version";
+
 /// Handshake messages are about 1 KiB; MUNGE credentials grow by a third over their payload.
 const MAX_MESSAGE: usize = 16 << 10;
 
@@ -256,7 +259,7 @@ impl Party<'_> {
         check_hello(&client)?;
         let mut server = self.hello(client.purpose)?;
         // An agent of a release that is too far away, as other nodes' agents see it: its controller still speaks its language.
-        if client.role == Role::Node && self.faults.pass("handshake.version").is_err() {
+        if client.role == Role::Node && self.faults.pass(HANDSHAKE_VERSION).is_err() {
             server.versions = (VERSIONS.1 + 1, VERSIONS.1 + 2);
         }
         frame::send(stream, &server, MAX_MESSAGE, WHAT, self.deadline)?;

@@ -29,7 +29,7 @@ mod wake;
 #[cfg(test)]
 mod tests;
 
-pub use auth::{Purpose, Role, VERSIONS, Who};
+pub use auth::{HANDSHAKE_VERSION, Purpose, Role, VERSIONS, Who};
 pub use credentials::{Credentials, Decoded, FakeCredentials};
 pub use error::{CredentialError, PeerError};
 pub use moves::{Access, Count, MoveDir, MoveTicket, OpenMove, OpenMoves, Progress, StreamKind};

@@ -35,7 +35,7 @@ pub struct PeerSettings {
     pub max_connections: usize,
     /// Lets the bulk streams of a move go on without encryption, if the other side wants that too. Who is who is proved all the same.
     pub allow_plain: bool,
-    /// `handshake.version`: answers the agents of nodes as a release would that has no version in common with them.
+    /// [`HANDSHAKE_VERSION`](super::HANDSHAKE_VERSION): answers the agents of nodes as a release would that has no version in common with them.
     pub faults: Faults,
 }
 

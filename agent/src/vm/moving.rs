@@ -19,7 +19,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use slurm_vm_api::query::MoveView;
@@ -115,7 +115,6 @@ pub fn make_run_dir(files: &dyn Files, config: &Config, domain: &str) -> Result<
 /// # Errors
 /// What stayed, as a fragment.
 pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
-    node.world.faults.pass("destroy.before")?;
     let domain = record.domain();
     // First: what is still on its way here would come up after its end.
     close_moves_of(node, record.job);
@@ -145,7 +144,7 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
         super::saving::remove_saves(node, record, job_is_over);
     }
     remove_run_dir(node, &domain);
-    node.world.faults.pass("destroy.after")
+    Ok(())
 }
 
 /// Removes what belongs to the VM on this node while it lives elsewhere: a shared overlay stays.
@@ -274,7 +273,6 @@ fn facts(node: &Node, domain_type: &str) -> HostFacts {
 /// # Errors
 /// Why it cannot take the VM.
 pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Result<(), String> {
-    node.world.faults.pass("ask-destination.before")?;
     let out = node.moves.leaving().len();
     if out >= node.config.node.moves_out as usize {
         return Err(format!("{out} moves are leaving {} already (node.moves_out)", node.name));
@@ -295,7 +293,7 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
     match node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN)? {
         PeerReply::Ready { disk } => {
             node.moves.leaving().insert(record.job, Departure { token, disk });
-            node.world.faults.pass("ask-destination.after")
+            Ok(())
         }
         PeerReply::Refused(why) => Err(why),
         other => Err(format!("another answer than asked for: {other:?}")),
@@ -314,7 +312,6 @@ pub fn import(
     copy_overlay: Option<u64>,
     host: &HostFacts,
 ) -> Result<PeerReply, String> {
-    node.world.faults.pass("import.before")?;
     let arriving = node.moves.arriving().len();
     if arriving >= node.config.node.moves_in as usize {
         return Err(format!("{arriving} moves are arriving already (node.moves_in)"));
@@ -391,7 +388,6 @@ pub fn import(
         return Err(why);
     }
     node.moves.arriving().insert(move_id, Arrival { job, _end: end });
-    node.world.faults.pass("import.after")?;
     Ok(PeerReply::Ready { disk })
 }
 
@@ -422,7 +418,6 @@ fn libvirt_socket(uri: &str) -> PathBuf {
 /// # Errors
 /// Why it did not move.
 pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<MoveView, String> {
-    node.world.faults.pass("migrate.before")?;
     let departure = node
         .moves
         .leaving()
@@ -468,25 +463,22 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
         paused: false,
     };
     let watch = Watch::start(node, record, order.deadline_ms);
-    let begun = Instant::now();
+    let begun = node.world.clock.instant();
     let outcome = node.world.hypervisor.migrate(&domain, &params);
     let verdict = watch.end();
     match outcome {
-        Ok(done) => {
-            node.world.faults.pass("migrate.after")?;
-            Ok(MoveView {
-                way: "live".into(),
-                from: node.name.clone(),
-                to: order.to.clone(),
-                at: node.world.clock.now_ms() / 1000,
-                bytes: relay.bulk_bytes().max(done.memory_bytes + done.disk_bytes),
-                seconds: begun.elapsed().as_secs_f64(),
-                downtime_ms: Some(done.downtime_ms),
-                gap_ms: None,
-                cause: order.cause.clone(),
-                outcome: "done".into(),
-            })
-        }
+        Ok(done) => Ok(MoveView {
+            way: "live".into(),
+            from: node.name.clone(),
+            to: order.to.clone(),
+            at: node.world.clock.now_ms() / 1000,
+            bytes: relay.bulk_bytes().max(done.memory_bytes + done.disk_bytes),
+            seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
+            downtime_ms: Some(done.downtime_ms),
+            gap_ms: None,
+            cause: order.cause.clone(),
+            outcome: "done".into(),
+        }),
         Err(HypervisorError::Aborted { .. }) => Err(verdict.unwrap_or_else(|| "it was cancelled".into())),
         Err(e) => Err(verdict.unwrap_or_else(|| e.to_string())),
     }
@@ -590,19 +582,18 @@ pub fn abandon(node: &Node, job: u32, to: &str, by: MoveIdentity, order: Option<
 /// # Errors
 /// Why it did not confirm, and whether it ever will.
 pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: &[Kept]) -> Result<(), HandOverError> {
-    node.world.faults.pass("hand-over.before")?;
     node.moves.leaving().remove(&record.job);
     let Life::Leaving { to, by, .. } = &record.life else {
         return Err(HandOverError::NotNow(format!("the VM is {}", record.life.name())));
     };
     let address = address(order, to, by);
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = node.world.clock.instant() + Duration::from_secs(30);
     let ask = |request: &PeerRequest| loop {
         match node.peers.request(to, &address, request, CONFIRM_WITHIN) {
             Ok(PeerReply::Ok) => return Ok(()),
             Ok(PeerReply::NotThisMove(why)) => return Err(HandOverError::NotThisMove(why)),
             Ok(other) => return Err(HandOverError::NotNow(format!("{to}: {other:?}"))),
-            Err(e) if Instant::now() > deadline => return Err(HandOverError::NotNow(e)),
+            Err(e) if node.world.clock.instant() > deadline => return Err(HandOverError::NotNow(e)),
             Err(e) => {
                 log::warn!("job {}: {to}: {e}; trying again", record.job);
                 node.world.clock.sleep(Duration::from_millis(500));
@@ -627,5 +618,5 @@ pub fn hand_over(node: &Node, record: &Record, order: Option<&MoveOrder>, kept: 
         programs: record.programs.clone(),
         moves: record.moves.clone(),
     })?;
-    Ok(node.world.faults.pass("hand-over.after")?)
+    Ok(())
 }

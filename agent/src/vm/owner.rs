@@ -118,7 +118,7 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
         let domain = vm.record.domain();
         let dir = node.world.store.vm_dir(&domain);
         let programs = Programs::new(&vm.record.programs, dir, u64::from(node.config.node.spool_mib) << 20);
-        let clock = (node.world.clock.now_ms(), Instant::now());
+        let clock = (node.world.clock.now_ms(), node.world.clock.instant());
         let mut owner = Owner {
             node,
             domain,
@@ -139,7 +139,7 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
             explain: Explain::default(),
             orders: 0,
             save_cause: String::new(),
-            started_at: Instant::now(),
+            started_at: clock.1,
             clock,
         };
         owner.carry_out(effects);
@@ -154,7 +154,7 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
 impl Owner {
     fn run(&mut self, rx: &Receiver<Request>) {
         let nothing = never();
-        let mut next_tick = Instant::now() + TICK;
+        let mut next_tick = self.node.world.clock.instant() + TICK;
         loop {
             let link = self.link.as_ref().map_or(&nothing, |(_, events)| events).clone();
             select! {
@@ -166,11 +166,15 @@ impl Owner {
                     Ok(event) => self.on_link(event),
                     Err(_) => self.close_guest(),
                 },
-                default(next_tick.saturating_duration_since(Instant::now())) => {}
+                default(next_tick.saturating_duration_since(self.node.world.clock.instant())) => {}
             }
-            if Instant::now() >= next_tick {
-                next_tick = Instant::now() + TICK;
-                if self.hand_over.as_ref().is_some_and(|h| Instant::now() >= h.deadline) {
+            if self.node.world.clock.instant() >= next_tick {
+                next_tick = self.node.world.clock.instant() + TICK;
+                if self
+                    .hand_over
+                    .as_ref()
+                    .is_some_and(|h| self.node.world.clock.instant() >= h.deadline)
+                {
                     self.end_hand_over();
                 }
                 self.write_again();
@@ -194,7 +198,7 @@ impl Owner {
     /// Deadlines are kept as times of the wall clock, which others set.
     fn watch_clock(&mut self) {
         let (wall_ms, at) = self.clock;
-        self.clock = (self.node.world.clock.now_ms(), Instant::now());
+        self.clock = (self.node.world.clock.now_ms(), self.node.world.clock.instant());
         let passed_ms = u64::try_from(self.clock.1.duration_since(at).as_millis()).unwrap_or(u64::MAX);
         let by_ms = i128::from(self.clock.0) - i128::from(wall_ms) - i128::from(passed_ms);
         if by_ms.unsigned_abs() >= u128::from(CLOCK_STEP_MS) {
@@ -489,7 +493,7 @@ impl Owner {
 
     /// Asks Slurm on a thread of its own, if somebody waits for it and it is time.
     fn ask_cause(&mut self) {
-        if !self.explain.due(Instant::now()) {
+        if !self.explain.due(self.node.world.clock.instant()) {
             return;
         }
         let (node, job) = (self.node.clone(), self.vm.record.job);
@@ -674,17 +678,11 @@ impl Owner {
     fn persist(&mut self) {
         self.vm.record.programs = self.programs.records();
         self.node.mark(&self.vm.record);
-        let world = &self.node.world;
-        let written = world
-            .faults
-            .pass("persist.before")
-            .and_then(|()| world.store.put(&self.vm.record).map_err(|e| crate::text::chain(&e)));
-        match written {
+        match self.node.world.store.put(&self.vm.record).map_err(|e| crate::text::chain(&e)) {
             Ok(()) => {
                 if self.gate.written() {
                     log::info!("job {}: its record is written again", self.vm.record.job);
                 }
-                let _ = self.node.world.faults.pass("persist.after");
             }
             Err(why) => {
                 let now_ms = self.node.world.clock.now_ms();
@@ -941,7 +939,7 @@ impl Owner {
     fn begin_hand_over(&mut self, save: bool) {
         self.hand_over = Some(HandOver {
             waiting: self.programs.session_ids(),
-            deadline: Instant::now() + HAND_OVER,
+            deadline: self.node.world.clock.instant() + HAND_OVER,
             save,
         });
         if self.hand_over.as_ref().is_some_and(|h| h.waiting.is_empty()) {
@@ -997,7 +995,7 @@ impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Owner")
             .field("domain", &self.domain)
-            .field("age", &self.started_at.elapsed())
+            .field("age", &self.node.world.clock.instant().duration_since(self.started_at))
             .finish_non_exhaustive()
     }
 }

@@ -84,7 +84,6 @@ pub fn prepare(
     record: &Record,
     allocation: Allocation,
 ) -> Result<(Allocation, Plan), Failure> {
-    world.faults.pass("prepare.before").map_err(Failure::Node)?;
     let image = image(config, &record.spec.image)?;
     let allocated_cpus = u32::try_from(allocation.cores.len()).unwrap_or(u32::MAX).max(1);
     let vcpus = record.spec.cpus.unwrap_or(allocated_cpus);
@@ -131,7 +130,6 @@ pub fn prepare(
         plan.overlay_shared = shared;
         plan.base_sha256 = Some(base.sha256);
     }
-    world.faults.pass("prepare.after").map_err(Failure::Node)?;
     Ok((allocation, plan))
 }
 

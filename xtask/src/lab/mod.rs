@@ -33,6 +33,7 @@ use std::{
     fs,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 use wire::{Request, ask};
@@ -47,7 +48,7 @@ const UP_DEADLINE: Duration = Duration::from_secs(60);
 pub struct Lab {
     places: Places,
     name: String,
-    down_on_drop: bool,
+    down_on_drop: AtomicBool,
 }
 
 /// What [`up`] found.
@@ -280,8 +281,8 @@ impl Lab {
     /// Brings a lab up, as `lab up` does. It goes down when the value is dropped.
     pub fn up(options: &Options) -> Result<Self> {
         up(options)?;
-        let mut lab = Self::attach(&options.name)?;
-        lab.down_on_drop = true;
+        let lab = Self::attach(&options.name)?;
+        lab.down_on_drop.store(true, Ordering::Relaxed);
         Ok(lab)
     }
 
@@ -294,13 +295,13 @@ impl Lab {
         Ok(Self {
             places,
             name: name.into(),
-            down_on_drop: false,
+            down_on_drop: AtomicBool::new(false),
         })
     }
 
     /// Leaves the lab up when this value goes.
-    pub fn keep(&mut self) {
-        self.down_on_drop = false;
+    pub fn keep(&self) {
+        self.down_on_drop.store(false, Ordering::Relaxed);
     }
 
     /// Its name.
@@ -455,16 +456,16 @@ impl Lab {
             .join("\n"))
     }
 
-    /// Takes the lab down now and says how that went.
-    pub fn down(mut self) -> Result<()> {
-        self.down_on_drop = false;
+    /// Takes the lab down now and says how that went; whoever still holds a part of it finds it down.
+    pub fn down(&self) -> Result<()> {
+        self.keep();
         down(&self.name).map(drop)
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if self.down_on_drop
+        if self.down_on_drop.load(Ordering::Relaxed)
             && let Err(e) = down(&self.name)
         {
             eprintln!("cannot take lab {} down: {e}", self.name);

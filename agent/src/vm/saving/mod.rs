@@ -129,11 +129,10 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
 /// # Errors
 /// Why there is no save; the domain is then still there, paused.
 pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
-    node.world.faults.pass("save.before")?;
     let Life::Saving { at: dir } = &record.life else {
         return Err("the VM is not being saved".into());
     };
-    let begun = Instant::now();
+    let begun = node.world.clock.instant();
     let files = &node.world.files;
     let _ = files.remove_all(dir);
     files
@@ -197,14 +196,14 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         to: String::new(),
         at: node.world.clock.now_ms() / 1000,
         bytes,
-        seconds: begun.elapsed().as_secs_f64(),
+        seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
         downtime_ms: None,
         gap_ms: None,
         cause: cause.into(),
         outcome: "done".into(),
     };
     // An overlay is only renamed.
-    node.saved_at(memory_bytes, begun.elapsed());
+    node.saved_at(memory_bytes, node.world.clock.instant().duration_since(begun));
     saved.moves.push(done.clone());
     let mut chain = Vec::new();
     if let Some(plan) = &record.plan {
@@ -222,7 +221,6 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
     files
         .write_durably(&manifest, &json)
         .map_err(|e| format!("{}: {e}", manifest.display()))?;
-    node.world.faults.pass("save.after")?;
     Ok(done)
 }
 
@@ -335,11 +333,10 @@ fn admit(node: &Node, record: &Record) -> Result<(), NotRestored> {
 /// # Errors
 /// Why it cannot be restored; nothing of it runs then.
 pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>), NotRestored> {
-    node.world.faults.pass("restore.before")?;
     let Life::Restoring { from: dir } = &record.life else {
         return Err("the VM is not being restored".to_owned().into());
     };
-    let begun = Instant::now();
+    let begun = node.world.clock.instant();
     admit(node, record)?;
     let mine = crate::node::type_name(node.domain_type());
     if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
@@ -379,7 +376,6 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
     let memory = dir.join("memory");
     let bytes = node.world.disks.used_bytes(&memory);
     let _ = files.remove(&memory);
-    node.world.faults.pass("restore.after")?;
     let kept = manifest
         .kept
         .iter()
@@ -393,7 +389,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             to: node.name.clone(),
             at: node.world.clock.now_ms() / 1000,
             bytes,
-            seconds: begun.elapsed().as_secs_f64(),
+            seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
             downtime_ms: None,
             gap_ms: None,
             cause: record.moves.last().map(|m| m.cause.clone()).unwrap_or_default(),

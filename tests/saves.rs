@@ -139,7 +139,7 @@ impl Stage {
     }
 
     fn waits(&self) -> bool {
-        saving::find(&self.nodes[1], self.job, ALICE).is_some()
+        saving::find(&self.nodes[1], self.job, ALICE).expect("storage answers").is_some()
     }
 
     /// What libvirt on n1 has of it.

@@ -13,7 +13,7 @@ use slurm_vm::{
         registry::{self, Found, Registry},
         relocation::Event as MoveEvent,
     },
-    effects::Storage,
+    effects::{Faults, Storage},
     hypervisor::{
         DomainEvent, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
@@ -219,6 +219,8 @@ pub struct Node {
     pub alive: bool,
     /// What carries out its agent's effects.
     pub rooms: Arc<AgentNode>,
+    /// Those around all effects of its rooms.
+    pub faults: Faults,
     pub epoch: u64,
     pub vms: BTreeMap<u32, Owner>,
     /// Which VMs there are, as the agent has it.
@@ -326,9 +328,11 @@ impl Cluster {
             nodes: names
                 .iter()
                 .map(|n| {
+                    let faults = Faults::default();
                     let node = Node {
                         alive: true,
-                        rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm),
+                        rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm, &faults),
+                        faults,
                         epoch: 1,
                         vms: BTreeMap::new(),
                         registry: empty_registry(),
@@ -692,7 +696,8 @@ impl Cluster {
 
     pub fn restart(&mut self, name: &str) {
         self.say(&format!("{name}: agent started"));
-        let fresh = rooms::of(name, &self.time, &self.storage, &self.hypervisors[name], &self.slurm);
+        let faults = &self.nodes[name].faults;
+        let fresh = rooms::of(name, &self.time, &self.storage, &self.hypervisors[name], &self.slurm, faults);
         let Some(node) = self.nodes.get_mut(name) else { return };
         (node.alive, node.rooms) = (true, fresh);
         let records: Vec<Record> = node.ledger.values().cloned().collect();

@@ -99,6 +99,7 @@ impl Cluster {
         };
         let (vm, effects) = match birth {
             Some(Birth::New(record)) => Vm::new(record),
+            Some(Birth::Failed(record, why)) => Vm::failed(record, why),
             Some(Birth::Expected(record)) => Vm::expected(record),
             other => return self.wrong.push(format!("job {job}: on {node} it begins as {other:?}")),
         };

@@ -14,7 +14,7 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::Record,
-    effects::{Clock, Killed, MemoryDisks, Store, StoreError, World},
+    effects::{Clock, Faults, Killed, MemoryDisks, Store, StoreError, World},
     hypervisor::fake::FakeHypervisor,
     node::Node,
     slurm::FakeSlurm,
@@ -79,7 +79,14 @@ impl Store for NoLedger {
 }
 
 /// The rooms of an agent that has just been started.
-pub fn of(name: &str, time: &Time, storage: &slurm_vm::effects::Storage, libvirt: &FakeHypervisor, slurm: &Arc<FakeSlurm>) -> Arc<Node> {
+pub fn of(
+    name: &str,
+    time: &Time,
+    storage: &slurm_vm::effects::Storage,
+    libvirt: &FakeHypervisor,
+    slurm: &Arc<FakeSlurm>,
+    faults: &Faults,
+) -> Arc<Node> {
     let text = format!("[hypervisor]\ndomain_type = \"qemu\"\n[images.{IMAGE}]\ndisk = \"/images/{IMAGE}.qcow2\"\n");
     let mut config = Config::parse(&text, Path::new("slurm-vm.toml")).unwrap();
     config.node_name = Some(name.into());
@@ -93,19 +100,27 @@ pub fn of(name: &str, time: &Time, storage: &slurm_vm::effects::Storage, libvirt
         hypervisor: Arc::new(libvirt.clone()),
         slurm: slurm.clone(),
     };
-    Node::new(Arc::new(config), world, Arc::new(Alone))
+    Node::new(Arc::new(config), world.with_fault_points(faults), Arc::new(Alone))
 }
 
 impl Cluster {
-    /// Has an agent's rooms do something; nothing comes back when the agent is killed over it.
+    /// Has an agent's rooms do something; nothing comes back when the agent is killed over it. One of its effects may fail, before or after it is done.
     pub fn reach<T>(&mut self, node: &str, act: impl FnOnce(&Arc<Node>) -> T) -> Option<T> {
         let rooms = self.nodes[node].rooms.clone();
         if self.rough(10) {
             let calls = u32::try_from(self.random.between(0, 8)).unwrap_or(0);
             self.storage.kill_after(node, calls);
         }
+        let fails = self.rough(30);
+        if fails {
+            let points = u32::try_from(self.random.between(1, 12)).unwrap_or(1);
+            self.nodes[node].faults.fail_nth(points);
+        }
         let done = catch_unwind(AssertUnwindSafe(|| act(&rooms)));
         self.storage.spare(node);
+        if self.nodes[node].faults.fail_nth(0) == 0 && fails {
+            self.count("effects that failed, or were done and nobody believed it");
+        }
         match done {
             Ok(done) => Some(done),
             Err(why) if why.is::<Killed>() => {

@@ -164,6 +164,14 @@ impl Vm {
         (vm, vec![Effect::Persist, Effect::Journal(line), work])
     }
 
+    /// A VM that cannot begin here, although its job does: the job may try elsewhere.
+    #[must_use]
+    pub fn failed(record: Record, how: String) -> (Self, Vec<Effect>) {
+        let mut vm = Self::of(record);
+        let effects = vm.stop(End::NodeFault { how });
+        (vm, effects)
+    }
+
     /// A VM that is expected from another node, or comes from a save: `record.life` says which.
     #[must_use]
     pub fn expected(record: Record) -> (Self, Vec<Effect>) {

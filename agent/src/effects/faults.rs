@@ -31,6 +31,7 @@ struct Armed {
 #[derive(Debug, Clone, Default)]
 pub struct Faults {
     armed: Arc<Vec<Armed>>,
+    next: Arc<AtomicU32>,
 }
 
 impl Faults {
@@ -80,7 +81,15 @@ impl Faults {
                 forever,
             });
         }
-        Ok(Self { armed: Arc::new(armed) })
+        Ok(Self {
+            armed: Arc::new(armed),
+            next: Arc::default(),
+        })
+    }
+
+    /// Makes the `n`th point that is passed from now on fail, whichever it is; 0: none. Returns what is left of the last such order.
+    pub fn fail_nth(&self, n: u32) -> u32 {
+        self.next.swap(n, Ordering::SeqCst)
     }
 
     /// Passes a point.
@@ -88,6 +97,9 @@ impl Faults {
     /// # Errors
     /// When the point is armed to fail, a fragment saying so. When armed to abort, it does not return.
     pub fn pass(&self, point: &str) -> Result<(), String> {
+        if self.next.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) == Ok(1) {
+            return Err(format!("fault injected at {point}"));
+        }
         for a in self.armed.iter().filter(|a| a.point == point) {
             let hit = a.forever || a.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) == Ok(1);
             if hit {

@@ -2,7 +2,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crossbeam_channel::bounded;
-use slurm_vm_api::spec::VmSpec;
+use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 
 use super::{ANSWER, Node, Registry};
 use crate::{
@@ -65,9 +65,22 @@ impl Node {
             self.vms().not_begun(job);
             return None;
         }
-        let now = self.world.clock.now_ms();
-        if let Some(saved) = vm::saving::find(self, job, user.uid) {
-            let mut record = saved;
+        let saved = match vm::saving::find(self, job, user.uid) {
+            Ok(saved) => saved,
+            // A job that runs for the first time has none.
+            Err(why) if restart == 0 => {
+                log::warn!("job {job}: {why}");
+                None
+            }
+            Err(why) => {
+                let record = self.new_record(job, number, user, spec);
+                return Some(Birth::Failed(
+                    record,
+                    format!("it cannot be known whether a save of the VM waits: {why}"),
+                ));
+            }
+        };
+        if let Some(mut record) = saved {
             record.run = number.max(record.run + 1);
             record.come_to(&self.name);
             record.generation += 1;
@@ -80,9 +93,13 @@ impl Node {
             }
             return Some(Birth::Expected(record));
         }
-        Some(Birth::New(Record {
+        Some(Birth::New(self.new_record(job, number, user, spec)))
+    }
+
+    fn new_record(&self, job: u32, number: u64, user: UserEntry, spec: VmSpec) -> Record {
+        Record {
             run: number,
-            created_ms: now,
+            created_ms: self.world.clock.now_ms(),
             ..Record::new(
                 self.config.cluster.clone(),
                 self.name.clone(),
@@ -93,7 +110,7 @@ impl Node {
                     ..spec
                 },
             )
-        }))
+        }
     }
 
     /// Takes in a VM that is to arrive from another node.

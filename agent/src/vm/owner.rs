@@ -36,6 +36,8 @@ use crate::{
 pub enum Birth {
     /// Its job begins here, and no save waits for it.
     New(Record),
+    /// Its job begins here, and cannot: why, as a fragment.
+    Failed(Record, String),
     /// It is expected from another node, or from a save.
     Expected(Record),
     /// It is in the ledger of an agent that was restarted.
@@ -108,6 +110,7 @@ pub fn spawn(node: Arc<Node>, job: u32, birth: impl FnOnce(&Node) -> Option<Birt
                 record.k = node.place_in(job);
                 Vm::new(record)
             }
+            Birth::Failed(record, why) => Vm::failed(record, why),
             Birth::Expected(record) => Vm::expected(record),
             Birth::Recovered {
                 record,

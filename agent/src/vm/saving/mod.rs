@@ -15,7 +15,7 @@ mod claim;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -93,12 +93,19 @@ impl Named {
 
 /// All saves of this cluster on shared storage, whole or not.
 fn all(node: &Node) -> Vec<Named> {
+    listed(node).inspect_err(|e| log::warn!("{e}")).unwrap_or_default()
+}
+
+fn listed(node: &Node) -> Result<Vec<Named>, String> {
     let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
-        return vec![];
+        return Ok(vec![]);
     };
-    let all = node.world.files.list(&saves);
-    let all = all.inspect_err(|e| log::warn!("{}: {e}", saves.display())).unwrap_or_default();
-    all.into_iter().filter_map(|dir| Named::parse(dir, &node.config.cluster)).collect()
+    match node.world.files.list(&saves) {
+        Ok(all) => Ok(all.into_iter().filter_map(|dir| Named::parse(dir, &node.config.cluster)).collect()),
+        // Nothing has been saved yet.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(vec![]),
+        Err(e) => Err(format!("{}: {e}", saves.display())),
+    }
 }
 
 /// Whether a save can be promised now.
@@ -242,24 +249,55 @@ fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, Strin
     })
 }
 
+/// How often shared storage is looked at for a save before it is said that it cannot be.
+const LOOKS: u32 = 3;
+/// The pause before it is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// The save of a job that waits on shared storage, as a record that is to be restored. Only what root wrote is believed, and
 /// what others could have written is not looked at.
-#[must_use]
-pub fn find(node: &Node, job: u32, uid: u32) -> Option<Record> {
+///
+/// # Errors
+/// When it cannot be known whether a save waits: a job that started over then would lose what it has done, and its save would
+/// become the guest of a later run.
+pub fn find(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, String> {
+    let mut looks = 1;
+    loop {
+        match look_for(node, job, uid) {
+            Err(why) if looks < LOOKS => {
+                log::warn!("job {job}: looking for a save again: {why}");
+                looks += 1;
+                node.world.clock.sleep(LOOK_AGAIN);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn look_for(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, String> {
     let mut found: Option<Record> = None;
-    for Named { dir, .. } in all(node).into_iter().filter(|s| s.job == job) {
-        let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(&*node.world.files, &dir) else {
-            continue;
+    for Named { dir, .. } in listed(node)?.into_iter().filter(|s| s.job == job) {
+        let manifest = match claim::stand(&*node.world.files, &dir) {
+            Ok((Stand::Waits | Stand::Claimed(_), manifest)) => manifest,
+            Ok((Stand::Used | Stand::None, _)) => continue,
+            Err(e) => return Err(format!("{}: {e}", dir.display())),
         };
-        let Some(m) = read(node, &manifest) else {
-            continue;
+        let m = match node.world.files.read_trusted(&manifest) {
+            Ok(bytes) => understood(&manifest, &bytes),
+            // One that has just been renamed is found again by its new name.
+            Err(e @ Distrust::Io { .. }) => return Err(e.to_string()),
+            Err(e) => {
+                e.complain();
+                None
+            }
         };
+        let Some(m) = m else { continue };
         let is_its = m.record.job == job && m.record.user.uid == uid && m.record.cluster == node.config.cluster;
         if is_its && !is_of_another_job(node, &dir, &m.record) && found.as_ref().is_none_or(|f| f.generation < m.record.generation) {
             found = Some(m.record);
         }
     }
-    found
+    Ok(found)
 }
 
 /// A slurmctld that was killed right after a submission gives the number out again; then the save of the one must not become the guest of
@@ -291,7 +329,11 @@ fn is_of_another_job(node: &Node, save: &Path, record: &Record) -> bool {
 
 fn read(node: &Node, path: &Path) -> Option<Manifest> {
     let bytes = node.world.files.read_trusted(path).inspect_err(Distrust::complain).ok()?;
-    match serde_json::from_slice::<Manifest>(&bytes) {
+    understood(path, &bytes)
+}
+
+fn understood(path: &Path, bytes: &[u8]) -> Option<Manifest> {
+    match serde_json::from_slice::<Manifest>(bytes) {
         Ok(m) if m.v == 1 => Some(m),
         Ok(m) => {
             log::error!("{}: version {} of a save is not known here", path.display(), m.v);

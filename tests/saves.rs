@@ -9,15 +9,18 @@ use std::{
 use slurm_vm::{
     cluster::Alone,
     config::Config,
-    core::{Allocation, Life, Plan, Record, record::file_stem},
-    effects::{SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
+    core::{Allocation, Life, Plan, Record, record::file_stem, registry::Announced},
+    effects::{Faults, SystemClock, SystemFiles, World, disks::QemuImg, store::DirStore},
     hypervisor::{
         Boot, CpuModel, DomainMetadata, DomainSpec, DomainState, DomainType, Hypervisor, SaveFormat,
         fake::{self, FakeHypervisor, Fault, Op},
     },
     node::Node,
     slurm::{FakeJob, FakeSlurm, Slurm},
-    vm::saving::{self, NotRestored},
+    vm::{
+        Birth,
+        saving::{self, NotRestored},
+    },
 };
 use slurm_vm_api::{session::UserEntry, spec::VmSpec};
 
@@ -149,6 +152,10 @@ impl Stage {
 }
 
 fn node(dir: &Path, k: usize, slurm: &Arc<FakeSlurm>, libvirt: &Arc<FakeHypervisor>) -> Arc<Node> {
+    node_with(dir, k, slurm, libvirt, &Faults::default())
+}
+
+fn node_with(dir: &Path, k: usize, slurm: &Arc<FakeSlurm>, libvirt: &Arc<FakeHypervisor>, faults: &Faults) -> Arc<Node> {
     let mut config = Config::parse("[hypervisor]\ndomain_type = \"qemu\"\n", Path::new("slurm-vm.toml")).unwrap();
     config.node_name = Some(format!("n{}", k + 1));
     config.state_dir = dir.join(format!("state{k}"));
@@ -163,7 +170,36 @@ fn node(dir: &Path, k: usize, slurm: &Arc<FakeSlurm>, libvirt: &Arc<FakeHypervis
         hypervisor: libvirt.clone(),
         slurm: slurm.clone(),
     };
-    Node::new(Arc::new(config), world, Arc::new(Alone))
+    Node::new(Arc::new(config), world.with_fault_points(faults), Arc::new(Alone))
+}
+
+#[test]
+fn a_job_whose_save_cannot_be_looked_at_does_not_start_over() {
+    let s = Stage::new();
+    let dir = s.dir.path();
+    let announced = |restart| Announced {
+        restart,
+        user: s.record().user,
+        spec: s.record().spec,
+    };
+    for point in ["files.list", "files.read_trusted"] {
+        // Once is looked at again.
+        for (times, waits) in [("", true), ("@*", false)] {
+            let faults = Faults::parse(&format!("{point}.before=fail{times}")).unwrap();
+            let node = node_with(dir, 1, &s.slurm, &s.libvirt[1], &faults);
+            match node.birth(s.job, 2, announced(1)) {
+                Some(Birth::Expected(record)) => assert!(waits && record.generation == 3, "{point}{times}"),
+                Some(Birth::Failed(_, why)) => assert!(!waits && why.contains(point), "{point}{times}: {why}"),
+                other => panic!("{point}{times}: {other:?}"),
+            }
+        }
+    }
+    let faults = Faults::parse("files.list.before=fail@*").unwrap();
+    let first = node_with(dir, 1, &s.slurm, &s.libvirt[1], &faults).birth(s.job, 1, announced(0));
+    assert!(
+        matches!(first, Some(Birth::New(_))),
+        "a job that runs for the first time has no save: {first:?}"
+    );
 }
 
 #[test]

@@ -28,10 +28,14 @@ const NUMBERS: usize = 420;
 const GRACE: u32 = 60;
 
 fn start(name: &str, slurm_conf: &str) -> Lab {
+    start_with(8, name, slurm_conf)
+}
+
+fn start_with(nodes: u8, name: &str, slurm_conf: &str) -> Lab {
     lab(
         name,
         Options {
-            nodes: 8,
+            nodes,
             grace_s: GRACE,
             slurm_conf: slurm_conf.into(),
             ..Options::default()
@@ -342,6 +346,47 @@ fn a_drain_moves_the_jobs_that_can_and_leaves_the_one_that_cannot() {
     m.check("moves", 150);
     m.check("stays", 150);
     lab.node("ctl", &["scontrol", "update", "nodename=n1", "state=resume"]);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn twelve_vms_on_six_nodes_that_are_preempted_at_once_all_go_on() {
+    let _alone = alone();
+    let lab = start_with(12, "twelve", "");
+    let m = Mover::new(&lab, "twelve", 12);
+    // Each command that the controller gives is a line of its log.
+    lab.node(
+        "ctl",
+        &["sh", "-c", "mkdir -p /etc/default; echo SLURM_VM_DEBUG=1 > /etc/default/slurm-vm"],
+    );
+    m.restart_agent("ctl");
+    m.wait_healthy();
+    let victims = Victims::on(&m, "all", &["n1", "n2", "n3", "n4", "n5", "n6"]);
+    let commands = || {
+        let log = lab.log_tail("ctl", "slurm-vmd", 100_000).unwrap_or_default();
+        log.lines().filter(|l| l.contains("]: status Some(")).count()
+    };
+    let (begun, before) = (Instant::now(), commands());
+    let (high, after) = begins(&m, "-w n1,n2,n3,n4,n5,n6 -N6 -n12", 1);
+    let mut queue = String::new();
+    wait_with("all twelve to run again", &mut queue, |queue| {
+        *queue = Said::from(lab.exec("alice", &["squeue", "-h", "-p", "low", "-o", "%i %T %R"])).out;
+        !queue.lines().any(|l| !l.contains(" RUNNING "))
+    });
+    let (seconds, given) = (begun.elapsed().as_secs_f32(), commands() - before);
+    m.t.end_of(high);
+    let ways = victims.check();
+    println!(
+        "twelve VMs of six nodes: the preemptor began after {after:.1} s, all ran again after {seconds:.1} s, {given} commands to Slurm"
+    );
+    assert!(given > 0, "the controller's log shows its commands");
+    // A burst of 50 and ten a second: the bound that the pacer keeps with five hundred.
+    assert!(given as f32 <= 50.0 + 10.0 * seconds, "{given} commands in {seconds} s");
+    let moved = |way: &str| ways.iter().filter(|w| w.first().is_some_and(|first| first == way)).count();
+    println!("{} live, {} by a save", moved("live"), moved("save"));
+    assert_eq!(moved("live") + moved("save"), 12, "none starts over: {ways:?}");
+    no_reservation(&lab);
     m.nothing_left();
     lab.down().expect("down");
 }

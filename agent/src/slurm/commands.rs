@@ -105,7 +105,7 @@ impl SlurmCommands {
             max_output: self.settings.max_output,
         };
         let out = run.run()?;
-        log::trace!(
+        log::debug!(
             "{program} {args:?}: status {:?}, {} bytes, {:?}",
             out.code,
             out.stdout.len(),

@@ -233,6 +233,52 @@ fn released(info: &JobInfo) -> bool {
 }
 
 #[test]
+fn a_job_that_slurm_holds_for_the_exit_code_of_its_script_is_left_so_and_that_is_remembered() {
+    let mut stage = Stage::new(2);
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob::default());
+    stage.controller(state.path());
+    stage.tick();
+    let node = stage
+        .wait(job, "the job to run", |i| i.brief.state == JobState::Running)
+        .brief
+        .nodes[0]
+        .clone();
+    let ended = |restarts| VmView {
+        job,
+        state: "stopped".into(),
+        restarts: Some(restarts),
+        script_ended: true,
+        ..VmView::default()
+    };
+    stage.agents.vms.lock().unwrap().insert(node.clone(), vec![ended(0)]);
+    let polls = |stage: &Stage| {
+        let begun = stage.slurm.calls(FakeOp::Poll);
+        stage.wait(job, "five polls", |_| stage.slurm.calls(FakeOp::Poll) > begun + 5)
+    };
+    polls(&stage);
+    // RequeueExitHold does what the shim does.
+    stage.slurm.requeue_special(job).unwrap();
+    stage.slurm.epilog_done(job, &node);
+    assert_eq!(polls(&stage).brief.state, JobState::SpecialExit);
+    let notes = std::fs::read_to_string(state.path().join("jobs.json")).unwrap();
+    assert!(notes.contains("not_a_fault"), "{notes}");
+    // What an earlier run of the job left does not excuse a broken node.
+    let mut stage = Stage::new(1);
+    let state = tempfile::tempdir().unwrap();
+    let job = stage.slurm.submit(FakeJob::default());
+    stage.controller(state.path());
+    stage
+        .agents
+        .vms
+        .lock()
+        .unwrap()
+        .insert("n1".into(), vec![VmView { job, ..ended(7) }]);
+    stage.fault(job);
+    stage.wait(job, "the release", released);
+}
+
+#[test]
 fn three_broken_nodes_in_a_row_leave_a_last_try_and_a_running_program_a_clean_slate() {
     let mut stage = Stage::new(3);
     let state = tempfile::tempdir().unwrap();

@@ -89,19 +89,21 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
     lab.down().expect("down");
 }
 
+/// More often than Slurm's MaxBatchRequeue (5): that counts failed launches, and no job is held for its moves.
 #[test]
-fn three_preemptions_in_a_row_move_it_three_times() {
+fn seven_preemptions_in_a_row_move_it_seven_times() {
+    const MOVES: u32 = 7;
     let lab = lab("row", options(3, 40));
     let m = Mover::new(&lab, "row", 3);
     let count = Count {
-        numbers: 450,
+        numbers: 900,
         memory_mib: 64,
         rewrite_mib: 4,
     };
     let job = m.count(count, "out", "-w n1");
     m.wait_lines("out", 10);
     let copies = OneCopy::watch(&lab, &m.nodes, job);
-    for restarts in 1..=3 {
+    for restarts in 1..=MOVES {
         let node = node_of(&m, job, restarts - 1);
         let high = m.take(&node, 3);
         let began = Instant::now();
@@ -112,8 +114,8 @@ fn three_preemptions_in_a_row_move_it_three_times() {
     assert_eq!(end, ("COMPLETED".into(), "0:0".into()));
     copies.check();
     m.check("out", count.numbers);
-    assert_eq!(m.t.job(job)["Restarts"], "3");
-    assert_eq!(m.ways(job), ["live", "live", "live"]);
+    assert_eq!(m.t.job(job)["Restarts"], MOVES.to_string());
+    assert_eq!(m.ways(job), vec!["live"; MOVES as usize]);
     m.nothing_left();
     lab.down().expect("down");
 }
@@ -500,6 +502,32 @@ fn kept_out_after_landing_the_deadline_acts_and_it_comes_back_from_a_save() {
     m.completed(job, 1);
     m.check("out", 300);
     assert_eq!(m.ways(job), ["live", "save", "restore"]);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+#[test]
+fn a_job_that_slurm_holds_for_its_exit_code_stays_held_as_without_a_vm() {
+    let lab = lab(
+        "exit-hold",
+        Options {
+            slurm_conf: "RequeueExitHold=7".into(),
+            ..options(1, 40)
+        },
+    );
+    let m = Mover::new(&lab, "exit-hold", 1);
+    m.t.script("seven.sh", "#!/bin/sh\necho ran\nexit 7\n");
+    let jobs = ["--vm=tiny --vm-mem=200", ""].map(|vm| m.t.submit(&format!("{vm} --open-mode=append -o out%j seven.sh")));
+    for job in jobs {
+        m.t.wait_state(job, "SPECIAL_EXIT");
+    }
+    // The controller has looked at it.
+    m.wait_log("ctl", "RequeueExitHold");
+    for job in jobs {
+        m.t.wait_state(job, "SPECIAL_EXIT");
+        assert_eq!(m.t.text(&format!("out{job}")), "ran\n", "it ran once");
+        assert_eq!(m.t.sh(&format!("scancel {job}")).code, Some(0));
+    }
     m.nothing_left();
     lab.down().expect("down");
 }

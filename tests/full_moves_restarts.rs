@@ -35,7 +35,7 @@ fn with_fault(m: &Mover, host: &str, point: &str, full: bool, may_start_over: bo
     if let Some(full) = full {
         m.give_back(full);
     }
-    m.wait_fault(host, &format!("fault point {point}: aborting"));
+    m.wait_log(host, &format!("fault point {point}: aborting"));
     let end = m.t.end_of(job);
     if end != ("COMPLETED".into(), "0:0".into()) {
         m.tell(job);
@@ -223,7 +223,7 @@ fn a_job_that_starts_over_elsewhere_has_the_copy_that_waits_for_it_ended_first()
     // The VM lands; nobody steers its job, which Slurm puts back into the queue when its grace time ends.
     m.started(high, Instant::now());
     m.t.wait_state(job, "RUNNING");
-    m.wait_fault("n2", &format!("job {job}: it has started over on n1: its VM here is ended"));
+    m.wait_log("n2", &format!("job {job}: it has started over on n1: its VM here is ended"));
     lab.start("ctl", "slurm-vmd").expect("the controller starts");
     m.completed(job, 1);
     copies.check();

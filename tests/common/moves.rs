@@ -311,8 +311,8 @@ impl<'a> Mover<'a> {
         self.lab.node(host, &["rm", "/etc/default/slurm-vm"]);
     }
 
-    /// The agent of a host has passed an armed point.
-    pub fn wait_fault(&self, host: &str, text: &str) {
+    /// Waits until a text is in the log of a host's agent.
+    pub fn wait_log(&self, host: &str, text: &str) {
         wait(&format!("`{text}` in the log of {host}'s agent"), || {
             self.lab.log_tail(host, "slurm-vmd", 400).ok().filter(|t| t.contains(text))
         });

@@ -114,6 +114,12 @@ pub struct VmView {
     pub run_seconds: u64,
     /// Run number of the job on this node.
     pub run: u64,
+    /// Slurm's count of the job's restarts, of the run that this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<u32>,
+    /// The batch script has ended in it by itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub script_ended: bool,
     /// What a preemption would do, and why.
     pub verdict: Option<String>,
     /// Why it is in this state, where that is not plain.

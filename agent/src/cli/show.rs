@@ -139,6 +139,8 @@ mod tests {
             ended_at: None,
             run_seconds: 75,
             run: 3,
+            restarts: Some(1),
+            script_ended: false,
             verdict: Some("live: fits in 60 s".into()),
             why: None,
             moves: vec![moved],

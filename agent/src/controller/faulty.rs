@@ -1,10 +1,39 @@
 //! Jobs that met a broken node. The shim requeues its own job into the state SPECIAL_EXIT, held (a user can do that with
-//! his own jobs, and nothing else makes that state by itself); here the node is excluded and the job released, as soon as
+//! his own jobs). Slurm puts jobs into it, too, by RequeueExitHold: after their script has ended by itself, as the agent of their node
+//! knows; those are left alone. Of the others the node is excluded and the job released, as soon as
 //! there is a node that it can run on and that is well. After three such nodes in a row the job is made not requeueable
 //! for its last try: should that meet a broken node too, Slurm refuses the shim's requeue, and the job ends with outcome
 //! 125. Once its program runs it is requeueable again, and the count begins anew.
-use super::{Controller, STALE, health};
+use std::time::{Duration, Instant};
+
+use slurm_vm_api::query::VmView;
+
+use super::{Controller, NodeStatus, STALE, health};
 use crate::slurm::{JobBrief, JobState, JobUpdate};
+
+/// Why a job is in the state SPECIAL_EXIT.
+#[derive(Debug, PartialEq, Eq)]
+enum Special {
+    /// Its shim met a broken node.
+    Fault,
+    /// Its script ended, and Slurm holds it for that (RequeueExitHold).
+    Ended,
+    /// Its node may say in a moment.
+    NotKnownYet,
+}
+
+/// Judges by what the agent of the job's last node has said since the job was first seen so, `for_` long ago. An agent that says nothing is
+/// itself the fault.
+fn judge(job: u32, last_run: Option<&(String, u32)>, status: Option<&NodeStatus>, since: Instant, for_: Duration) -> Special {
+    let word = status.filter(|s| s.heard >= since);
+    let of_this_run = |v: &&VmView| v.job == job && v.restarts.is_some() && v.restarts == last_run.map(|(_, restarts)| *restarts);
+    match word {
+        Some(s) if s.vms.iter().find(of_this_run).is_some_and(|v| v.script_ended) => Special::Ended,
+        Some(_) => Special::Fault,
+        None if for_ <= STALE => Special::NotKnownYet,
+        None => Special::Fault,
+    }
+}
 
 /// So many broken nodes in a row bring a job back into the queue.
 const MOST_FAULTS: u32 = 3;
@@ -13,6 +42,7 @@ impl Controller {
     /// Sends each such job elsewhere.
     pub(super) fn retry_faulty(&self) {
         let feature = &self.config.controller.feature;
+        let now = self.world.clock.instant();
         let (jobs, nodes) = {
             let cluster = self.cluster();
             let faulty: Vec<_> = cluster
@@ -21,7 +51,13 @@ impl Controller {
                 .filter(|j| {
                     j.state == JobState::SpecialExit && j.batch && j.features.as_ref().is_some_and(|f| f.contains(feature.as_str()))
                 })
-                .map(|j| (j.id, cluster.last_node.get(&j.id).cloned()))
+                .map(|j| {
+                    let last = cluster.last_run.get(&j.id);
+                    let status = last.and_then(|(host, _)| cluster.nodes.get(host)?.as_ref());
+                    let since = cluster.special.get(&j.id).copied().unwrap_or(now);
+                    let special = judge(j.id, last, status, since, now.duration_since(since));
+                    (j.id, j.restarts, last.map(|(host, _)| host.clone()), special)
+                })
                 .collect();
             let nodes: Vec<(String, bool)> = cluster
                 .slurm_nodes
@@ -30,8 +66,16 @@ impl Controller {
                 .collect();
             (faulty, nodes)
         };
-        for (job, broken) in jobs {
+        for (job, restarts, broken, special) in jobs {
             let notes = self.notes().of(job);
+            if notes.not_a_fault == Some(restarts) || special == Special::NotKnownYet {
+                continue;
+            }
+            if special == Special::Ended {
+                log::info!("job {job}: its script has ended and Slurm holds it in SPECIAL_EXIT (RequeueExitHold): it is left so");
+                self.notes().change(job, |n| n.not_a_fault = Some(restarts));
+                continue;
+            }
             let slurm = &self.world.slurm;
             let info = match slurm.job(job) {
                 Ok(Some(info)) if info.brief.state == JobState::SpecialExit => info,

@@ -36,7 +36,7 @@ use crate::{
     config::Config,
     core::relocation::JobMove,
     effects::World,
-    slurm::NodeInfo,
+    slurm::{JobState, NodeInfo},
 };
 
 /// A node's last word, and when it came.
@@ -61,8 +61,10 @@ pub struct Cluster {
     pub slurm_nodes: BTreeMap<String, NodeInfo>,
     /// Jobs of the last poll.
     pub jobs: Arc<Jobs>,
-    /// Node on which a job was last seen running, for jobs that met a broken node.
-    pub last_node: BTreeMap<u32, String>,
+    /// Node on which a job was last seen running and its restart count then, for jobs that met a broken node.
+    pub last_run: BTreeMap<u32, (String, u32)>,
+    /// When a job was first seen in the state SPECIAL_EXIT.
+    pub special: BTreeMap<u32, Instant>,
     /// Moves under way.
     pub moves: BTreeMap<u32, JobMove>,
     /// How a job's last move ended, and what the agents reported of it.
@@ -197,10 +199,16 @@ impl Controller {
             }
             for j in jobs.iter().filter(|j| j.state.is_on_nodes()) {
                 if let Some(host) = j.batch_host.clone().or_else(|| j.nodes.first().cloned()) {
-                    cluster.last_node.insert(j.id, host);
+                    cluster.last_run.insert(j.id, (host, j.restarts));
                 }
             }
-            cluster.last_node.retain(|job, _| jobs.has(*job));
+            cluster.last_run.retain(|job, _| jobs.has(*job));
+            let is_special = |job: u32| jobs.by_id(job).is_some_and(|j| j.state == JobState::SpecialExit);
+            cluster.special.retain(|job, _| is_special(*job));
+            let now = self.world.clock.instant();
+            for j in jobs.iter().filter(|j| j.state == JobState::SpecialExit) {
+                cluster.special.entry(j.id).or_insert(now);
+            }
             cluster.results.retain(|job, _| jobs.has(*job));
             cluster.failed.retain(|job, _| jobs.has(*job));
             cluster.handled.retain(|job, _| jobs.has(*job));

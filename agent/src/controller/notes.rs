@@ -20,6 +20,9 @@ pub struct JobNotes {
     pub req_nodes: Vec<String>,
     /// What its moves have used of its time limit.
     pub time: Option<TimeAccount>,
+    /// The job is in the state SPECIAL_EXIT after this many restarts, and no node was at fault: it waits for whoever holds it so.
+    #[serde(default)]
+    pub not_a_fault: Option<u32>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]

@@ -1,9 +1,9 @@
 //! A record as `svm` shows it.
-use slurm_vm_api::query::VmView;
+use slurm_vm_api::{query::VmView, session::BATCH_STEP};
 
 use super::moving;
 use crate::{
-    core::{Life, Record},
+    core::{Life, Record, record::program_key},
     node::Node,
 };
 
@@ -19,6 +19,7 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         Life::AwaitingJob { .. } => Some("the VM is here, its job is not yet".into()),
         _ => None,
     };
+    let batch = program_key(BATCH_STEP, 0);
     VmView {
         job: r.job,
         user: r.user.name.clone(),
@@ -42,6 +43,8 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         ended_at: r.ended_ms.map(|ms| ms / 1000),
         run_seconds: r.up_ms.map_or(0, |up| r.ended_ms.unwrap_or(now).saturating_sub(up) / 1000),
         run: r.run,
+        restarts: r.allocation.as_ref().and_then(|a| a.restarts),
+        script_ended: r.programs.iter().any(|p| p.key == batch && p.ended.is_some()),
         verdict: (!r.life.is_over_here()).then(|| moving::verdict(node, r)),
         why,
         moves: r.moves.clone(),

@@ -27,11 +27,10 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
     }
     match request {
         PeerRequest::Status => {
-            let vms = node.views();
-            let totals = node.totals(&vms);
+            let (vms, totals) = node.status();
             PeerReply::Status {
                 health: health::of(node),
-                vms: Node::recent(vms),
+                vms,
                 totals,
             }
         }

@@ -14,7 +14,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use slurm_vm_api::{outcome, session::UserEntry, spec::VmSpec};
 use uuid::Uuid;
 
-use super::record::{End, Life, Record};
+use super::{
+    ended::{Ended, Sums},
+    record::{End, Life, Record},
+};
 
 /// A run of a job that begins on this node, as the prolog or Slurm tells it.
 #[derive(Debug, Clone, PartialEq)]
@@ -164,6 +167,7 @@ pub struct Recheck<W> {
 #[derive(Debug)]
 pub struct Registry<W> {
     vms: BTreeMap<u32, Entry<W>>,
+    ended: Ended,
     /// VMs that have had an owner so far.
     seen: u64,
     /// Domains of records that this agent cannot read: they are not its to end.
@@ -176,6 +180,7 @@ impl<W> Default for Registry<W> {
     fn default() -> Self {
         Self {
             vms: BTreeMap::new(),
+            ended: Ended::default(),
             seen: 0,
             foreign: BTreeSet::new(),
             complete: false,
@@ -193,6 +198,45 @@ impl<W: Clone> Registry<W> {
     /// All that is known, by job.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Entry<W>)> {
         self.vms.iter().map(|(job, entry)| (*job, entry))
+    }
+
+    fn put(&mut self, job: u32, entry: Entry<W>) -> Option<Entry<W>> {
+        let before = self.take(job);
+        if let Entry::Over(record) = &entry {
+            self.ended.add(record);
+        }
+        self.vms.insert(job, entry);
+        before
+    }
+
+    fn take(&mut self, job: u32) -> Option<Entry<W>> {
+        let before = self.vms.remove(&job);
+        if let Some(Entry::Over(record)) = &before {
+            self.ended.take(record);
+        }
+        before
+    }
+
+    /// The VMs that have an owner, by job.
+    pub fn alive(&self) -> impl Iterator<Item = (u32, &Live<W>)> {
+        self.vms.iter().filter_map(|(job, entry)| match entry {
+            Entry::Live(live) => Some((*job, &**live)),
+            Entry::Over(_) => None,
+        })
+    }
+
+    /// VMs that are over: those whose saves wait, and of the others the `most` that ended last.
+    pub fn recently_over(&self, most: usize) -> impl Iterator<Item = &Record> {
+        self.ended.recent(most).filter_map(|job| match self.vms.get(&job) {
+            Some(Entry::Over(record)) => Some(&**record),
+            _ => None,
+        })
+    }
+
+    /// What the VMs that are over were given in all.
+    #[must_use]
+    pub fn sums(&self) -> Sums {
+        self.ended.sums()
     }
 
     /// The VM of a job, if it has an owner.
@@ -233,12 +277,12 @@ impl<W: Clone> Registry<W> {
     pub fn begun(&mut self, job: u32, way: W, user: UserEntry) {
         self.seen += 1;
         let vm = self.seen;
-        self.vms.insert(job, Entry::Live(Box::new(Live { way, user, vm, next: None })));
+        self.put(job, Entry::Live(Box::new(Live { way, user, vm, next: None })));
     }
 
     /// Nothing was begun after all.
     pub fn not_begun(&mut self, job: u32) {
-        self.vms.remove(&job);
+        self.take(job);
     }
 
     /// A VM wants to come from another node.
@@ -252,7 +296,7 @@ impl<W: Clone> Registry<W> {
     /// The VM is over here and its owner ends. A run that has waited for that begins now, with this number.
     pub fn retired(&mut self, record: Record) -> Option<(u64, Announced)> {
         let (job, run) = (record.job, record.run + 1);
-        match self.vms.insert(job, Entry::Over(Box::new(record))) {
+        match self.put(job, Entry::Over(Box::new(record))) {
             Some(Entry::Live(live)) => live.next.map(|next| (run, next)),
             _ => None,
         }
@@ -313,7 +357,7 @@ impl<W: Clone> Registry<W> {
 
     /// A VM is over, as found at the agent's start.
     pub fn over(&mut self, record: Record) {
-        self.vms.insert(record.job, Entry::Over(Box::new(record)));
+        self.put(record.job, Entry::Over(Box::new(record)));
     }
 
     /// A record of this domain cannot be read.
@@ -377,7 +421,7 @@ impl<W: Clone> Registry<W> {
             Entry::Live(_) => false,
         };
         let jobs: Vec<u32> = self.iter().filter(|(_, e)| old(e)).map(|(job, _)| job).collect();
-        let out = jobs.into_iter().filter_map(|job| match self.vms.remove(&job) {
+        let out = jobs.into_iter().filter_map(|job| match self.take(job) {
             Some(Entry::Over(record)) => Some(*record),
             _ => None,
         });
@@ -388,7 +432,9 @@ impl<W: Clone> Registry<W> {
     pub fn saved_for_nobody(&mut self, job: u32) -> Option<Record> {
         match self.vms.get_mut(&job) {
             Some(Entry::Over(record)) if matches!(record.life, Life::Saved { .. }) => {
+                self.ended.take(record);
                 record.life = Life::Stopped { why: End::Released };
+                self.ended.add(record);
                 Some((**record).clone())
             }
             _ => None,

@@ -86,7 +86,8 @@ impl Site {
         site
     }
 
-    /// What the tests need beyond the guide, once: another user, preemption without a wait, nodes that are missed soon.
+    /// What the tests need beyond the guide, once: another user, preemption without a wait, nodes that are missed soon, and one VM at a time
+    /// on a node (docs/machines.md says why).
     fn settle(&self) {
         if self.root("ctl", "id bob").code == Some(0) {
             return;
@@ -95,7 +96,7 @@ impl Site {
             let home = if host == "ctl" { "--create-home" } else { "--no-create-home" };
             self.good("root", host, &format!("useradd {home} --uid 2002 --shell /bin/bash bob"));
         }
-        let change = "sed -i -e 's/^PreemptExemptTime=.*/PreemptExemptTime=0/' /etc/slurm/slurm.conf
+        let change = "sed -i -e 's/^PreemptExemptTime=.*/PreemptExemptTime=0/' -e 's/^NodeName=.*/& CoreSpecCount=1/' /etc/slurm/slurm.conf
 cat >>/etc/slurm/slurm.conf <<END
 SlurmdTimeout=60
 MessageTimeout=60

@@ -1,10 +1,10 @@
-//! A program inside the lab that answers words: one line in, one line of JSON out.
+//! A program, mostly inside the lab, that answers words: one line in, one line of JSON out.
 
 use super::paired::Sample;
 use crate::{Result, error::At, lab::Lab};
 use std::{
     io::{BufRead, BufReader, Write},
-    process::{Child, ChildStdin, ChildStdout, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
 /// The program and the way to it.
@@ -20,13 +20,12 @@ impl Helper {
     pub fn start(lab: &Lab, host: &str, argv: &[&str]) -> Result<Self> {
         let log = lab.logs(host).join("bench.log");
         let errors = std::fs::File::options().create(true).append(true).open(&log).at("open", &log)?;
-        let mut child = lab
-            .command(host, "root", argv)?
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .at("run", "xtask")?;
+        Self::of(lab.command(host, "root", argv)?.stderr(errors))
+    }
+
+    /// Starts a program that needs no lab.
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().at("run", "a helper")?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err("a child without streams".into());
         };

@@ -12,6 +12,7 @@ mod paired;
 mod plugin;
 mod preempt;
 mod report;
+mod scale;
 mod start;
 mod stats;
 mod stub;
@@ -53,6 +54,8 @@ pub struct Common {
 pub enum Bench {
     /// Starting a domain: the agent against bare libvirt calls and against virsh
     Start(Common),
+    /// One operation of the agent and of the controller, with few and with many VMs and nodes
+    Scale(Common),
     /// srun and sbatch: our plugin against a no-op plugin and none, and with --vm against a stub of the agent
     Plugin(Common),
     /// A live move: the agents against virsh migrate
@@ -107,6 +110,7 @@ impl Common {
 pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Start(common) => common.finish(&start::run(common)?),
+        Bench::Scale(common) => common.finish(&scale::run(common)?),
         Bench::Plugin(common) => common.finish(&plugin::run(common)?),
         Bench::Preempt { common, line_mbit } => common.finish(&preempt::run(common, *line_mbit)?),
         Bench::Migrate { common, pairs, line_mbit } => common.finish(&migrate::run(common, *pairs, *line_mbit)?),

@@ -1,13 +1,11 @@
-//! What agents say to each other, over the authenticated channel of [`crate::peer`]: one request, one reply.
+//! What agents say to each other, over the authenticated channel of [`crate::peer`]: one request, one reply. The handshake settles the version
+//! ([`crate::peer::VERSIONS`]); `tests/words.rs` has each word of a version as it was recorded.
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
 use crate::core::{MoveIdentity, MoveQuestion, ProgramRecord, Record};
-
-/// Version of these messages; an agent accepts its own and the one before.
-pub const VERSION: u32 = 1;
 
 /// A request to another agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -160,7 +160,7 @@ impl Way {
             slurm,
         };
         let config = Arc::new(config);
-        let peers = TlsPeers::new(&config, &[0], Role::Node, &Faults::default())?;
+        let peers = TlsPeers::new(&config, &[0], Role::Node, 0, &Faults::default())?;
         let as_peers: Arc<dyn Peers> = peers.clone();
         let node = Node::new(config.clone(), world, as_peers);
         let domains = node.world.hypervisor.events();

@@ -89,7 +89,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     let faults = Faults::from_environment(&fault_points())?;
     let world = world.with_fault_points(&faults);
     let operators = world.slurm.config().map(|c| vec![c.slurm_uid]).unwrap_or_default();
-    let peers = TlsPeers::new(&config, &operators, Role::Node, &faults)?;
+    let peers = TlsPeers::new(&config, &operators, Role::Node, 0, &faults)?;
     let as_peers = cluster::points::with_fault_points(peers.clone(), &faults);
     let node = config.node.enabled.then(|| Node::new(config.clone(), world.clone(), as_peers));
     let controller = if config.controller.enabled {
@@ -97,7 +97,10 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         Some(Controller::new(
             config.clone(),
             world.clone(),
-            cluster::points::with_fault_points(TlsPeers::new(&config, &operators, Role::Controller, &faults)?, &faults),
+            cluster::points::with_fault_points(
+                TlsPeers::new(&config, &operators, Role::Controller, world.clock.now_ms(), &faults)?,
+                &faults,
+            ),
         ))
     } else {
         None

@@ -21,6 +21,9 @@ const RELEASE_WITHIN: Duration = Duration::from_secs(4);
 /// Answers one request of an authenticated agent; may block as long as a move takes.
 #[must_use]
 pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
+    if from.role == Role::Controller {
+        node.heard_controller(from);
+    }
     if !allowed(from.role, &request) {
         log::warn!("{} ({:?}) asked what its role may not: {request:?}", from.node, from.role);
         return PeerReply::Refused(format!("a {:?} may not ask this", from.role));

@@ -44,11 +44,12 @@ impl<F: Fn(&Who, PeerRequest) -> PeerReply + Send + Sync + 'static> Handler for 
 }
 
 impl TlsPeers {
-    /// Makes key and certificate of this role of the process. `operators`: SlurmUser beside root.
+    /// Makes key and certificate of this role of the process. `operators`: SlurmUser beside root. `term`: which life of a controller this is
+    /// ([`PeerSettings::term`]).
     ///
     /// # Errors
     /// A line for the administrator.
-    pub fn new(config: &Config, operators: &[u32], role: Role, faults: &Faults) -> Result<Arc<Self>, String> {
+    pub fn new(config: &Config, operators: &[u32], role: Role, term: u64, faults: &Faults) -> Result<Arc<Self>, String> {
         let mut allowed = vec![0, nix::unistd::getuid().as_raw()];
         allowed.extend(operators);
         allowed.dedup();
@@ -56,6 +57,7 @@ impl TlsPeers {
             allow_plain: !config.peer.encrypt_migration,
             max_message: 4 << 20,
             faults: faults.clone(),
+            term,
             ..PeerSettings::new(&config.node(), role, allowed)
         };
         let user = nix::unistd::User::from_name(&config.peer.qemu_user).ok().flatten();

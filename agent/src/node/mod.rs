@@ -2,6 +2,7 @@
 //! server and the health watch; holds no VM state itself but the last record of those that are over.
 mod attach;
 mod completion;
+mod controllers;
 mod ended;
 mod events;
 pub mod health;
@@ -109,6 +110,7 @@ pub struct Node {
     save_speed: AtomicU64,
     /// What live VMs said of themselves last.
     last_views: Mutex<HashMap<u32, VmView>>,
+    controllers: Mutex<controllers::Controllers>,
 }
 
 impl Node {
@@ -129,6 +131,7 @@ impl Node {
             hard_limit_fails: AtomicBool::new(false),
             save_speed: AtomicU64::new(0),
             last_views: Mutex::default(),
+            controllers: Mutex::default(),
         })
     }
 

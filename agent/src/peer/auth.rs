@@ -68,6 +68,8 @@ pub struct Who {
     pub uid: u32,
     /// The version agreed on.
     pub version: u32,
+    /// Its [`PeerSettings::term`](super::PeerSettings::term): of two controllers the one that began later has the higher one.
+    pub term: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -79,6 +81,7 @@ struct Hello {
     role: Role,
     purpose: Purpose,
     nonce: String,
+    term: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -111,6 +114,7 @@ struct Claims {
     purpose: Purpose,
     client_node: String,
     client_role: Role,
+    client_term: u64,
     server_node: String,
     server_role: Role,
     client_nonce: String,
@@ -149,6 +153,7 @@ pub(super) struct Party<'a> {
     pub credentials: &'a dyn Credentials,
     pub node: &'a str,
     pub role: Role,
+    pub term: u64,
     pub allowed_uids: &'a [u32],
     pub deadline: Duration,
     pub faults: &'a Faults,
@@ -166,6 +171,7 @@ impl Party<'_> {
             role: self.role,
             purpose,
             nonce: self.tls.random_hex(32)?,
+            term: self.term,
         })
     }
 
@@ -180,6 +186,7 @@ impl Party<'_> {
             purpose: client.purpose,
             client_node: client.node.clone(),
             client_role: client.role,
+            client_term: client.term,
             server_node: server.node.clone(),
             server_role: server.role,
             client_nonce: client.nonce.clone(),
@@ -247,6 +254,7 @@ impl Party<'_> {
                     role: server.role,
                     uid,
                     version: claims.version,
+                    term: server.term,
                 })
             }
         }
@@ -296,6 +304,7 @@ impl Party<'_> {
                 role: client.role,
                 uid,
                 version,
+                term: client.term,
             },
             client.purpose,
         ))

@@ -21,6 +21,9 @@ pub struct PeerSettings {
     pub node: String,
     /// As what.
     pub role: Role,
+    /// Which life of a controller this is: Unix milliseconds of its start. Every word that it says is said in a session that was opened in
+    /// its name. 0 for the agent of a node.
+    pub term: u64,
     /// Whose credentials are believed: root, our own uid, SlurmUser.
     pub allowed_uids: Vec<u32>,
     /// For a TCP connection.
@@ -46,6 +49,7 @@ impl PeerSettings {
         Self {
             node: node.to_owned(),
             role,
+            term: 0,
             allowed_uids,
             connect_deadline: Duration::from_secs(3),
             handshake_deadline: Duration::from_secs(5),
@@ -99,6 +103,7 @@ impl Peer {
             credentials: self.credentials.as_ref(),
             node: &self.settings.node,
             role: self.settings.role,
+            term: self.settings.term,
             allowed_uids: &self.settings.allowed_uids,
             deadline: self.settings.handshake_deadline,
             faults: &self.settings.faults,

@@ -85,7 +85,8 @@ fn two_agents_trust_each_other_and_questions_are_answered_in_turn() {
             node: "n2".into(),
             role: Role::Node,
             uid: 500,
-            version: 1
+            version: 1,
+            term: 0
         }
     );
     for i in 0..20 {

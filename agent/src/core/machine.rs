@@ -261,8 +261,11 @@ impl Vm {
         if self.record.failed_boots >= BOOTS {
             return self.stop(why);
         }
-        let line = why.verdict().map(|(_, line)| line).unwrap_or_default();
-        let line = format!("{line}; booting it once more");
+        let line = match &why {
+            End::BootTimeout { seconds } => format!("the guest did not come up within {seconds} s: booting it once more, from a new disk"),
+            End::BootFailed { how } => format!("the guest did not come up: {how}: booting it once more, from a new disk"),
+            _ => return self.stop(why),
+        };
         self.enter(Life::Preparing);
         self.lost = None;
         vec![

@@ -531,3 +531,39 @@ fn a_job_that_slurm_holds_for_its_exit_code_stays_held_as_without_a_vm() {
     m.nothing_left();
     lab.down().expect("down");
 }
+
+/// A mount point without its mount is a directory as well.
+#[test]
+fn a_node_whose_shared_directory_is_not_the_others_takes_no_guest() {
+    let lab = lab("mount", options(2, 40));
+    let m = Mover::new(&lab, "mount", 2);
+    let shared_dir = |to: &str| {
+        let edit = format!("s|^shared_dir = .*|shared_dir = \"{to}\"|");
+        lab.stop("n2", "slurm-vmd").expect("the agent stops");
+        let before = Said::from(lab.node("n2", &["grep", "^shared_dir", "/etc/slurm-vm/slurm-vm.toml"])).out;
+        lab.node("n2", &["sed", "-i", &edit, "/etc/slurm-vm/slurm-vm.toml"]);
+        lab.start("n2", "slurm-vmd").expect("the agent starts");
+        before
+    };
+    let job = m.count(Count::to(200), "out", "-w n1");
+    m.wait_lines("out", 5);
+    let before = shared_dir("/var/lib/not-mounted");
+    let before = before.trim().trim_start_matches("shared_dir = ").trim_matches('"').to_owned();
+    let mut health = String::new();
+    wait_with("n2 to be sick", &mut health, |health| {
+        *health = Said::from(lab.node("ctl", &["svm", "health"])).out;
+        health.lines().any(|l| l.starts_with("n2") && l.contains("is it mounted?"))
+    });
+    assert!(health.lines().any(|l| l.starts_with("n1") && l.contains(" ok ")), "{health}");
+    let said = m.t.sh(&format!("svm migrate {job} n2"));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.err.contains("is it mounted?"), "{said:?}");
+    shared_dir(&before);
+    m.wait_healthy();
+    assert_eq!(m.t.sh(&format!("svm migrate {job} n2")).code, Some(0));
+    m.completed(job, 1);
+    m.check("out", 200);
+    lab.node("n2", &["rm", "-r", "/var/lib/not-mounted"]);
+    m.nothing_left();
+    lab.down().expect("down");
+}

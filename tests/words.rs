@@ -83,6 +83,7 @@ fn requests() -> Vec<PeerRequest> {
                 domain_type: "kvm".into(),
                 cpu_model: "EPYC".into(),
                 qemu: "10.0.2".into(),
+                storage: Some("1700000000000-n1".into()),
             },
         },
         PeerRequest::TakeOver {

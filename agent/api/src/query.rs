@@ -189,6 +189,9 @@ pub struct Totals {
 /// Health of a node as its agent and the controller see it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 pub struct NodeHealth {
+    /// Which storage its `shared_dir` is; the same on all nodes that have the same one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
     /// Node name.
     pub node: String,
     /// VMs may be started here.

@@ -252,6 +252,7 @@ cluster   3    6  6G 5.0G 0:59    1:58    41     7   12G
             version: "0.1.0".into(),
             domain_type: "kvm".into(),
             why: None,
+            storage: None,
         };
         let ill = NodeHealth {
             node: "n10".into(),

@@ -203,6 +203,9 @@ pub struct HostFacts {
     pub cpu_model: String,
     /// QEMU's version.
     pub qemu: String,
+    /// Which storage its `shared_dir` is.
+    #[serde(default)]
+    pub storage: Option<String>,
 }
 
 /// The reply.

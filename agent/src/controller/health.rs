@@ -3,7 +3,7 @@
 //! Only ActiveFeatures are changed. They are lost at a reconfigure and at a restart of slurmctld, so they are compared
 //! at each poll. The last node never loses the feature: Slurm would then refuse submissions instead of queueing them
 //! (slurm: "Requested node configuration is not available").
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 use slurm_vm_api::query::NodeHealth;
 
@@ -17,7 +17,18 @@ const MOST_NODES: usize = 500;
 #[must_use]
 pub fn of(cluster: &Cluster, name: &str, now: Instant) -> NodeHealth {
     match cluster.nodes.get(name) {
-        Some(Some(status)) if now.duration_since(status.heard) <= STALE => status.health.clone(),
+        Some(Some(status)) if now.duration_since(status.heard) <= STALE => {
+            let (mine, usual) = (&status.health.storage, &cluster.storage);
+            let strange = status.health.healthy && mine.is_some() && usual.is_some() && mine != usual;
+            if !strange {
+                return status.health.clone();
+            }
+            NodeHealth {
+                healthy: false,
+                why: Some("its shared_dir is another storage than the other nodes': is it mounted?".into()),
+                ..status.health.clone()
+            }
+        }
         Some(Some(status)) => NodeHealth {
             healthy: false,
             why: Some(format!(
@@ -33,6 +44,19 @@ pub fn of(cluster: &Cluster, name: &str, now: Instant) -> NodeHealth {
             ..NodeHealth::default()
         },
     }
+}
+
+/// The storage that the cluster shares, by what its nodes say: that of most of them, and of as many the one that was first used. An id begins with
+/// the milliseconds of that.
+#[must_use]
+pub fn usual_storage<'a>(ids: impl Iterator<Item = &'a str>) -> Option<String> {
+    let mut nodes: BTreeMap<&str, usize> = BTreeMap::new();
+    for id in ids {
+        *nodes.entry(id).or_default() += 1;
+    }
+    let begun = |id: &str| id.split('-').next().and_then(|ms| ms.parse::<u64>().ok()).unwrap_or(u64::MAX);
+    let usual = nodes.into_iter().max_by_key(|(id, count)| (*count, std::cmp::Reverse(begun(id))));
+    usual.map(|(id, _)| id.to_owned())
 }
 
 /// What is to be changed: `(node, features it shall have)`.
@@ -107,7 +131,10 @@ impl Controller {
 
 #[cfg(test)]
 mod tests {
+    use slurm_vm_api::query::Totals;
+
     use super::*;
+    use crate::controller::NodeStatus;
 
     fn node(name: &str, active: &[&str]) -> NodeInfo {
         NodeInfo {
@@ -154,5 +181,41 @@ mod tests {
     fn a_healthy_node_gets_the_feature_back_before_a_sick_one_loses_it() {
         let c = changes("vm", &[(node("n1", &["vm"]), false), (node("n2", &[]), true)]);
         assert_eq!(c, vec![("n2".into(), vec!["vm".into()]), ("n1".into(), vec![])]);
+    }
+
+    #[test]
+    fn a_node_whose_shared_directory_is_another_storage_is_sick_by_the_word_of_the_others() {
+        let usual = |ids: &[&str]| usual_storage(ids.iter().copied());
+        assert_eq!(usual(&[]), None);
+        assert_eq!(usual(&["20-n2", "10-n1", "20-n2"]).as_deref(), Some("20-n2"), "what most have");
+        assert_eq!(usual(&["200-n2", "1000-n1"]).as_deref(), Some("200-n2"), "the first of as many");
+        let now = Instant::now();
+        let status = |storage: Option<&str>, healthy| NodeStatus {
+            health: NodeHealth {
+                healthy,
+                storage: storage.map(str::to_owned),
+                ..NodeHealth::default()
+            },
+            vms: vec![],
+            totals: Totals::default(),
+            heard: now,
+        };
+        let mut cluster = Cluster {
+            storage: Some("20-n2".into()),
+            ..Cluster::default()
+        };
+        for (name, storage, healthy) in [
+            ("same", Some("20-n2"), true),
+            ("other", Some("30-n3"), true),
+            ("none", None, true),
+            ("sick", Some("30-n3"), false),
+        ] {
+            cluster.nodes.insert(name.into(), Some(status(storage, healthy)));
+        }
+        let said = |name: &str| (of(&cluster, name, now).healthy, of(&cluster, name, now).why);
+        assert_eq!(said("same"), (true, None));
+        assert!(matches!(said("other"), (false, Some(why)) if why.contains("is it mounted?")));
+        assert_eq!(said("none"), (true, None), "a site without shared storage");
+        assert_eq!(said("sick"), (false, None), "its own word comes first");
     }
 }

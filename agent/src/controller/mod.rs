@@ -57,6 +57,8 @@ pub struct NodeStatus {
 pub struct Cluster {
     /// VM nodes by name, with what their agents said last.
     pub nodes: BTreeMap<String, Option<NodeStatus>>,
+    /// The storage that the nodes share ([`health::usual_storage`]).
+    pub storage: Option<String>,
     /// Slurm's view of these nodes.
     pub slurm_nodes: BTreeMap<String, NodeInfo>,
     /// Jobs of the last poll.
@@ -213,6 +215,8 @@ impl Controller {
             cluster.failed.retain(|job, _| jobs.has(*job));
             cluster.handled.retain(|job, _| jobs.has(*job));
             cluster.stays.retain(|job, _| jobs.has(*job));
+            let told = cluster.nodes.values().flatten().filter_map(|s| s.health.storage.as_deref());
+            cluster.storage = health::usual_storage(told);
             cluster.slurm_nodes = vm_nodes.iter().map(|n| (n.name.clone(), n.clone())).collect();
             cluster.jobs = jobs.clone();
             drop(cluster);

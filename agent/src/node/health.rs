@@ -21,6 +21,7 @@ pub fn of(node: &Arc<Node>) -> NodeHealth {
             why: Some("it has just started: a guest tries whether KVM works".into()),
             version,
             domain_type: "not known yet".into(),
+            storage: node.shared().storage,
         };
     };
     let why = trouble(node);
@@ -30,6 +31,7 @@ pub fn of(node: &Arc<Node>) -> NodeHealth {
         why,
         version,
         domain_type: format!("{} ({reason}{})", type_name(domain_type), confined(node)),
+        storage: node.shared().storage,
     }
 }
 
@@ -47,7 +49,7 @@ fn trouble(node: &Arc<Node>) -> Option<String> {
     if let Err(e) = node.world.hypervisor.ping(LIBVIRT_ANSWERS_WITHIN) {
         return Some(format!("libvirt: {e}"));
     }
-    if let Some(why) = node.shared_trouble() {
+    if let Some(why) = node.shared().trouble {
         return Some(why);
     }
     match node.world.disks.free_bytes(&node.config.state_dir) {

@@ -1,7 +1,7 @@
 //! What is known of this host: domain type, QEMU, security model, storage, what it can hold a guest to.
 use std::{sync::atomic::Ordering, time::Duration};
 
-use super::{Node, type_name};
+use super::{Node, shared::Look, type_name};
 use crate::{config::DomainTypeChoice, core::Record, hypervisor::DomainType};
 
 impl Node {
@@ -49,21 +49,18 @@ impl Node {
 
     /// Looks whether `shared_dir` is of use to VMs. May last as long as a file server is away.
     pub fn look_at_shared_dir(&self) {
-        let now = crate::node::shared::trouble(&self.config);
-        let mut known = self.shared_trouble.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(why) = now.as_ref().filter(|_| *known != now) {
+        let now = crate::node::shared::look(&self.config);
+        let mut known = self.shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(why) = now.trouble.as_ref().filter(|_| known.trouble != now.trouble) {
             log::error!("{why}");
         }
         *known = now;
     }
 
-    /// What the last look at `shared_dir` has found wrong.
+    /// What the last look at `shared_dir` has found.
     #[must_use]
-    pub fn shared_trouble(&self) -> Option<String> {
-        self.shared_trouble
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
+    pub fn shared(&self) -> Look {
+        self.shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
     /// What QEMU as a whole may use: the job's allocation, where cgroups let libvirt enforce it.

@@ -102,8 +102,8 @@ pub struct Node {
     domain_type: OnceLock<(DomainType, String)>,
     /// What libvirt says of the host, asked once: it may probe QEMU for seconds to tell it.
     host: OnceLock<HostInfo>,
-    /// What is wrong with `shared_dir`.
-    shared_trouble: Mutex<Option<String>>,
+    /// The last look at `shared_dir`.
+    shared: Mutex<shared::Look>,
     /// A start with a hard limit has failed here: there are no cgroups for libvirt.
     hard_limit_fails: AtomicBool,
     /// Bytes per second of the last save made here; 0 before the first.
@@ -127,7 +127,7 @@ impl Node {
             vms: Mutex::default(),
             domain_type: OnceLock::new(),
             host: OnceLock::new(),
-            shared_trouble: Mutex::new(None),
+            shared: Mutex::default(),
             hard_limit_fails: AtomicBool::new(false),
             save_speed: AtomicU64::new(0),
             last_views: Mutex::default(),

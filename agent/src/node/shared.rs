@@ -11,9 +11,60 @@ use nix::unistd::User;
 
 use crate::{config::Config, effects::private};
 
+/// What the last look at `shared_dir` has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Look {
+    /// Why it is of no use to this node's VMs, if it is not.
+    pub trouble: Option<String>,
+    /// Which storage it is: the same on all nodes that have the same one, whatever its path is ([`ID`]).
+    pub storage: Option<String>,
+}
+
+/// File in `shared_dir` that tells one storage from another: a mount point without its mount is a directory as well, and a save or an overlay
+/// that is made there is found by no other node.
+const ID: &str = ".storage-id";
+
+/// Looks at `shared_dir`. May last as long as a file server is away.
+#[must_use]
+pub fn look(config: &Config) -> Look {
+    let trouble = trouble(config);
+    let storage = match (&trouble, &config.shared_dir) {
+        (None, Some(shared)) => identity(shared, &config.node()),
+        _ => return Look { trouble, storage: None },
+    };
+    match storage {
+        Ok(id) => Look {
+            trouble,
+            storage: Some(id),
+        },
+        Err(e) => Look {
+            trouble: Some(format!("shared_dir: {ID}: {e}")),
+            storage: None,
+        },
+    }
+}
+
+/// The storage's id: Unix milliseconds at which it was first used, and the node that did so. Of several nodes that come first one gives it.
+fn identity(shared: &Path, node: &str) -> Result<String> {
+    let (id, mine) = (shared.join(ID), shared.join(format!("{ID}-{node}")));
+    match fs::read_to_string(&id) {
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        read => return read.map(|text| text.trim().to_owned()),
+    }
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
+    fs::write(&mine, format!("{now}-{node}\n"))?;
+    // Unlike a rename it fails where there is one already.
+    let given = fs::hard_link(&mine, &id);
+    let _ = fs::remove_file(&mine);
+    match given {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
+        _ => fs::read_to_string(&id).map(|text| text.trim().to_owned()),
+    }
+}
+
 /// Makes the directories in `shared_dir`, and says why they are of no use to this node's VMs if they are not.
 #[must_use]
-pub fn trouble(config: &Config) -> Option<String> {
+fn trouble(config: &Config) -> Option<String> {
     let shared = config.shared_dir.as_ref()?;
     let user = &config.peer.qemu_user;
     // What is there already is the administrator's.
@@ -83,8 +134,18 @@ fn passable(dir: &Path, name: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::passable;
+    use super::{identity, passable};
     use std::{fs, os::unix::fs::PermissionsExt};
+
+    #[test]
+    fn a_storage_has_one_id_whoever_looks_and_another_storage_another() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let first = identity(one.path(), "n1").unwrap();
+        assert!(first.ends_with("-n1"), "{first}");
+        assert_eq!(identity(one.path(), "n2").unwrap(), first);
+        assert_ne!(identity(other.path(), "n2").unwrap(), first);
+        assert_eq!(fs::read_dir(one.path()).unwrap().count(), 1, "nothing else stays behind");
+    }
 
     #[test]
     fn a_directory_that_is_closed_on_the_way_is_named() {

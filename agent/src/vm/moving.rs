@@ -265,6 +265,7 @@ fn facts(node: &Node, domain_type: &str) -> HostFacts {
         domain_type: domain_type.into(),
         cpu_model: node.config.hypervisor.cpu_model.clone(),
         qemu: node.qemu_version(),
+        storage: node.shared().storage,
     }
 }
 
@@ -343,6 +344,9 @@ pub fn import(
     record.come_to(&node.name);
     let domain = record.domain();
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
+    if (plan.overlay_shared || !plan.layers.is_empty()) && mine.storage != host.storage {
+        return Err("its shared_dir is another storage than the source's: is it mounted?".into());
+    }
     let mut disk = None;
     if let (Some(overlay), Some(wanted)) = (plan.overlay.clone(), plan.base_sha256.clone()) {
         let (base, format) = base_by_digest(node, &wanted).ok_or_else(|| format!("no image here has the base disk {wanted}"))?;

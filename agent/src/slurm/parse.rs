@@ -161,6 +161,7 @@ fn squeue_line(line: &str, values: &[&str]) -> Result<JobInfo, SlurmError> {
         nice: None,
         allocs: Vec::new(),
         user_text: UserText::default(),
+        gres: Vec::new(),
     })
 }
 
@@ -256,7 +257,21 @@ pub(super) fn add_details(job: &mut JobInfo, text: &str) -> Result<(), SlurmErro
     job.user_text = user_text(record);
     job.exclude_nodes = excluded(record)?;
     job.nice = nice(record);
+    job.gres = gres(record);
     Ok(())
+}
+
+/// From the lines of the nodes: `GRES=gpu:1(IDX:0)`, empty without. (The job's TRES have them only where accounting follows them.) A user can add
+/// some by a clever job name, to the job's own harm only.
+fn gres(record: &str) -> Vec<String> {
+    let mut gres: Vec<String> = record
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("GRES="))
+        .filter(|list| !list.is_empty() && *list != "(null)")
+        .map(str::to_owned)
+        .collect();
+    gres.dedup();
+    gres
 }
 
 /// Records begin with `JobId=` at the start of a line; other line breaks come from user texts.

@@ -72,6 +72,19 @@ fn samples() -> impl Iterator<Item = Samples> {
 }
 
 #[test]
+fn generic_resources_that_a_job_was_given_are_read() {
+    for s in samples() {
+        let task = s.out("job_array_task");
+        let mut job = parse::squeue(s.out("squeue_array_task")).unwrap().remove(0);
+        parse::add_details(&mut job, task).unwrap();
+        assert_eq!(job.gres, [] as [String; 0], "{}", s.release);
+        let with = task.replacen(" GRES=", " GRES=gpu:2(IDX:0-1)", 1);
+        parse::add_details(&mut job, &with).unwrap();
+        assert_eq!(job.gres, ["gpu:2(IDX:0-1)"], "{}", s.release);
+    }
+}
+
+#[test]
 fn a_running_job_is_read_in_full() {
     for s in samples() {
         let job = s.job("running", "job_running").unwrap();

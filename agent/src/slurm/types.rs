@@ -175,6 +175,8 @@ pub struct JobInfo {
     pub allocs: Vec<NodeAlloc>,
     /// Free texts that the user chose. Never decide anything by them and never open a path found in them: a job can make them say anything.
     pub user_text: UserText,
+    /// Generic resources that it has been given on its nodes: `gpu:1(IDX:0)`.
+    pub gres: Vec<String>,
 }
 
 /// What a job asks for, or has: asked of Slurm only where places are given out.

@@ -136,7 +136,7 @@ pub fn prepare(
 /// Asks Slurm for a job's part of this node.
 ///
 /// # Errors
-/// [`Failure::Node`] when Slurm does not answer or the job is not on this node.
+/// [`Failure::Node`] when Slurm does not answer or the job is not on this node, [`Failure::Request`] for a job with generic resources.
 pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failure> {
     let info = world
         .slurm
@@ -152,6 +152,12 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failu
         .iter()
         .find(|a| a.node == node)
         .ok_or_else(|| Failure::Node(format!("Slurm does not show job {job} on {node}")))?;
+    if !info.gres.is_empty() {
+        return Err(Failure::Request(format!(
+            "the job has {}, which no guest can be given yet; submit it without --gres and --gpus, or without --vm",
+            info.gres.join(",")
+        )));
+    }
     let pinned = kernel_cpus(world, node, &here.cpus)
         .map_err(|e| Failure::Node(format!("cannot ask Slurm how many threads a core of {node} has: {e}")))?;
     Ok(Allocation {

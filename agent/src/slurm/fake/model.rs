@@ -685,6 +685,7 @@ impl Model {
                 comment: job.comment.clone(),
                 ..UserText::default()
             },
+            gres: Vec::new(),
         })
     }
 

@@ -680,7 +680,9 @@ impl Cluster {
                 }
             }
             Act::Save { record, kept, .. } if ours(self) => {
-                let Some(done) = self.reach(node, |rooms| saving::save(rooms, record, kept, "preemption")) else {
+                let Some(done) = self.reach(node, |rooms| {
+                    saving::save(rooms, record, kept, "preemption").map_err(|e| e.to_string())
+                }) else {
                     return;
                 };
                 if done.is_ok() {
@@ -767,7 +769,7 @@ impl Cluster {
                 let record = owner.vm.record.clone();
                 let at = match self.reach(node, |rooms| saving::fits(rooms, &record)) {
                     None => return self.answer(id, Err("connection lost".into())),
-                    Some(Err(why)) => return self.answer(id, Err(why)),
+                    Some(Err(why)) => return self.answer(id, Err(why.to_string())),
                     Some(Ok(at)) => at,
                 };
                 let owner = self.nodes.get_mut(node).and_then(|n| n.vms.get_mut(&job));

@@ -314,7 +314,7 @@ impl Owner {
                         self.core(Event::Save { at, cause });
                     }
                     Err(why) => {
-                        let _ = reply.send(Err(why));
+                        let _ = reply.send(Err(why.to_string()));
                     }
                 }
             }
@@ -977,7 +977,7 @@ impl Owner {
         if h.save {
             let cause = self.save_cause.clone();
             worker(job, "save", move || {
-                let done = saving::save(&node, &record, &spools, &cause);
+                let done = saving::save(&node, &record, &spools, &cause).map_err(|e| e.to_string());
                 let _ = tx.send(Request::Core(Event::SaveWritten(done.map(Box::new))));
             });
         } else {

@@ -11,6 +11,7 @@
 //! cluster, this job in a later run than the one that was saved, and the very base image.
 //! The saves of a VM are removed when it ends where it ran, or when its job has ended.
 mod claim;
+mod error;
 
 use std::{
     path::{Path, PathBuf},
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::MoveView;
 
 use claim::{Claim, Stand, Taken};
+pub use error::SaveError;
 
 use super::{moving::make_run_dir, prepare, programs::Kept};
 use crate::{
@@ -52,9 +54,12 @@ pub struct NotRestored {
     pub job_left: bool,
 }
 
-impl From<String> for NotRestored {
-    fn from(why: String) -> Self {
-        Self { why, job_left: false }
+impl From<SaveError> for NotRestored {
+    fn from(why: SaveError) -> Self {
+        Self {
+            why: why.to_string(),
+            job_left: false,
+        }
     }
 }
 
@@ -96,7 +101,7 @@ fn all(node: &Node) -> Vec<Named> {
     listed(node).inspect_err(|e| log::warn!("{e}")).unwrap_or_default()
 }
 
-fn listed(node: &Node) -> Result<Vec<Named>, String> {
+fn listed(node: &Node) -> Result<Vec<Named>, SaveError> {
     let Some(saves) = node.config.shared_dir.as_ref().map(|s| s.join("saves")) else {
         return Ok(vec![]);
     };
@@ -104,7 +109,7 @@ fn listed(node: &Node) -> Result<Vec<Named>, String> {
         Ok(all) => Ok(all.into_iter().filter_map(|dir| Named::parse(dir, &node.config.cluster)).collect()),
         // Nothing has been saved yet.
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(vec![]),
-        Err(e) => Err(format!("{}: {e}", saves.display())),
+        Err(e) => Err(SaveError::file(saves)(e)),
     }
 }
 
@@ -112,21 +117,20 @@ fn listed(node: &Node) -> Result<Vec<Named>, String> {
 ///
 /// # Errors
 /// What stands against it.
-pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
-    let dir = directory(node, record).ok_or("there is no shared storage (shared_dir)")?;
-    let shared = node.config.shared_dir.as_ref().ok_or("there is no shared storage (shared_dir)")?;
-    let need = node.world.hypervisor.memory_in_use(&record.domain()).map_err(|e| e.to_string())?;
+pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, SaveError> {
+    let dir = directory(node, record).ok_or(SaveError::NoSharedDir)?;
+    let shared = node.config.shared_dir.as_ref().ok_or(SaveError::NoSharedDir)?;
+    let need = node.world.hypervisor.memory_in_use(&record.domain())?;
     // What others could forge, no node restores.
     let saves = shared.join("saves");
-    node.world.files.trusted(&saves).map_err(|e| e.to_string())?;
-    let free = node.world.disks.free_bytes(shared).map_err(|e| e.to_string())?;
+    node.world.files.trusted(&saves)?;
+    let free = node.world.disks.free_bytes(shared)?;
     if need + (64 << 20) > free {
-        return Err(format!(
-            "a save needs {} MiB and {} has {} MiB free",
-            need >> 20,
-            shared.display(),
-            free >> 20
-        ));
+        return Err(SaveError::NoRoom {
+            need_mib: need >> 20,
+            free_mib: free >> 20,
+            dir: shared.clone(),
+        });
     }
     Ok(dir)
 }
@@ -135,22 +139,22 @@ pub fn fits(node: &Node, record: &Record) -> Result<PathBuf, String> {
 ///
 /// # Errors
 /// Why there is no save; the domain is then still there, paused.
-pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
+pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<MoveView, SaveError> {
     let Life::Saving { at: dir } = &record.life else {
-        return Err("the VM is not being saved".into());
+        return Err(SaveError::NotSaving);
     };
     let begun = node.world.clock.instant();
     let files = &node.world.files;
     let _ = files.remove_all(dir);
     files
         .make_directory(dir, Directory::Passage(&node.config.peer.qemu_user))
-        .map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+        .map_err(SaveError::file(dir))?;
     let memory = dir.join("memory");
     let domain = record.domain();
     let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
     if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
         let _ = files.remove_all(dir);
-        return Err(e.to_string());
+        return Err(e.into());
     }
     // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
     match complete(node, record, dir, begun, kept, cause) {
@@ -165,17 +169,18 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
                     let _ = files.remove_all(dir);
                     Err(why)
                 }
-                Err(e) => Err(format!(
-                    "{why}; and the guest could not be brought back from {}: {e}",
-                    memory.display()
-                )),
+                Err(again) => Err(SaveError::Lost {
+                    why: Box::new(why),
+                    memory,
+                    again,
+                }),
             }
         }
     }
 }
 
 /// The part of a save after the memory: overlay, syncs, manifest last.
-fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, String> {
+fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, SaveError> {
     let memory = dir.join("memory");
     let mut bytes = node.world.disks.used_bytes(&memory);
     let memory_bytes = bytes;
@@ -183,16 +188,14 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
     let mut written = vec![memory];
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.as_ref()) {
         let saved = dir.join("overlay.qcow2");
-        files.rename(overlay, &saved).map_err(|e| format!("{}: {e}", overlay.display()))?;
+        files.rename(overlay, &saved).map_err(SaveError::file(overlay))?;
         // libvirt has given it back to root; it is read again under a fresh layer.
-        files
-            .give(&saved, &node.config.peer.qemu_user)
-            .map_err(|e| format!("{}: {e}", saved.display()))?;
+        files.give(&saved, &node.config.peer.qemu_user).map_err(SaveError::file(&saved))?;
         bytes += node.world.disks.used_bytes(&saved);
         written.push(saved);
     }
     for file in &written {
-        files.sync(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        files.sync(file).map_err(SaveError::file(file))?;
     }
     let mut saved = record.clone();
     saved.life = Life::Restoring { from: dir.to_path_buf() };
@@ -223,11 +226,9 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         chain,
         kept: kept.iter().map(|(p, s, o, b)| (*p, *s, *o, crate::text::hex(b))).collect(),
     };
-    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| e.to_string())?;
+    let json = serde_json::to_vec_pretty(&manifest).map_err(|e| SaveError::Unfit(e.to_string()))?;
     let manifest = dir.join(claim::MANIFEST);
-    files
-        .write_durably(&manifest, &json)
-        .map_err(|e| format!("{}: {e}", manifest.display()))?;
+    files.write_durably(&manifest, &json).map_err(SaveError::file(&manifest))?;
     Ok(done)
 }
 
@@ -235,17 +236,15 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
 ///
 /// # Errors
 /// When the catalogue's image is another one by now: on another base the guest's disk would be damaged in silence.
-fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, String> {
+fn base(node: &Node, record: &Record) -> Result<Option<(PathBuf, String)>, SaveError> {
     let Some(wanted) = record.plan.as_ref().and_then(|p| p.base_sha256.as_ref()) else {
         return Ok(None);
     };
     let found = super::moving::base_by_digest(node, wanted);
-    let image = &record.spec.image;
-    found.map(Some).ok_or_else(|| {
-        format!(
-            "no image on {} is the one that the VM stands on (image {image}, SHA-256 {wanted}): its disk was replaced; put it back under any name",
-            node.name
-        )
+    found.map(Some).ok_or_else(|| SaveError::BaseReplaced {
+        node: node.name.clone(),
+        image: record.spec.image.clone(),
+        sha256: wanted.clone(),
     })
 }
 
@@ -260,7 +259,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// # Errors
 /// When it cannot be known whether a save waits: a job that started over then would lose what it has done, and its save would
 /// become the guest of a later run.
-pub fn find(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, String> {
+pub fn find(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, SaveError> {
     let mut looks = 1;
     loop {
         match look_for(node, job, uid) {
@@ -274,18 +273,18 @@ pub fn find(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, String> {
     }
 }
 
-fn look_for(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, String> {
+fn look_for(node: &Node, job: u32, uid: u32) -> Result<Option<Record>, SaveError> {
     let mut found: Option<Record> = None;
     for Named { dir, .. } in listed(node)?.into_iter().filter(|s| s.job == job) {
         let manifest = match claim::stand(&*node.world.files, &dir) {
             Ok((Stand::Waits | Stand::Claimed(_), manifest)) => manifest,
             Ok((Stand::Used | Stand::None, _)) => continue,
-            Err(e) => return Err(format!("{}: {e}", dir.display())),
+            Err(e) => return Err(SaveError::file(dir)(e)),
         };
         let m = match node.world.files.read_trusted(&manifest) {
             Ok(bytes) => understood(&manifest, &bytes),
             // One that has just been renamed is found again by its new name.
-            Err(e @ Distrust::Io { .. }) => return Err(e.to_string()),
+            Err(e @ Distrust::Io { .. }) => return Err(e.into()),
             Err(e) => {
                 e.complain();
                 None
@@ -352,7 +351,7 @@ fn admit(node: &Node, record: &Record) -> Result<(), NotRestored> {
     let left = |why: String| Err(NotRestored { why, job_left: true });
     let info = match node.world.slurm.job(job) {
         Ok(info) => info,
-        Err(e) => return Err(format!("Slurm does not say whether job {job} runs here: {e}").into()),
+        Err(why) => return Err(SaveError::NoWordOfSlurm { job, why }.into()),
     };
     // The job may have been cancelled, or requeued to another node.
     let here = info.filter(|i| i.brief.state.is_on_nodes() && i.brief.nodes.contains(&node.name));
@@ -365,7 +364,7 @@ fn admit(node: &Node, record: &Record) -> Result<(), NotRestored> {
     }
     let saved_in = record.allocation.as_ref().and_then(|a| a.restarts);
     if saved_in.is_some_and(|run| info.brief.restarts <= run) {
-        return Err(format!("the save is of another job that had the number {job}").into());
+        return Err(SaveError::Unfit(format!("the save is of another job that had the number {job}")).into());
     }
     Ok(())
 }
@@ -376,34 +375,36 @@ fn admit(node: &Node, record: &Record) -> Result<(), NotRestored> {
 /// Why it cannot be restored; nothing of it runs then.
 pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>), NotRestored> {
     let Life::Restoring { from: dir } = &record.life else {
-        return Err("the VM is not being restored".to_owned().into());
+        return Err(SaveError::Unfit("the VM is not being restored".into()).into());
     };
     let begun = node.world.clock.instant();
     admit(node, record)?;
     let mine = crate::node::type_name(node.domain_type());
     if let Some(theirs) = record.plan.as_ref().map(|p| p.domain_type.as_str()).filter(|t| *t != mine) {
-        return Err(format!("it was saved under {theirs}, this node runs guests with {mine}").into());
+        return Err(SaveError::Unfit(format!("it was saved under {theirs}, this node runs guests with {mine}")).into());
     }
-    let storage = |e: std::io::Error| format!("{}: {e}", dir.display());
+    let storage = |e: std::io::Error| SaveError::file(dir)(e);
     let files = &*node.world.files;
     let taken = claim::take(files, dir, &node.name).map_err(storage)?;
     let (_, manifest) = claim::stand(files, dir).map_err(storage)?;
     let domain = record.domain();
     // Loaded already, by an agent that was restarted before it could say so: not a second time.
-    let here = node.world.hypervisor.info(&domain).map_err(|e| e.to_string());
+    let here = node.world.hypervisor.info(&domain).map_err(SaveError::from);
     let here = here.map(|d| d.is_some_and(|d| d.uuid == record.uuid()));
-    let manifest = read(node, &manifest).ok_or_else(|| format!("{} has no manifest", dir.display()));
+    let manifest = read(node, &manifest).ok_or_else(|| SaveError::Unfit(format!("{} has no manifest", dir.display())));
     let manifest = match taken {
-        Taken::Used if here.clone()? => {
-            node.world.hypervisor.resume(&domain).map_err(|e| e.to_string())?;
+        Taken::Used => {
+            if !here? {
+                return Err(SaveError::Unfit(format!("{} was restored already", dir.display())).into());
+            }
+            node.world.hypervisor.resume(&domain).map_err(SaveError::from)?;
             manifest?
         }
-        Taken::Used => return Err(format!("{} was restored already", dir.display()).into()),
         Taken::Claim(mut claim) => {
             let done = here.and_then(|here| Ok((here, manifest?)));
             let run = done.map_err(NotRestored::from).and_then(|(here, manifest)| {
                 if !here {
-                    make_run_dir(files, &node.config, &domain)?;
+                    make_run_dir(files, &node.config, &domain).map_err(SaveError::Unfit)?;
                     load(node, record, dir, &manifest)?;
                 }
                 admit(node, record)?;
@@ -442,13 +443,13 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
 }
 
 /// Lets the loaded guest run. An answer that was lost is not taken for a refusal.
-fn let_run(node: &Node, domain: &str) -> Result<(), String> {
+fn let_run(node: &Node, domain: &str) -> Result<(), SaveError> {
     let Err(e) = node.world.hypervisor.resume(domain) else {
         return Ok(());
     };
     match node.world.hypervisor.info(domain) {
         Ok(Some(d)) if d.state == DomainState::Running => Ok(()),
-        _ => Err(e.to_string()),
+        _ => Err(e.into()),
     }
 }
 
@@ -476,13 +477,13 @@ fn unload(node: &Node, record: &Record, claim: &Claim) {
 }
 
 /// Puts a fresh layer over the saved disk and starts the guest from its memory, paused.
-fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result<(), String> {
+fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result<(), SaveError> {
     let memory = dir.join("memory");
-    let saved = node.world.hypervisor.saved(&memory).map_err(|e| e.to_string())?;
+    let saved = node.world.hypervisor.saved(&memory)?;
     let mut disks = Vec::new();
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.clone()) {
         let base = dir.join("overlay.qcow2");
-        node.world.disks.make_overlay(&overlay, &base, "qcow2").map_err(|e| e.to_string())?;
+        node.world.disks.make_overlay(&overlay, &base, "qcow2")?;
         let mut backing = vec![(base, DiskFormat::Qcow2)];
         // The last of the chain is the base image, which this node may have elsewhere.
         let mut chain = manifest.chain.clone();
@@ -502,8 +503,8 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
             cache: DiskCache::default(),
         });
     }
-    let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| e.to_string())?;
-    node.world.hypervisor.restore(&memory, Some(&xml), true).map_err(|e| e.to_string())
+    let xml = repoint(&saved.xml, &disks, Some(&prepare::metadata(record))).map_err(|e| SaveError::Unfit(e.to_string()))?;
+    Ok(node.world.hypervisor.restore(&memory, Some(&xml), true)?)
 }
 
 /// A save that this node has made.

@@ -243,6 +243,8 @@ pub struct LibvirtJob {
 
 pub struct Cluster {
     pub mood: Mood,
+    /// Effects of the rooms fail, too: in every other seed, since a VM that ends of that meets nothing else.
+    pub effects_fail: bool,
     pub random: Random,
     pub now: u64,
     half_seconds: u64,
@@ -305,7 +307,10 @@ impl Cluster {
     pub fn new(seed: u64, mood: Mood) -> Self {
         let mut random = Random::new(seed);
         let count = random.between(2, 6);
-        Self::of(random, count, mood)
+        Self {
+            effects_fail: seed % 2 == 1,
+            ..Self::of(random, count, mood)
+        }
     }
 
     fn of(mut random: Random, count: u64, mood: Mood) -> Self {
@@ -318,6 +323,7 @@ impl Cluster {
         slurm.set_requeues_early_exit(random.permille(500));
         Self {
             mood,
+            effects_fail: false,
             random,
             now: BEGIN_MS,
             half_seconds: 0,

@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cluster::{Cluster, Mood};
 
 /// Seeds in a plain `cargo test`.
-const SEEDS: u64 = 120;
+const SEEDS: u64 = 400;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name)

@@ -111,7 +111,7 @@ impl Cluster {
             let calls = u32::try_from(self.random.between(0, 8)).unwrap_or(0);
             self.storage.kill_after(node, calls);
         }
-        let fails = self.rough(30);
+        let fails = self.effects_fail && self.rough(30);
         if fails {
             let points = u32::try_from(self.random.between(1, 12)).unwrap_or(1);
             self.nodes[node].faults.fail_nth(points);

@@ -375,9 +375,14 @@ pub fn import(
         plan.overlay_shared = copy_overlay.is_none();
         disk = Some((overlay, base, format));
     }
-    make_run_dir(&*node.world.files, &node.config, &domain)?;
     let libvirt = libvirt_socket(&node.config.hypervisor.uri);
-    let end = node.peers.admit(&move_id, token, from, libvirt)?;
+    let prepared = make_run_dir(&*node.world.files, &node.config, &domain).and_then(|()| node.peers.admit(&move_id, token, from, libvirt));
+    let end = prepared.inspect_err(|_| {
+        // Of a VM of the job that is here already nothing is taken away.
+        if node.owner(record.job).is_none() {
+            clear_here(node, &record);
+        }
+    })?;
     let job = record.job;
     let by = match &record.life {
         Life::Arriving { by, .. } => by.clone(),

@@ -49,12 +49,8 @@ impl Controller {
             Ask::Log { job, follow } => self.log(*job, *follow, &may_see, say)?,
             Ask::Health => {
                 let all: Vec<_> = {
-                    let cluster = self.cluster();
-                    cluster
-                        .nodes
-                        .keys()
-                        .map(|n| health::of(&cluster, n, self.world.clock.instant()))
-                        .collect()
+                    let (cluster, now) = (self.cluster(), self.world.clock.instant());
+                    cluster.nodes.keys().map(|n| health::of(&cluster, n, now)).collect()
                 };
                 for n in all {
                     say(Answer::Node(n))?;
@@ -167,11 +163,8 @@ impl Controller {
     /// A VM that ended before those that the nodes report of by themselves: each node is asked.
     fn ended_before(&self, job: u32) -> Option<VmView> {
         let well: Vec<String> = {
-            let cluster = self.cluster();
-            let nodes = cluster
-                .nodes
-                .keys()
-                .filter(|n| health::of(&cluster, n, self.world.clock.instant()).healthy);
+            let (cluster, now) = (self.cluster(), self.world.clock.instant());
+            let nodes = cluster.nodes.keys().filter(|n| health::of(&cluster, n, now).healthy);
             nodes.cloned().collect()
         };
         let ask = |node: String| match self.peers.request(&node, &self.address(&node), &PeerRequest::Show { job }, PEER) {

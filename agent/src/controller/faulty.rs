@@ -62,7 +62,7 @@ impl Controller {
             let nodes: Vec<(String, bool)> = cluster
                 .slurm_nodes
                 .keys()
-                .map(|n| (n.clone(), health::of(&cluster, n, self.world.clock.instant()).healthy))
+                .map(|n| (n.clone(), health::of(&cluster, n, now).healthy))
                 .collect();
             (faulty, nodes)
         };
@@ -133,7 +133,7 @@ impl Controller {
                 let host = brief.and_then(|j| j.batch_host.clone());
                 let status = host.and_then(|h| cluster.nodes.get(&h).cloned().flatten());
                 let runs = status
-                    .filter(|s| self.world.clock.instant().duration_since(s.heard) <= STALE)
+                    .filter(|s| self.world.clock.since(s.heard) <= STALE)
                     .is_some_and(|s| s.vms.iter().any(|v| v.job == job && v.state == "running"));
                 (runs, brief.is_some_and(JobBrief::in_grace))
             };

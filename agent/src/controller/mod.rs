@@ -155,7 +155,6 @@ impl Controller {
         if let Err(e) = thread::Builder::new().name("places".into()).spawn(move || controller.run_places()) {
             log::error!("cannot start the thread that gives out places: {e}");
         }
-        let since = |begun: Instant| self.world.clock.instant().duration_since(begun);
         loop {
             let begun = self.world.clock.instant();
             match self.poll() {
@@ -173,9 +172,9 @@ impl Controller {
                 Err(_) => {}
             }
             // Moves that wait for Slurm look a little oftener, by one command for all of them.
-            while let Some(left) = poll.checked_sub(since(begun)).filter(|left| !left.is_zero()) {
+            while let Some(left) = poll.checked_sub(self.world.clock.since(begun)).filter(|left| !left.is_zero()) {
                 self.world.clock.sleep(left.min(poll / 3 + Duration::from_millis(1)));
-                if since(begun) < poll
+                if self.world.clock.since(begun) < poll
                     && self.relocations.wait_for_slurm()
                     && let Ok(jobs) = self.world.slurm.jobs_poll()
                 {
@@ -260,7 +259,7 @@ impl Controller {
                     };
                     controller.cluster().nodes.insert(name.clone(), Some(status));
                 }
-                let taken = controller.world.clock.instant().duration_since(begun);
+                let taken = controller.world.clock.since(begun);
                 controller.world.clock.sleep(poll.saturating_sub(taken));
             }
         });

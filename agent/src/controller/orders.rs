@@ -155,7 +155,7 @@ struct Pacer {
 impl Pacer {
     /// Waits until so many commands may be given.
     fn wait(&self, commands: u32) {
-        let now_ms = u64::try_from(self.clock.instant().duration_since(self.begun).as_millis()).unwrap_or(u64::MAX);
+        let now_ms = u64::try_from(self.clock.since(self.begun).as_millis()).unwrap_or(u64::MAX);
         let mut pace = self.pace.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let wait = pace.wait_ms(now_ms, commands);
         drop(pace);

@@ -344,11 +344,9 @@ impl Controller {
         let exclude = self.excluded_by(&jobs);
         let now_ms = self.world.clock.now_ms();
         let well = {
-            let cluster = self.cluster();
+            let (cluster, now) = (self.cluster(), self.world.clock.instant());
             let names = nodes.iter().map(|n| n.name.clone());
-            names
-                .filter(|n| health::of(&cluster, n, self.world.clock.instant()).healthy)
-                .collect()
+            names.filter(|n| health::of(&cluster, n, now).healthy).collect()
         };
         let arrival = |(job, hold): (&u32, &Hold)| Arrival {
             job: *job,

@@ -67,7 +67,7 @@ impl Controller {
                 .cluster()
                 .failed
                 .get(&j.id)
-                .is_none_or(|at| self.world.clock.instant().duration_since(*at) > LEAVE_ALONE)
+                .is_none_or(|at| self.world.clock.since(*at) > LEAVE_ALONE)
             {
                 log::info!("job {}: {from} is being drained", j.id);
                 self.plan_aside(j.clone(), from, "drain", None);

@@ -28,6 +28,10 @@ pub trait Clock: Send + Sync + fmt::Debug {
     fn now_ms(&self) -> u64;
     /// The monotonic clock, for lengths and bounds: setting the wall clock does not change it.
     fn instant(&self) -> Instant;
+    /// How long ago a moment of the monotonic clock was.
+    fn since(&self, moment: Instant) -> Duration {
+        self.instant().duration_since(moment)
+    }
     /// Blocks this thread.
     fn sleep(&self, for_: Duration);
 }

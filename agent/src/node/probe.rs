@@ -184,7 +184,7 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
         log::warn!("the probe guest cannot be ended: {e}");
     }
     if up {
-        return Ok(world.clock.instant().duration_since(begun).as_secs_f64());
+        return Ok(world.clock.since(begun).as_secs_f64());
     }
     Err(format!(
         "/dev/kvm is there, but a probe guest did not come up within {} s",
@@ -199,7 +199,7 @@ fn answers(world: &World, socket: PathBuf, limit: Duration) -> bool {
         return false;
     };
     let up = loop {
-        let left = limit.checked_sub(world.clock.instant().duration_since(begun));
+        let left = limit.checked_sub(world.clock.since(begun));
         match left.map(|l| events.recv_timeout(l)) {
             Some(Ok(LinkEvent::Up { .. })) => break true,
             Some(Ok(_)) => {}

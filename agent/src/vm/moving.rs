@@ -482,7 +482,7 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
             to: order.to.clone(),
             at: node.world.clock.now_ms() / 1000,
             bytes: relay.bulk_bytes().max(done.memory_bytes + done.disk_bytes),
-            seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
+            seconds: node.world.clock.since(begun).as_secs_f64(),
             downtime_ms: Some(done.downtime_ms),
             gap_ms: None,
             cause: order.cause.clone(),

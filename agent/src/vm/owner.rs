@@ -998,7 +998,7 @@ impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Owner")
             .field("domain", &self.domain)
-            .field("age", &self.node.world.clock.instant().duration_since(self.started_at))
+            .field("age", &self.node.world.clock.since(self.started_at))
             .finish_non_exhaustive()
     }
 }

@@ -206,14 +206,14 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         to: String::new(),
         at: node.world.clock.now_ms() / 1000,
         bytes,
-        seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
+        seconds: node.world.clock.since(begun).as_secs_f64(),
         downtime_ms: None,
         gap_ms: None,
         cause: cause.into(),
         outcome: "done".into(),
     };
     // An overlay is only renamed.
-    node.saved_at(memory_bytes, node.world.clock.instant().duration_since(begun));
+    node.saved_at(memory_bytes, node.world.clock.since(begun));
     saved.moves.push(done.clone());
     let mut chain = Vec::new();
     if let Some(plan) = &record.plan {
@@ -432,7 +432,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             to: node.name.clone(),
             at: node.world.clock.now_ms() / 1000,
             bytes,
-            seconds: node.world.clock.instant().duration_since(begun).as_secs_f64(),
+            seconds: node.world.clock.since(begun).as_secs_f64(),
             downtime_ms: None,
             gap_ms: None,
             cause: record.moves.last().map(|m| m.cause.clone()).unwrap_or_default(),

@@ -177,6 +177,7 @@ impl Stage {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("ctl")),
             slurm: self.slurm.clone(),
+            as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
         };
         let controller = Controller::new(Arc::new(config), world, self.agents.clone());
         let running = controller.clone();

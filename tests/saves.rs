@@ -104,6 +104,7 @@ impl Stage {
             disks: vec![],
             channels: vec![],
             serial_log: "/run/vm/serial.log".into(),
+            directories: vec![],
             metadata: DomainMetadata {
                 job: self.job,
                 ..DomainMetadata::default()
@@ -169,6 +170,7 @@ fn node_with(dir: &Path, k: usize, slurm: &Arc<FakeSlurm>, libvirt: &Arc<FakeHyp
         disks: Arc::new(QemuImg::default()),
         hypervisor: libvirt.clone(),
         slurm: slurm.clone(),
+        as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
     };
     Node::new(Arc::new(config), world.with_fault_points(faults), Arc::new(Alone))
 }
@@ -317,6 +319,7 @@ fn a_base_image_that_was_replaced_is_refused_by_name_and_the_save_waits_on() {
         overlay: Some(s.dir.path().join("overlay.qcow2")),
         overlay_shared: true,
         layers: vec![],
+        directories: vec![],
         base_sha256: Some("ab".repeat(32)),
     });
     let base = s.save.join("overlay.qcow2");

@@ -6,7 +6,7 @@
 //! (`peer::VERSIONS`), and the file of the version before stays until nobody speaks it any more.
 use slurm_vm::{
     cluster::{HostFacts, PeerReply, PeerRequest},
-    core::{MoveIdentity, MoveQuestion, Record},
+    core::{MoveIdentity, MoveQuestion, Record, directories::Mark},
     peer::VERSIONS,
 };
 use slurm_vm_api::{
@@ -85,6 +85,10 @@ fn requests() -> Vec<PeerRequest> {
                 qemu: "10.0.2".into(),
                 storage: Some("1700000000000-n1".into()),
             },
+            marks: vec![Mark {
+                file: Some("0123456789abcdef".into()),
+                look: "2 1700000000.000000000".into(),
+            }],
         },
         PeerRequest::TakeOver {
             job,

@@ -78,6 +78,9 @@ pub struct Config {
     /// Controller role; absent on compute nodes.
     #[serde(default)]
     pub controller: ControllerConfig,
+    /// Directories of the host in guests.
+    #[serde(default)]
+    pub files: FilesConfig,
     /// The catalogue, by name.
     #[serde(default)]
     pub images: BTreeMap<String, ImageConfig>,
@@ -165,6 +168,20 @@ pub struct ControllerConfig {
     pub preempt: Vec<String>,
 }
 
+/// `[files]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FilesConfig {
+    /// The program that serves a directory to a guest; VMs with directories move live from virtiofsd 1.11 on.
+    pub virtiofsd: PathBuf,
+    /// Every job finds its user's home in the guest.
+    pub home: bool,
+    /// Every job finds its working directory in the guest.
+    pub workdir: bool,
+    /// What users name must be below one of these; empty: whatever the user can enter.
+    pub allow: Vec<PathBuf>,
+}
+
 /// `[images.NAME]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -250,6 +267,17 @@ impl Default for NodeConfig {
     }
 }
 
+impl Default for FilesConfig {
+    fn default() -> Self {
+        Self {
+            virtiofsd: "/usr/libexec/virtiofsd".into(),
+            home: false,
+            workdir: false,
+            allow: vec![],
+        }
+    }
+}
+
 impl Default for ControllerConfig {
     fn default() -> Self {
         Self {
@@ -304,6 +332,9 @@ impl Config {
             {
                 return Err(value(&key("sha256"), "64 hexadecimal digits are needed".into()));
             }
+        }
+        if let Some(dir) = config.files.allow.iter().find(|dir| !dir.is_absolute()) {
+            return Err(value("files.allow", format!("`{}` is not an absolute path", dir.display())));
         }
         if config.controller.poll_ms < 100 {
             return Err(value("controller.poll_ms", "at least 100 milliseconds".into()));

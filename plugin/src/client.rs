@@ -11,7 +11,7 @@ use slurm_vm_api::{
     overhead::qemu_overhead_mib,
     shim::{CONTROL_PREFIX, OPEN_MODE_CONTROL, OpenMode},
     size,
-    spec::{PreemptWay, SpecError, VmOption, VmSpec},
+    spec::{OPTIONS, PreemptWay, SpecError, VmOption, VmSpec},
 };
 use std::{env, ffi::c_int, fs};
 
@@ -141,7 +141,7 @@ fn request(settings: &Settings) -> Result<Option<VmSpec>, Refusal> {
     let mut given = options::given();
     given.descriptions += 1;
     let given = &*given;
-    let mut texts = [None; 5];
+    let mut texts = [None; OPTIONS];
     for (slot, text) in texts.iter_mut().zip(&given.texts) {
         *slot = text.as_deref();
     }

@@ -13,20 +13,20 @@ use crate::{
 };
 use slurm_vm_api::{
     hooks::{EPILOG_GRACE, HookRequest, PROLOG_DEADLINE},
-    spec::{OptionTexts, VmOption, VmSpec},
+    spec::{OPTIONS, OptionTexts, VmOption, VmSpec},
 };
 use std::{ffi::c_int, path::PathBuf, time::Duration};
 
-fn option_texts(spank: Handle, settings: &Settings) -> [Option<String>; 5] {
+fn option_texts(spank: Handle, settings: &Settings) -> [Option<String>; OPTIONS] {
     VmOption::ALL.map(|o| slurm::option_value(spank, &options::name(&settings.prefix, o)))
 }
 
 /// The request as the nodes see it: companions without an image are no request, and the site's ways are filled in.
-pub fn request(texts: &[Option<String>; 5], settings: &Settings) -> Result<Option<VmSpec>, String> {
+pub fn request(texts: &[Option<String>; OPTIONS], settings: &Settings) -> Result<Option<VmSpec>, String> {
     if texts[VmOption::Image.index()].is_none() {
         return Ok(None);
     }
-    let mut borrowed: OptionTexts<'_> = [None; 5];
+    let mut borrowed: OptionTexts<'_> = [None; OPTIONS];
     for (slot, text) in borrowed.iter_mut().zip(texts) {
         *slot = text.as_deref();
     }
@@ -140,9 +140,9 @@ mod tests {
             preempt: Some(site.clone()),
             ..Settings::default()
         };
-        let texts = |preempt: Option<&str>| [Some("a".to_owned()), None, None, None, preempt.map(str::to_owned)];
+        let texts = |preempt: Option<&str>| [Some("a".to_owned()), None, None, None, preempt.map(str::to_owned), None, None];
         assert_eq!(request(&texts(None), &settings).unwrap().unwrap().preempt, Some(site));
         assert!(request(&texts(Some("live")), &settings).is_err());
-        assert_eq!(request(&[None, Some("x".into()), None, None, None], &settings), Ok(None));
+        assert_eq!(request(&[None, Some("x".into()), None, None, None, None, None], &settings), Ok(None));
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     guard::{OK, guard},
     slurm::{self, Context, Handle, PlugArgs},
 };
-use slurm_vm_api::spec::VmOption;
+use slurm_vm_api::spec::{OPTIONS, VmOption};
 use std::{
     ffi::{c_char, c_int},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -23,6 +23,11 @@ fn help(option: VmOption) -> (&'static str, &'static str) {
             "list",
             "what to do when the job is preempted, in this order; of live, save, requeue, cancel",
         ),
+        VmOption::Mount => (
+            "list",
+            "directories of the host for the guest: SRC[:DST][:ro], home, workdir; none: not even what the site gives",
+        ),
+        VmOption::Workdir => ("path", "directory in the guest in which the programs run; default: the working directory"),
     }
 }
 
@@ -30,16 +35,16 @@ fn help(option: VmOption) -> (&'static str, &'static str) {
 #[derive(Debug, Default)]
 pub struct Given {
     /// The values, the last one given counts.
-    pub texts: [Option<String>; 5],
+    pub texts: [Option<String>; OPTIONS],
     /// The values that came from SLURM_VM_… variables.
-    pub from_env: [Option<String>; 5],
+    pub from_env: [Option<String>; OPTIONS],
     /// How many job descriptions this command has made: more than one is a heterogeneous job.
     pub descriptions: u32,
 }
 
 static GIVEN: Mutex<Given> = Mutex::new(Given {
-    texts: [const { None }; 5],
-    from_env: [const { None }; 5],
+    texts: [const { None }; OPTIONS],
+    from_env: [const { None }; OPTIONS],
     descriptions: 0,
 });
 

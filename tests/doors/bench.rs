@@ -215,6 +215,7 @@ impl Bench {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("n1")),
             slurm: slurm.clone(),
+            as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
         };
         let listener = server::bind(&config.socket).unwrap();
         let node = Node::new(Arc::new(config), world, Arc::new(Alone));

@@ -339,7 +339,7 @@ impl Cluster {
             Act::Pin => {
                 let given = prepare::allotted(&self.nodes[node].rooms.world, node, job);
                 let done = match given {
-                    Ok(given) => hypervisor.pin(&name, &given.pinned).map(|()| given).map_err(words),
+                    Ok(prepare::Given { allocation, .. }) => hypervisor.pin(&name, &allocation.pinned).map(|()| allocation).map_err(words),
                     Err(Failure::Request(why) | Failure::Node(why)) => Err(why),
                 };
                 self.tell(node, epoch, job, Event::Pinned(done));

@@ -238,5 +238,7 @@ fn spec() -> VmSpec {
         mem_mib: None,
         boot_timeout_s: Some(60),
         preempt: None,
+        mounts: vec![],
+        workdir: None,
     }
 }

@@ -99,6 +99,7 @@ pub fn of(
         files: Arc::new(files),
         hypervisor: Arc::new(libvirt.clone()),
         slurm: slurm.clone(),
+        as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
     };
     Node::new(Arc::new(config), world.with_fault_points(faults), Arc::new(Alone))
 }

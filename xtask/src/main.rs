@@ -152,6 +152,9 @@ struct Up {
     /// Size of each node's file system for VM state
     #[arg(long, default_value_t = 3072, value_name = "MIB")]
     vm_disk: u32,
+    /// Guests find the user's home and the working directory
+    #[arg(long, value_enum, default_value = "off")]
+    files: Switch,
 }
 
 #[derive(Subcommand)]
@@ -337,6 +340,7 @@ fn up(up: Up) -> Result<()> {
         plugin: up.plugin == Switch::On,
         domain_type: up.domain_type,
         vm_disk_mib: up.vm_disk,
+        files: up.files == Switch::On,
         ..Options::default()
     };
     let begun = std::time::Instant::now();

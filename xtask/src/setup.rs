@@ -25,7 +25,7 @@ const VIRTUAL: [&str; 6] = [
     "libvirt-clients",
     "libvirt-dev",
 ];
-const OTHERS: [&str; 20] = [
+const OTHERS: [&str; 22] = [
     "slurmctld",
     "slurmd",
     "slurm-client",
@@ -35,6 +35,8 @@ const OTHERS: [&str; 20] = [
     "libmunge-dev",
     "busybox-static",
     "libclang-dev",
+    "libseccomp-dev",
+    "libcap-ng-dev",
     "gcc",
     "libc6-dev",
     "mmdebstrap",

@@ -483,6 +483,29 @@ pub struct StartSpec {
     /// Makes the user known to the guest by a line in its passwd file, when it has none for the uid.
     #[serde(default)]
     pub user: Option<UserLine>,
+    /// Directories of the host that are mounted before the program starts, outer ones first; what is mounted already stays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<GuestMount>,
+    /// The program does not run at all when it cannot run in `cwd`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub cwd_required: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
+/// A directory of the host as the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMount {
+    /// The virtiofs device.
+    pub tag: String,
+    /// Where it is mounted; made when it is not there.
+    pub target: ByteString,
+    /// The guest does not write either.
+    #[serde(default)]
+    pub readonly: bool,
 }
 
 /// A resource limit.

@@ -8,6 +8,7 @@ pub mod frame;
 pub mod guest;
 pub mod hooks;
 pub mod message;
+pub mod mount;
 pub mod outcome;
 pub mod overhead;
 pub mod query;

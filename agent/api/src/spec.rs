@@ -1,5 +1,6 @@
 //! What a user asks for with `--vm` and its companions, and how it travels.
 use crate::{
+    mount::{self, MountError, MountWish},
     size::{self, SizeError},
     time::{self, TimeError},
 };
@@ -105,6 +106,9 @@ pub enum SpecError {
     /// The boot timeout.
     #[error(transparent)]
     BootTimeout(#[from] TimeError),
+    /// A directory to be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
     /// An unknown way.
     #[error("'{0}' is not a way to leave a node: the ways are live, save, requeue and cancel, separated by commas")]
     UnknownWay(String),
@@ -125,7 +129,7 @@ pub enum SpecError {
     Json(String),
 }
 
-/// The five options, named without their prefix.
+/// The options, named without their prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmOption {
     /// `--vm=IMAGE`
@@ -138,16 +142,25 @@ pub enum VmOption {
     BootTimeout,
     /// `--vm-preempt=LIST`
     Preempt,
+    /// `--vm-mount=LIST`
+    Mount,
+    /// `--vm-workdir=PATH`
+    Workdir,
 }
+
+/// How many options there are.
+pub const OPTIONS: usize = VmOption::ALL.len();
 
 impl VmOption {
     /// All of them.
-    pub const ALL: [VmOption; 5] = [
+    pub const ALL: [VmOption; 7] = [
         VmOption::Image,
         VmOption::Cpus,
         VmOption::Mem,
         VmOption::BootTimeout,
         VmOption::Preempt,
+        VmOption::Mount,
+        VmOption::Workdir,
     ];
 
     /// What follows the prefix in the option's name.
@@ -159,6 +172,8 @@ impl VmOption {
             VmOption::Mem => "-mem",
             VmOption::BootTimeout => "-boot-timeout",
             VmOption::Preempt => "-preempt",
+            VmOption::Mount => "-mount",
+            VmOption::Workdir => "-workdir",
         }
     }
 
@@ -193,6 +208,10 @@ pub struct VmSpec {
     pub boot_timeout_s: Option<u32>,
     /// What to do when the job has to leave the node, in this order.
     pub preempt: Option<Vec<PreemptWay>>,
+    /// Host directories for the guest, beside what the site gives.
+    pub mounts: Vec<MountWish>,
+    /// Directory in the guest in which the programs run; the job's working directory when absent.
+    pub workdir: Option<String>,
 }
 
 /// The JSON form: versioned, and closed to keys that this build does not know.
@@ -209,6 +228,10 @@ struct WireSpec {
     boot_timeout_s: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     preempt: Option<Vec<PreemptWay>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    mounts: Vec<MountWish>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    workdir: Option<String>,
 }
 
 impl From<VmSpec> for WireSpec {
@@ -219,6 +242,8 @@ impl From<VmSpec> for WireSpec {
             mem_mib,
             boot_timeout_s,
             preempt,
+            mounts,
+            workdir,
         } = s;
         WireSpec {
             v: SPEC_VERSION,
@@ -227,6 +252,8 @@ impl From<VmSpec> for WireSpec {
             mem_mib,
             boot_timeout_s,
             preempt,
+            mounts,
+            workdir,
         }
     }
 }
@@ -249,12 +276,16 @@ impl TryFrom<WireSpec> for VmSpec {
             .preempt
             .map(|p| PreemptWay::parse_list(&PreemptWay::format_list(&p)))
             .transpose()?;
+        mount::check_list(&w.mounts)?;
+        let workdir = w.workdir.map(|dir| mount::plain_path(&dir)).transpose()?;
         Ok(VmSpec {
             image: w.image,
             cpus: w.cpus,
             mem_mib,
             boot_timeout_s,
             preempt,
+            mounts: w.mounts,
+            workdir,
         })
     }
 }
@@ -272,7 +303,7 @@ pub fn check_image_name(name: &str) -> Result<(), SpecError> {
 }
 
 /// The options as texts, in the order of [`VmOption::ALL`]; `None` is an option that was not given.
-pub type OptionTexts<'a> = [Option<&'a str>; 5];
+pub type OptionTexts<'a> = [Option<&'a str>; OPTIONS];
 
 impl VmSpec {
     /// A request for an image and nothing else.
@@ -287,6 +318,8 @@ impl VmSpec {
             mem_mib: None,
             boot_timeout_s: None,
             preempt: None,
+            mounts: vec![],
+            workdir: None,
         })
     }
 
@@ -317,6 +350,13 @@ impl VmSpec {
             .map(PreemptWay::parse_list)
             .transpose()
             .map_err(at(VmOption::Preempt))?;
+        if let Some(list) = given(VmOption::Mount) {
+            spec.mounts = mount::parse_list(list).map_err(|e| at(VmOption::Mount)(e.into()))?;
+        }
+        spec.workdir = given(VmOption::Workdir)
+            .map(mount::plain_path)
+            .transpose()
+            .map_err(|e| at(VmOption::Workdir)(e.into()))?;
         Ok(Some(spec))
     }
 
@@ -329,6 +369,8 @@ impl VmSpec {
         options.extend(self.mem_mib.map(|m| (name(VmOption::Mem), size::format_mib(m))));
         options.extend(self.boot_timeout_s.map(|t| (name(VmOption::BootTimeout), t.to_string())));
         options.extend(self.preempt.as_ref().map(|p| (name(VmOption::Preempt), PreemptWay::format_list(p))));
+        options.extend((!self.mounts.is_empty()).then(|| (name(VmOption::Mount), mount::format_list(&self.mounts))));
+        options.extend(self.workdir.as_ref().map(|dir| (name(VmOption::Workdir), dir.clone())));
         options
     }
 
@@ -360,11 +402,19 @@ mod tests {
     use super::*;
     use PreemptWay::{Cancel, Live, Requeue, Save};
 
-    const FULL: OptionTexts<'static> = [Some("debian-12"), Some("2"), Some("2G"), Some("1:30"), Some("live,requeue")];
+    const FULL: OptionTexts<'static> = [
+        Some("debian-12"),
+        Some("2"),
+        Some("2G"),
+        Some("1:30"),
+        Some("live,requeue"),
+        Some("home,/data:/in:ro"),
+        Some("/in"),
+    ];
 
     #[test]
     fn the_golden_json_is_read_and_written() {
-        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"]}"#;
+        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"],"mounts":["home","/data:/in:ro"],"workdir":"/in"}"#;
         let spec = VmSpec::from_options(&FULL).unwrap().unwrap();
         assert_eq!(spec.to_json(), golden);
         assert_eq!(VmSpec::from_json(golden), Ok(spec));
@@ -383,6 +433,9 @@ mod tests {
             r#"{"v":1,"image":"a","boot_timeout_s":0}"#,
             r#"{"v":1,"image":"a","preempt":["cancel","live"]}"#,
             r#"{"v":1,"image":"a","preempt":[]}"#,
+            r#"{"v":1,"image":"a","mounts":["x"]}"#,
+            r#"{"v":1,"image":"a","mounts":["/x","/x"]}"#,
+            r#"{"v":1,"image":"a","workdir":"x"}"#,
             "[]",
         ] {
             assert!(VmSpec::from_json(json).is_err(), "{json}");
@@ -400,7 +453,9 @@ mod tests {
                 "--vm-cpus=2",
                 "--vm-mem=2G",
                 "--vm-boot-timeout=90",
-                "--vm-preempt=live,requeue"
+                "--vm-preempt=live,requeue",
+                "--vm-mount=home,/data:/in:ro",
+                "--vm-workdir=/in"
             ]
         );
         let texts: Vec<Option<&str>> = options.iter().map(|(_, v)| Some(v.as_str())).collect();
@@ -409,8 +464,8 @@ mod tests {
 
     #[test]
     fn no_option_is_no_vm_job_and_a_companion_alone_is_an_error() {
-        assert_eq!(VmSpec::from_options(&[None; 5]), Ok(None));
-        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None]).unwrap_err();
+        assert_eq!(VmSpec::from_options(&[None; OPTIONS]), Ok(None));
+        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None, None, None]).unwrap_err();
         assert_eq!(error.to_string(), "--vm-mem: needs --vm=IMAGE as well");
     }
 
@@ -466,7 +521,7 @@ mod tests {
 
     #[test]
     fn every_refusal_names_its_option() {
-        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly"].into_iter().enumerate() {
+        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly", "my", "my"].into_iter().enumerate() {
             let mut texts = FULL;
             texts[i] = Some(bad);
             let error = VmSpec::from_options(&texts).unwrap_err();

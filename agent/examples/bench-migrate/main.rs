@@ -158,6 +158,7 @@ impl Way {
             disks: Arc::new(QemuImg::default()),
             hypervisor,
             slurm,
+            as_user: Arc::new(slurm_vm::effects::SystemAsUser),
         };
         let config = Arc::new(config);
         let peers = TlsPeers::new(&config, &[0], Role::Node, 0, &Faults::default())?;
@@ -187,6 +188,8 @@ impl Way {
             mem_mib: Some(MEM_MIB),
             boot_timeout_s: None,
             preempt: None,
+            mounts: vec![],
+            workdir: None,
         }
     }
 

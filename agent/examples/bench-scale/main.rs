@@ -94,6 +94,7 @@ impl Store for Ledger {
                 overlay: None,
                 overlay_shared: false,
                 layers: vec![],
+                directories: vec![],
                 base_sha256: None,
             }),
             up_ms: Some(now - 60_000),
@@ -138,6 +139,7 @@ fn node_with(ended: u32) -> Arc<Node> {
         files: Arc::new(files),
         hypervisor: Arc::new(fake::World::new().node("n1")),
         slurm,
+        as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
     };
     let node = Node::new(Arc::new(config), world, Arc::new(Alone));
     node.recover();

@@ -181,6 +181,7 @@ impl Bench {
             disks: Arc::new(TimedDisks(QemuImg::default(), marks.clone())),
             hypervisor: Arc::new(hypervisor),
             slurm: slurm.clone(),
+            as_user: Arc::new(slurm_vm::effects::SystemAsUser),
         };
         let direct = libvirt::Connection::open(&config.hypervisor.uri)?;
         let node = Node::new(Arc::new(config), world, Arc::new(Alone));
@@ -201,6 +202,8 @@ impl Bench {
             mem_mib: Some(MEM_MIB),
             boot_timeout_s: None,
             preempt: None,
+            mounts: vec![],
+            workdir: None,
         }
     }
 

@@ -42,6 +42,8 @@ fn main() {
         },
         ring_bytes: None,
         user: None,
+        mounts: vec![],
+        cwd_required: false,
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs()) << 20;
     let (mut current, mut events) = link(&socket, seed);

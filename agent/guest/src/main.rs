@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod admin;
+mod mounts;
 mod port;
 mod processes;
 mod program;

@@ -34,6 +34,8 @@ pub struct Prepared {
     pub env: Vec<CString>,
     /// Directory.
     pub cwd: CString,
+    /// Fails instead of running in `/`.
+    pub cwd_required: bool,
     /// User.
     pub uid: u32,
     /// Group.
@@ -171,6 +173,9 @@ fn become_program(
         }
         libc::umask(prepared.umask & 0o777);
         if libc::chdir(prepared.cwd.as_ptr()) < 0 {
+            if prepared.cwd_required {
+                return fail(ExecStep::Directory);
+            }
             note(notes, Note::Directory(Errno::last_raw()));
             if libc::chdir(c"/".as_ptr()) < 0 {
                 return fail(ExecStep::Directory);

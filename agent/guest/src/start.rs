@@ -12,6 +12,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use slurm_vm_api::guest::{ByteString, Limit, RING_BYTES, RING_LIMITS, Refusal, StartSpec, Stdio, Stream, UserLine};
 
+use crate::mounts;
 use crate::program::{Input, Output, Program, pipe};
 use crate::spawn::{self, Prepared};
 
@@ -66,6 +67,12 @@ pub fn start(places: &Places, id: u32, mut spec: StartSpec, script: Option<&[u8]
         // A guest with a read-only or foreign passwd file still runs the program, by number.
         let _ = add_user(passwd, user, spec.uid, spec.gid);
     }
+    for mount in &spec.mounts {
+        mounts::ensure(mount).map_err(|error| Refused {
+            reason: Refusal::Failed,
+            message: format!("the guest cannot mount {}: {error}", mount.target.0.escape_ascii()),
+        })?;
+    }
     let mut script_path = None;
     if let Some(script) = script {
         let path = write_script(places, id, script, spec.uid, spec.gid).map_err(|error| Refused::failed("script file", &error))?;
@@ -90,6 +97,7 @@ pub fn start(places: &Places, id: u32, mut spec: StartSpec, script: Option<&[u8]
         argv: strings(spec.argv.into_iter().map(|s| s.0))?,
         env: strings(spec.env.into_iter().map(|s| s.0))?,
         cwd: CString::new(spec.cwd.0)?,
+        cwd_required: spec.cwd_required,
         uid: spec.uid,
         gid: spec.gid,
         groups: spec.groups,

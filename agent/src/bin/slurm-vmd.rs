@@ -85,6 +85,7 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         disks: Arc::new(QemuImg::for_user(&config.peer.qemu_user)),
         hypervisor,
         slurm,
+        as_user: Arc::new(slurm_vm::effects::SystemAsUser),
     };
     let faults = Faults::from_environment(&fault_points())?;
     let world = world.with_fault_points(&faults);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
-use crate::core::{MoveIdentity, MoveQuestion, ProgramRecord, Record};
+use crate::core::{directories::Mark, MoveIdentity, MoveQuestion, ProgramRecord, Record};
 
 /// A request to another agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -92,6 +92,9 @@ pub enum PeerRequest {
         copy_overlay: Option<u64>,
         /// CPU model, QEMU and libvirt of the source, for the compatibility check.
         host: HostFacts,
+        /// By which the destination knows the directories of the host that the guest sees, in the record's order.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        marks: Vec<Mark>,
     },
     /// Source: the guest runs at the destination; here is what was written of its output.
     TakeOver {

@@ -102,7 +102,8 @@ pub fn answer(node: &Arc<Node>, from: &Who, request: PeerRequest) -> PeerReply {
             token,
             copy_overlay,
             host,
-        } => match moving::import(node, &from.node, *record, &token, copy_overlay, &host) {
+            marks,
+        } => match moving::import(node, &from.node, *record, &token, copy_overlay, &host, &marks) {
             Ok(reply) => reply,
             Err(why) => PeerReply::Refused(why),
         },

@@ -860,6 +860,7 @@ mod tests {
             disks: Arc::new(QemuImg::default()),
             hypervisor: Arc::new(fake::World::new().node("ctl")),
             slurm: slurm.clone(),
+            as_user: Arc::new(crate::effects::MemoryAsUser::default()),
         };
         let c = Controller::new(Arc::new(config), world, Arc::new(Alone));
         let want = Want {

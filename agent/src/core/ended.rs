@@ -122,6 +122,7 @@ mod tests {
             overlay: None,
             overlay_shared: false,
             layers: vec![],
+            directories: vec![],
             base_sha256: None,
         };
         let moved = MoveView {

@@ -17,6 +17,16 @@ pub enum Failure {
     Node(String),
 }
 
+impl Failure {
+    /// The reason, whosever the fault is.
+    #[must_use]
+    pub fn why(self) -> String {
+        match self {
+            Self::Request(why) | Self::Node(why) => why,
+        }
+    }
+}
+
 impl From<Failure> for End {
     fn from(f: Failure) -> Self {
         match f {

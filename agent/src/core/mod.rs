@@ -15,6 +15,7 @@
 //! The invariant: *at most one node runs the guest; until the destination runs it, the source is the one that may
 //! resume it; after that, never.* libvirt's own handshake is the commit point of a live move: its Finish phase starts
 //! the guest at the destination and only then ends the source. When it is unclear, neither side resumes.
+pub mod directories;
 pub mod ended;
 mod event;
 pub mod gate;

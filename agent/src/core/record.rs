@@ -9,7 +9,10 @@ use slurm_vm_api::{
     spec::VmSpec,
 };
 
-use super::identity::{ArrivedBy, MoveIdentity};
+use super::{
+    directories::Directory,
+    identity::{ArrivedBy, MoveIdentity},
+};
 
 /// Version of the record's format; a reader takes its own and the one before ([`Record::parse`]).
 ///
@@ -144,6 +147,10 @@ pub struct Plan {
     pub layers: Vec<PathBuf>,
     /// SHA-256 of the base disk (hex), by which another node finds the same base.
     pub base_sha256: Option<String>,
+    /// Directories of the host that the guest sees. An agent that does not know the field may lose it: then the guest, which still has
+    /// the devices, is not restored or taken in there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub directories: Vec<Directory>,
 }
 
 /// One program of the job in the guest.

@@ -20,6 +20,8 @@ pub(crate) fn record(life: Life) -> Record {
         mem_mib: None,
         boot_timeout_s: Some(60),
         preempt: None,
+        mounts: vec![],
+        workdir: None,
     };
     Record {
         life,
@@ -37,6 +39,7 @@ fn prepared() -> Event {
         overlay: None,
         overlay_shared: false,
         layers: vec![],
+        directories: vec![],
         base_sha256: None,
     };
     Event::Prepared(Ok((given(0), plan)))

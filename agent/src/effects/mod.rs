@@ -1,6 +1,7 @@
 //! Everything outside the process goes through the traits gathered in [`World`]: time, the ledger, disks, libvirt,
 //! Slurm. Fault points stand around them ([`points`]), and here is where the simulation plugs in its fakes; a test
 //! (`tests/effects.rs`) fails on a direct call elsewhere.
+pub mod as_user;
 pub mod disks;
 pub mod faults;
 pub mod files;
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use as_user::{AsUser, AsUserError, DirectoryServer, Identity, MemoryAsUser, SystemAsUser};
 pub use disks::{Base, DiskError, Disks, MemoryDisks};
 pub use faults::Faults;
 pub use files::{Directory, Files, Killed, MemoryFiles, Storage, SystemFiles};
@@ -72,4 +74,6 @@ pub struct World {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// Slurm's commands.
     pub slurm: Arc<dyn Slurm>,
+    /// What is done with a job's user's rights.
+    pub as_user: Arc<dyn AsUser>,
 }

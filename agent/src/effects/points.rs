@@ -12,9 +12,9 @@ use std::{
 
 use crossbeam_channel::Receiver;
 
-use super::{Base, Directory, DiskError, Disks, Faults, Files, Store, StoreError, World, trusted::Distrust};
+use super::{AsUser, AsUserError, Base, Directory, DirectoryServer, DiskError, Disks, Faults, Files, Identity, Store, StoreError, World, trusted::Distrust};
 use crate::{
-    core::record::Record,
+    core::{directories::Mark, record::Record},
     hypervisor::{
         DomainEvent, DomainInfo, DomainMetadata, DomainSpec, DomainType, HostInfo, Hypervisor, HypervisorError, JobProgress,
         MigrateOutcome, MigrateParams, SaveFormat, SavedDomain,
@@ -110,6 +110,12 @@ impl Injected for Distrust {
             path: PathBuf::new(),
             source: io::Error::other(why),
         }
+    }
+}
+
+impl Injected for AsUserError {
+    fn injected(why: String) -> Self {
+        Self::Node { what: "as a user".into(), why }
     }
 }
 
@@ -228,10 +234,19 @@ points! { "files", FILES, Files;
     endless fn is_there(path: &Path) -> bool;
 }
 
+points! { "as_user", AS_USER, AsUser;
+    fn serve(server: &DirectoryServer) -> Result<(), AsUserError>;
+    fn end_servers(dir: &Path) -> Result<(), AsUserError>;
+    fn look(who: &Identity, dir: &Path) -> Result<(), AsUserError>;
+    fn mark(who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError>;
+    fn is_marked(who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError>;
+    fn unmark(who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError>;
+}
+
 /// All points of this layer, sorted: `TRAIT.METHOD.before` and `.after`.
 #[must_use]
 pub fn points() -> Vec<String> {
-    let methods = [HYPERVISOR, SLURM, DISKS, STORE, FILES].concat();
+    let methods = [HYPERVISOR, SLURM, DISKS, STORE, FILES, AS_USER].concat();
     let mut points: Vec<String> = methods.iter().flat_map(|m| [format!("{m}.before"), format!("{m}.after")]).collect();
     points.sort();
     points
@@ -247,6 +262,7 @@ impl World {
             disks: Arc::new(Pointed::<dyn Disks>::new(self.disks, faults)),
             hypervisor: Arc::new(Pointed::<dyn Hypervisor>::new(self.hypervisor, faults)),
             slurm: Arc::new(Pointed::<dyn Slurm>::new(self.slurm, faults)),
+            as_user: Arc::new(Pointed::<dyn AsUser>::new(self.as_user, faults)),
             clock: self.clock,
         }
     }

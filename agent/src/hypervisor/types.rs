@@ -147,8 +147,19 @@ pub struct DomainSpec {
     /// Where its first serial port goes; appended to. libvirt makes it with mode 0600, gives it to the QEMU user, and at the end to root: who wants to
     /// read it later makes the file beforehand and keeps it open (a mode of 0660 is kept, too).
     pub serial_log: PathBuf,
+    /// Directories of the host that the guest mounts.
+    pub directories: Vec<SharedDirectory>,
     /// Our own notes in it.
     pub metadata: DomainMetadata,
+}
+
+/// A directory of the host for a guest, by virtiofs. The process that serves it is not libvirt's: it listens already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedDirectory {
+    /// What the guest mounts it by.
+    pub tag: String,
+    /// Where virtiofsd listens; the same path on every node, for a move does not change it.
+    pub socket: PathBuf,
 }
 
 /// Whether a domain runs.

@@ -130,6 +130,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             overlay: None,
             overlay_shared: false,
             layers: vec![],
+            directories: vec![],
             base_sha256: None,
         }),
         ..Record::new(config.cluster.clone(), config.node(), 0, user, spec)
@@ -166,6 +167,7 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
             socket: socket.clone(),
         }],
         serial_log: console.clone(),
+        directories: vec![],
         metadata: prepare::metadata(record),
     };
     let limit = Duration::from_secs(config.hypervisor.probe_timeout_s.into());

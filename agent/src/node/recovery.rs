@@ -70,7 +70,7 @@ impl Node {
                 log::error!("cannot end {name}: {e}");
             }
         }
-        vm::moving::clear_left_sockets(&*self.world.files, &self.config, &known);
+        vm::moving::clear_left_sockets(&self.world, &self.config, &known);
     }
 
     fn go_on(self: &Arc<Self>, record: Record, domain_here: Option<bool>) {

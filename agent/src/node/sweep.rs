@@ -38,7 +38,7 @@ pub fn saves(node: &Node) {
         let job = save.job;
         if is_over(node, job, save.uid) {
             log::info!("job {job} has ended: removing its save {}", save.dir.display());
-            saving::remove(&*node.world.files, &save.dir);
+            saving::remove(node, &save.dir);
             node.saved_for_nobody(job);
         }
     }

@@ -6,10 +6,12 @@
 //! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
 mod cause;
 pub mod converge;
+pub mod directories;
 mod explain;
 pub mod moving;
 pub mod outbox;
 mod owner;
+pub mod place;
 pub mod prepare;
 pub mod programs;
 pub mod saving;

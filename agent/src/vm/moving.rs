@@ -25,7 +25,7 @@ use std::{
 use slurm_vm_api::query::MoveView;
 
 use super::{
-    Request,
+    Request, directories,
     converge::{self, Watch},
     prepare,
     programs::Kept,
@@ -34,7 +34,8 @@ use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
     core::{
-        Event, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts,
+        Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts,
+        directories::Mark,
         locate::{Copy, Search},
     },
     effects::{Directory, Files, World},
@@ -119,6 +120,7 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     // First: what is still on its way here would come up after its end.
     close_moves_of(node, record.job);
     let was_there = node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
+    directories::end(&node.world, &node.config, &domain).map_err(|e| e.to_string())?;
     // Trust no return code: is it really gone?
     if was_there && node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
         return Err(format!("{domain} is still there after it was destroyed"));
@@ -159,6 +161,9 @@ pub fn clear_here(node: &Node, record: &Record) {
         log::warn!("job {}: {e}", record.job);
     }
     close_moves_of(node, record.job);
+    if let Err(e) = directories::end(&node.world, &node.config, &record.domain()) {
+        log::warn!("job {}: {e}", record.job);
+    }
     remove_run_dir(node, &record.domain());
 }
 
@@ -176,11 +181,18 @@ fn remove_run_dir(node: &Node, domain: &str) {
 
 /// At the agent's start: removes the directories of sockets that no VM of the ledger has. A move does not outlive the agent
 /// that carries it, so nothing under `move` is of use any more.
-pub fn clear_left_sockets(files: &dyn Files, config: &Config, known: &[String]) {
+pub fn clear_left_sockets(world: &World, config: &Config, known: &[String]) {
+    let files = &world.files;
     for (parent, keep) in [("move", &[][..]), ("vm", known)] {
         for dir in files.list(&config.run_dir.join(parent)).unwrap_or_default() {
             let is_known = keep.iter().any(|k| dir.ends_with(k));
-            if !is_known && let Err(e) = files.remove_all(&dir) {
+            if is_known {
+                continue;
+            }
+            if let Err(e) = world.as_user.end_servers(&dir) {
+                log::warn!("{}: {e}", dir.display());
+            }
+            if let Err(e) = files.remove_all(&dir) {
                 log::warn!("{}: {e}", dir.display());
             }
         }
@@ -285,13 +297,17 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
         .filter(|_| !plan.overlay_shared)
         .map(|o| node.world.disks.used_bytes(o));
     let token = node.peers.token()?;
+    let marks = directories::mark(node, record)?;
     let request = PeerRequest::Import {
         record: Box::new(record.clone()),
         token: token.clone(),
         copy_overlay,
         host: facts(node, &plan.domain_type),
+        marks: marks.clone(),
     };
-    match node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN)? {
+    let reply = node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN);
+    directories::unmark(node, record, &marks);
+    match reply? {
         PeerReply::Ready { disk } => {
             node.moves.leaving().insert(record.job, Departure { token, disk });
             Ok(())
@@ -312,6 +328,7 @@ pub fn import(
     token: &str,
     copy_overlay: Option<u64>,
     host: &HostFacts,
+    marks: &[Mark],
 ) -> Result<PeerReply, String> {
     let arriving = node.moves.arriving().len();
     if arriving >= node.config.node.moves_in as usize {
@@ -347,6 +364,8 @@ pub fn import(
     if (plan.overlay_shared || !plan.layers.is_empty()) && mine.storage != host.storage {
         return Err("its shared_dir is another storage than the source's: is it mounted?".into());
     }
+    directories::same_here(node, &record, marks)?;
+    let plan = record.plan.as_mut().ok_or("the record has no plan")?;
     let mut disk = None;
     if let (Some(overlay), Some(wanted)) = (plan.overlay.clone(), plan.base_sha256.clone()) {
         let (base, format) = base_by_digest(node, &wanted).ok_or_else(|| format!("no image here has the base disk {wanted}"))?;
@@ -388,11 +407,16 @@ pub fn import(
         Life::Arriving { by, .. } => by.clone(),
         other => return Err(format!("the VM is {} here", other.name())),
     };
+    let served = record.clone();
     node.expect(record)?;
     // A guest that lands here without a record is ended by the agent's next start.
     let owner = node.owner(job).ok_or("its owner has ended")?;
     let recorded = node.ask(&owner, Request::Recorded);
-    if let Err(why) = recorded.unwrap_or_else(|| Err("its owner does not answer".into())) {
+    // Only now: servers of a VM that is here already are not to be touched.
+    let ready = recorded.unwrap_or_else(|| Err("its owner does not answer".into())).and_then(|()| {
+        directories::serve(node, &served, false).map_err(Failure::why)
+    });
+    if let Err(why) = ready {
         let _ = owner.send(Request::Core(Event::Abandoned { by }));
         return Err(why);
     }

@@ -17,6 +17,7 @@ use super::{
     explain::Explain,
     moving::{self, MoveOrder},
     prepare,
+    place::Place,
     programs::{Attach, Programs, ToGuest},
     saving, start, supersede, view,
 };
@@ -514,6 +515,7 @@ impl Owner {
     fn on_link(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up { hello } => {
+                self.programs.run_in(Place::of_record(&self.vm.record));
                 let requests = self.programs.guest_up(&hello.programs);
                 self.core(Event::GuestUp {
                     boot_id: hello.boot_id.clone(),
@@ -745,7 +747,7 @@ impl Owner {
             }
             Effect::Prepare => worker(job, "prepare", move || {
                 let done = prepare::allotted(&node.world, &record.node, job).and_then(|given| {
-                    if let Some(restarts) = given.restarts.filter(|n| *n > 0) {
+                    if let Some(restarts) = given.allocation.restarts.filter(|n| *n > 0) {
                         supersede::end_elsewhere(&node, job, restarts).map_err(Failure::Node)?;
                     }
                     prepare::prepare(&node.world, &node.config, node.domain_type(), &record, given)
@@ -895,8 +897,8 @@ impl Owner {
                     done.map(|()| given).map_err(|e| e.to_string())
                 };
                 let done = match prepare::allotted(&node.world, &record.node, job) {
-                    Ok(given) => pin(given),
-                    Err(Failure::Request(why) | Failure::Node(why)) => Err(why),
+                    Ok(given) => pin(given.allocation),
+                    Err(e) => Err(e.why()),
                 };
                 let _ = tx.send(Request::Core(Event::Pinned(done)));
             }),

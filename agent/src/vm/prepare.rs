@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 use slurm_vm_api::overhead::{guest_mib_for, qemu_overhead_mib};
 
+use super::directories;
 use crate::{
     config::{Config, ImageConfig},
     core::{Allocation, Failure, Plan, Record, record::file_stem, registry::job_of},
@@ -82,8 +83,9 @@ pub fn prepare(
     config: &Config,
     domain_type: DomainType,
     record: &Record,
-    allocation: Allocation,
+    given: Given,
 ) -> Result<(Allocation, Plan), Failure> {
+    let Given { allocation, workdir } = given;
     let image = image(config, &record.spec.image)?;
     let allocated_cpus = u32::try_from(allocation.cores.len()).unwrap_or(u32::MAX).max(1);
     let vcpus = record.spec.cpus.unwrap_or(allocated_cpus);
@@ -114,6 +116,7 @@ pub fn prepare(
         overlay_shared: false,
         layers: vec![],
         base_sha256: None,
+        directories: directories::prepare(world, config, record, workdir.as_deref())?,
     };
     if let Some(disk) = &image.disk {
         let base = world.disks.base(disk, &image.disk_format)?;
@@ -133,11 +136,20 @@ pub fn prepare(
     Ok((allocation, plan))
 }
 
+/// What Slurm says of a job on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Given {
+    /// Its part of the node.
+    pub allocation: Allocation,
+    /// Its working directory: the user's word.
+    pub workdir: Option<String>,
+}
+
 /// Asks Slurm for a job's part of this node.
 ///
 /// # Errors
 /// [`Failure::Node`] when Slurm does not answer or the job is not on this node, [`Failure::Request`] for a job with generic resources.
-pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failure> {
+pub fn allotted(world: &World, node: &str, job: u32) -> Result<Given, Failure> {
     let info = world
         .slurm
         .job(job)
@@ -160,12 +172,14 @@ pub fn allotted(world: &World, node: &str, job: u32) -> Result<Allocation, Failu
     }
     let pinned = kernel_cpus(world, node, &here.cpus)
         .map_err(|e| Failure::Node(format!("cannot ask Slurm how many threads a core of {node} has: {e}")))?;
-    Ok(Allocation {
+    let allocation = Allocation {
         cores: here.cpus.clone(),
         pinned,
         mem_mib: (here.mem_mib > 0).then_some(here.mem_mib),
         restarts: Some(info.brief.restarts),
-    })
+    };
+    let workdir = info.user_text.work_dir;
+    Ok(Given { allocation, workdir })
 }
 
 fn guest_memory(record: &Record, allocation: &Allocation, vcpus: u32) -> Result<u64, Failure> {
@@ -243,6 +257,7 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
             socket: run_dir(config, &domain).join("guest.sock"),
         }],
         serial_log: world.store.vm_dir(&domain).join("serial.log"),
+        directories: directories::devices(config, record),
         metadata: metadata(record),
     })
 }

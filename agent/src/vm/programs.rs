@@ -12,7 +12,7 @@ use slurm_vm_api::{
     session::{self, Ended, Frame, Open, Sink, Stream, StreamStart, ToShim},
 };
 
-use super::{outbox::ToSession, spool::Spool};
+use super::{outbox::ToSession, place::Place, spool::Spool};
 use crate::{
     core::{KeptOutput, ProgramRecord, record::program_key},
     limits::Held,
@@ -197,6 +197,7 @@ pub struct Programs {
     guest_up: bool,
     next_id: u32,
     complaints: Vec<String>,
+    place: Place,
 }
 
 const OUTPUTS: [guest::Stream; 2] = [guest::Stream::Stdout, guest::Stream::Stderr];
@@ -225,11 +226,17 @@ impl Programs {
             guest_up: false,
             next_id: 1,
             complaints: Vec::new(),
+            place: Place::default(),
         };
         for r in records {
             programs.adopt(r);
         }
         programs
+    }
+
+    /// Says where programs run that are started from now on.
+    pub fn run_in(&mut self, place: Place) {
+        self.place = place;
     }
 
     /// Takes in a record of a program that runs in the guest already (agent restarted, VM moved).
@@ -421,7 +428,7 @@ impl Programs {
             if let Some(start) = &p.start {
                 requests.push(ToGuest::Start {
                     program: p.record.id,
-                    spec: start.spec.clone(),
+                    spec: Box::new(self.place.of(&start.spec)),
                     script: start.script.clone(),
                 });
             }
@@ -865,6 +872,13 @@ pub fn ended(status: ExitStatus, argv0: &str) -> Ended {
     match status {
         ExitStatus::Code { code } => Ended::Code(code),
         ExitStatus::Signal { signo, .. } => Ended::Signal(signo),
+        ExitStatus::ExecFailed {
+            step: guest::ExecStep::Directory,
+            errno,
+        } => Ended::NotStarted {
+            errno,
+            path: "the working directory".into(),
+        },
         ExitStatus::ExecFailed { errno, .. } => Ended::NotStarted { errno, path: argv0.into() },
     }
 }
@@ -948,6 +962,8 @@ fn start_spec(a: &Attach) -> guest::StartSpec {
             home: a.open.user.home.clone(),
             shell: a.open.user.shell.clone(),
         }),
+        mounts: vec![],
+        cwd_required: false,
     }
 }
 

@@ -258,6 +258,9 @@ enabled = {is_node}
 boot_timeout_s = 100
 "
     );
+    if options.files {
+        text.push_str("[files]\nvirtiofsd = \"/usr/libexec/slurm-vm/virtiofsd\"\nhome = true\nworkdir = true\n");
+    }
     let images = "/var/lib/slurm-vm-images";
     let mut names = String::new();
     let mut found: Vec<String> = fs::read_dir(images)

@@ -93,6 +93,9 @@ fn start(places: &Places, options: &Options) -> Result<()> {
     state::make_directories(places)?;
     state::write_options(places, options)?;
     stage::stage_into(&places.stage(), options.release)?;
+    if options.files {
+        stage::virtiofsd_into(&places.stage())?;
+    }
     image::install_into(&places.images())?;
     conf::shared_places(places)?;
     let log = places.disk().join("logs/lab.log");

@@ -57,7 +57,7 @@ pub fn prepare(options: &Options, places: &Places, host: &str) -> Result<()> {
 }
 
 /// Enters the host's root. Called by the host's init, alone in new namespaces.
-pub fn enter(places: &Places, host: &str, lower: &Path) -> Result<()> {
+pub fn enter(places: &Places, host: &str, lower: &Path, shared_home: bool) -> Result<()> {
     let own = own(places, host);
     let root = own.join("root");
     let layers = format!(
@@ -97,6 +97,11 @@ pub fn enter(places: &Places, host: &str, lower: &Path) -> Result<()> {
     )?;
     bind(&own.join("vm-state"), &root.join(VM_STATE.trim_start_matches('/')), false)?;
     bind(&places.shared(), &root.join("shared"), false)?;
+    if shared_home {
+        let home = root.join("home");
+        fs::create_dir_all(&home).at("create", &home)?;
+        bind(&places.shared().join("home"), &home, false)?;
+    }
     bind(&places.images(), &root.join("var/lib/slurm-vm-images"), true)?;
     bind(&places.stage(), &root.join("usr/libexec/slurm-vm"), true)?;
     let key = root.join(MUNGE_KEY.trim_start_matches('/'));

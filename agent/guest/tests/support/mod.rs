@@ -241,6 +241,8 @@ pub fn spec(argv: &[&str]) -> StartSpec {
         },
         ring_bytes: None,
         user: None,
+        mounts: vec![],
+        cwd_required: false,
     }
 }
 

@@ -19,6 +19,7 @@ fn spec(job: u32) -> DomainSpec {
         disks: Vec::new(),
         channels: Vec::new(),
         serial_log: "/run/vm/serial.log".into(),
+        directories: vec![],
         metadata: DomainMetadata {
             job,
             node: "n1".into(),

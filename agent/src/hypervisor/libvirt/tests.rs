@@ -37,6 +37,7 @@ fn sample(job: u32) -> DomainSpec {
             socket: "/run/vm/guest.sock".into(),
         }],
         serial_log: "/run/vm/serial.log".into(),
+        directories: vec![],
         metadata: DomainMetadata {
             job,
             k: 0,
@@ -177,6 +178,7 @@ fn names_and_paths_that_xml_cannot_carry_are_refused_before_libvirt_sees_them() 
     }));
     assert!(refused(DomainSpec {
         serial_log: "relative".into(),
+        directories: vec![],
         ..sample(13)
     }));
     assert!(refused(DomainSpec { vcpus: 0, ..sample(13) }));

@@ -97,6 +97,13 @@ pub fn domain(spec: &DomainSpec, flavor: Flavor) -> String {
         x.text("uuid", &[], &spec.uuid.to_string());
         x.nest("metadata", &[], |x| metadata_element(x, &spec.metadata));
         x.text("memory", &[("unit", "MiB")], &spec.mem_mib.to_string());
+        if !spec.directories.is_empty() {
+            // The processes that serve directories read and write the guest's memory.
+            x.nest("memoryBacking", &[], |x| {
+                x.empty("source", &[("type", "memfd")]);
+                x.empty("access", &[("mode", "shared")]);
+            });
+        }
         x.text("vcpu", &[("placement", "static")], &spec.vcpus.to_string());
         if let Some(limit) = spec.hard_limit_mib {
             x.nest("memtune", &[], |x| x.text("hard_limit", &[("unit", "MiB")], &limit.to_string()));
@@ -187,6 +194,13 @@ fn devices(x: &mut Xml, spec: &DomainSpec) {
         x.nest("channel", &[("type", "unix")], |x| {
             x.empty("source", &[("mode", "bind"), ("path", &path(&channel.socket))]);
             x.empty("target", &[("type", "virtio"), ("name", &channel.name)]);
+        });
+    }
+    for directory in &spec.directories {
+        x.nest("filesystem", &[("type", "mount")], |x| {
+            x.empty("driver", &[("type", "virtiofs"), ("queue", "1024")]);
+            x.empty("source", &[("socket", &path(&directory.socket))]);
+            x.empty("target", &[("dir", &directory.tag)]);
         });
     }
     x.empty("memballoon", &[("model", "none")]);

@@ -25,9 +25,9 @@ use slurm_vm_api::query::MoveView;
 use claim::{Claim, Stand, Taken};
 pub use error::SaveError;
 
-use super::{moving::make_run_dir, prepare, programs::Kept};
+use super::{directories, moving::make_run_dir, prepare, programs::Kept};
 use crate::{
-    core::{Life, Record, record::file_stem, registry::job_of},
+    core::{Life, Record, directories::Mark, record::file_stem, registry::job_of},
     effects::{Directory, Files, trusted::Distrust},
     hypervisor::{Disk, DiskCache, DiskFormat, DomainState, SaveFormat, repoint},
     node::Node,
@@ -43,6 +43,9 @@ struct Manifest {
     chain: Vec<(PathBuf, String)>,
     /// Kept output: program, stream, offset, bytes in hexadecimal.
     kept: Vec<(u32, usize, u64, String)>,
+    /// By which the node that restores it knows the directories of the host that the guest sees, in the record's order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    marks: Vec<Mark>,
 }
 
 /// Why a VM was not restored; nothing of it runs.
@@ -152,14 +155,21 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
     let memory = dir.join("memory");
     let domain = record.domain();
     let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
+    let marks = directories::mark(node, record).map_err(SaveError::Unfit)?;
     if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
         let _ = files.remove_all(dir);
+        directories::unmark(node, record, &marks);
         return Err(e.into());
     }
     // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
-    match complete(node, record, dir, begun, kept, cause) {
+    match complete(node, record, dir, begun, kept, &marks, cause) {
         Ok(done) => Ok(done),
         Err(why) => {
+            directories::unmark(node, record, &marks);
+            // They have ended with the QEMU that is gone.
+            if let Err(e) = directories::serve(node, record, true) {
+                log::error!("job {}: {}", record.job, e.why());
+            }
             if let Some(overlay) = overlay.filter(|o| !files.is_there(o)) {
                 let _ = files.rename(&dir.join("overlay.qcow2"), &overlay);
             }
@@ -180,7 +190,15 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
 }
 
 /// The part of a save after the memory: overlay, syncs, manifest last.
-fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Kept], cause: &str) -> Result<MoveView, SaveError> {
+fn complete(
+    node: &Node,
+    record: &Record,
+    dir: &Path,
+    begun: Instant,
+    kept: &[Kept],
+    marks: &[Mark],
+    cause: &str,
+) -> Result<MoveView, SaveError> {
     let memory = dir.join("memory");
     let mut bytes = node.world.disks.used_bytes(&memory);
     let memory_bytes = bytes;
@@ -225,6 +243,7 @@ fn complete(node: &Node, record: &Record, dir: &Path, begun: Instant, kept: &[Ke
         record: saved,
         chain,
         kept: kept.iter().map(|(p, s, o, b)| (*p, *s, *o, crate::text::hex(b))).collect(),
+        marks: marks.to_vec(),
     };
     let json = serde_json::to_vec_pretty(&manifest).map_err(|e| SaveError::Unfit(e.to_string()))?;
     let manifest = dir.join(claim::MANIFEST);
@@ -404,7 +423,9 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             let done = here.and_then(|here| Ok((here, manifest?)));
             let run = done.map_err(NotRestored::from).and_then(|(here, manifest)| {
                 if !here {
+                    directories::same_here(node, record, &manifest.marks).map_err(SaveError::Unfit)?;
                     make_run_dir(files, &node.config, &domain).map_err(SaveError::Unfit)?;
+                    directories::serve(node, record, true).map_err(|e| SaveError::Unfit(e.why()))?;
                     load(node, record, dir, &manifest)?;
                 }
                 admit(node, record)?;
@@ -415,6 +436,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             run.inspect_err(|_| unload(node, record, &claim))?
         }
     };
+    directories::unmark(node, record, &manifest.marks);
     // Memory is in the guest again; only the disk layers are still needed.
     let memory = dir.join("memory");
     let bytes = node.world.disks.used_bytes(&memory);
@@ -462,6 +484,9 @@ fn unload(node: &Node, record: &Record, claim: &Claim) {
         Ok(None) => !claim.is_marked(),
         Err(_) => false,
     };
+    if never_ran && let Err(e) = directories::end(&node.world, &node.config, &domain) {
+        log::warn!("job {job}: {e}");
+    }
     if !never_ran {
         log::error!("job {job}: it is not certain that the guest has not run: its save is not used again");
         return;
@@ -539,8 +564,14 @@ pub fn made_by(node: &Node) -> Vec<Made> {
     made
 }
 
-/// Removes a save.
-pub fn remove(files: &dyn Files, dir: &Path) {
+/// Removes a save, and the marks that nobody was restored by.
+pub fn remove(node: &Node, dir: &Path) {
+    let files = &*node.world.files;
+    if let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(files, dir)
+        && let Some(m) = read(node, &manifest)
+    {
+        directories::unmark(node, &m.record, &m.marks);
+    }
     if let Err(e) = files.remove_all(dir) {
         log::warn!("{}: {e}", dir.display());
     }
@@ -559,7 +590,7 @@ pub fn remove_saves(node: &Node, record: &Record, job_is_over: bool) {
     for Named { dir, .. } in all(node).into_iter().filter(|s| s.job == record.job && s.birth == birth) {
         let waits = || !matches!(claim::stand(files, &dir), Ok((Stand::Used | Stand::None, _)));
         if job_is_over || !waits() {
-            remove(files, &dir);
+            remove(node, &dir);
         }
     }
 }

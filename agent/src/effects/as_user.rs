@@ -1,0 +1,500 @@
+//! What the agent does on the host in the name of a job's user: with that user's uid, gid and groups, and no more rights than those.
+//!
+//! Directories of the host reach a guest through virtiofsd, one process for each, which the agent starts and the user owns: what the guest
+//! may do in them is what the user may. The agent binds the socket, so that nobody but QEMU's user can connect to it, and hands the
+//! listening descriptor over. The agent owns the processes, not the job's cgroup: the VM reaches a node before its job, and its QEMU is
+//! not in that cgroup either. They outlive the agent, end with their QEMU, and the VM's end looks that they are gone.
+//!
+//! Whether a directory here is the one that another node calls by the same name is shown by a mark: a file that the user made there, and
+//! can read here. Paths say nothing; every node has a `/tmp`. Where the user may not write, the directory's own inode and time of change
+//! are compared, and a doubt counts as a no.
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixListener, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
+use thiserror::Error;
+
+use super::private;
+use crate::core::directories::Mark;
+
+/// How long virtiofsd may take to begin.
+const BEGINS_WITHIN: Duration = Duration::from_secs(10);
+/// How long a process may take to be gone after SIGKILL.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+/// Seconds that a look at a user's directory may take: a file server that is away holds up this VM's worker, and only for so long.
+const LOOK_WITHIN_S: &str = "10";
+/// Between two looks at a process.
+const PAUSE: Duration = Duration::from_millis(5);
+/// What virtiofsd says when it can be connected to.
+const READY: &str = "Waiting for vhost-user socket connection";
+/// Name of a mark before its random part.
+const MARK: &str = ".slurm-vm-same-";
+
+/// Whose rights are used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The user.
+    pub uid: u32,
+    /// The job's group.
+    pub gid: u32,
+    /// The supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// A virtiofsd to be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirectoryServer {
+    /// Whose rights it has.
+    pub who: Identity,
+    /// The program.
+    pub program: PathBuf,
+    /// The directory that it serves.
+    pub source: PathBuf,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// Where QEMU connects; its directory is QEMU's user's alone.
+    pub socket: PathBuf,
+    /// QEMU's user.
+    pub qemu_user: String,
+    /// What it says goes there.
+    pub log: PathBuf,
+    /// The guest comes from a save: a file that was open and is gone gives the guest an error (EIO), for there is no source to go back to.
+    pub restores: bool,
+}
+
+/// A directory cannot be used in a user's name.
+#[derive(Debug, Error)]
+pub enum AsUserError {
+    /// The user's directory is at fault: it is not there, or the user may not enter it.
+    #[error("{}: {why}", dir.display())]
+    Directory {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system said.
+        why: String,
+    },
+    /// The node is at fault.
+    #[error("{what}: {why}")]
+    Node {
+        /// With what.
+        what: String,
+        /// What failed.
+        why: String,
+    },
+}
+
+impl AsUserError {
+    fn node(what: impl fmt::Display, why: impl fmt::Display) -> Self {
+        Self::Node {
+            what: what.to_string(),
+            why: why.to_string(),
+        }
+    }
+}
+
+/// Acts of the agent with a user's rights. Calls block; made from worker threads.
+pub trait AsUser: Send + Sync + fmt::Debug {
+    /// Starts a virtiofsd and returns when QEMU can connect. One with this socket that still runs is ended first.
+    ///
+    /// # Errors
+    /// [`AsUserError::Directory`] when it says that it cannot serve the directory.
+    fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError>;
+    /// Ends all whose sockets are in this directory; none is no error.
+    ///
+    /// # Errors
+    /// One that does not end.
+    fn end_servers(&self, dir: &Path) -> Result<(), AsUserError>;
+    /// Whether the user can enter a directory.
+    ///
+    /// # Errors
+    /// [`AsUserError::Directory`] says why not.
+    fn look(&self, who: &Identity, dir: &Path) -> Result<(), AsUserError>;
+    /// Marks a directory, so that another node can tell whether it sees the same one.
+    ///
+    /// # Errors
+    /// When it cannot even be looked at.
+    fn mark(&self, who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError>;
+    /// Whether the directory here is the one that was marked.
+    ///
+    /// # Errors
+    /// When it cannot be looked at here.
+    fn is_marked(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError>;
+    /// Removes a mark; none is no error.
+    ///
+    /// # Errors
+    /// When it cannot be removed now.
+    fn unmark(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError>;
+}
+
+/// The real ones, by setpriv(1) of util-linux and the tools of coreutils.
+#[derive(Debug, Default)]
+pub struct SystemAsUser;
+
+/// A command with a user's rights and nothing of the agent's environment.
+fn command(who: &Identity, program: &Path) -> Command {
+    let list = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let mut command = Command::new("setpriv");
+    command
+        .env_clear()
+        .envs([("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C")])
+        .arg(format!("--reuid={}", who.uid))
+        .arg(format!("--regid={}", who.gid));
+    if who.groups.is_empty() {
+        command.arg("--clear-groups");
+    } else {
+        command.arg(format!("--groups={}", list(&who.groups)));
+    }
+    command
+        .args(["--no-new-privs", "--inh-caps=-all", "--"])
+        .arg(program)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+/// Runs a tool to its end, within bounds. What it printed, or the last line of its complaint.
+fn run(who: &Identity, arguments: &[&str]) -> io::Result<Result<String, String>> {
+    let mut command = command(who, Path::new("timeout"));
+    let output = command
+        .args(["-k", "2", LOOK_WITHIN_S])
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .output()?;
+    if output.status.success() {
+        return Ok(Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()));
+    }
+    if matches!(output.status.code(), Some(124 | 137)) {
+        return Ok(Err(format!("no answer within {LOOK_WITHIN_S} s")));
+    }
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let last = said.lines().last().unwrap_or_default();
+    // `stat: cannot statx '/x/.': Permission denied`
+    Ok(Err(last.rsplit(": ").next().unwrap_or(last).to_owned()))
+}
+
+fn in_directory(who: &Identity, dir: &Path, arguments: &[&str]) -> Result<String, AsUserError> {
+    let done = run(who, arguments).map_err(|e| AsUserError::node("setpriv", e))?;
+    done.map_err(|why| AsUserError::Directory { dir: dir.into(), why })
+}
+
+/// Inode and time of change.
+fn appearance(who: &Identity, dir: &Path) -> Result<String, AsUserError> {
+    in_directory(who, dir, &["stat", "-c", "%i %.9Z", &format!("{}/.", dir.display())])
+}
+
+fn mark_path(dir: &Path, name: &str) -> String {
+    format!("{}/{MARK}{name}", dir.display())
+}
+
+impl AsUser for SystemAsUser {
+    fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError> {
+        let at = |what: &Path| {
+            let what = what.display().to_string();
+            move |e: io::Error| AsUserError::node(&what, e)
+        };
+        end(&pid_file(&server.socket))?;
+        let _ = fs::remove_file(&server.socket);
+        let listener = UnixListener::bind(&server.socket).map_err(at(&server.socket))?;
+        private::give(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
+        let log = fs::File::create(&server.log).map_err(at(&server.log))?;
+        let mut command = command(&server.who, &server.program);
+        // Standard input is how a descriptor is passed without unsafe code.
+        command
+            .arg("--fd=0")
+            .arg(format!("--shared-dir={}", server.source.display()))
+            .args(["--sandbox=namespace", "--cache=auto", "--inode-file-handles=never", "--announce-submounts"])
+            .args(server.readonly.then_some("--readonly"))
+            .args(server.restores.then_some("--migration-on-error=guest-error"))
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stderr(Stdio::from(log))
+            .process_group(0);
+        let mut child = command.spawn().map_err(at(&server.program))?;
+        let pid = child.id();
+        let begun = note_pid(&pid_file(&server.socket), pid).and_then(|()| wait_until_ready(&mut child, server));
+        if begun.is_err() {
+            let _ = killpg(group(pid), Signal::SIGKILL);
+        }
+        // It ends with its QEMU, and somebody has to take note of that.
+        let waits = thread::Builder::new().name(format!("virtiofsd-{pid}")).spawn(move || child.wait());
+        begun.and_then(|()| waits.map(drop).map_err(|e| AsUserError::node("thread", e)))
+    }
+
+    fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(AsUserError::node(dir.display(), e)),
+        };
+        for entry in entries.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "pid")) {
+            end(&entry.path())?;
+        }
+        Ok(())
+    }
+
+    fn look(&self, who: &Identity, dir: &Path) -> Result<(), AsUserError> {
+        in_directory(who, dir, &["stat", "-c", "%F", &format!("{}/.", dir.display())]).map(drop)
+    }
+
+    fn mark(&self, who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError> {
+        let path = mark_path(dir, name);
+        let made = run(who, &["sh", "-c", "umask 077 && set -C && echo \"$2\" > \"$1\"", "sh", &path, name]);
+        let made = made.map_err(|e| AsUserError::node("setpriv", e))?;
+        Ok(Mark {
+            file: made.is_ok().then(|| name.to_owned()),
+            look: appearance(who, dir)?,
+        })
+    }
+
+    fn is_marked(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError> {
+        let Some(name) = &mark.file else {
+            return Ok(appearance(who, dir)? == mark.look);
+        };
+        self.look(who, dir)?;
+        let read = run(who, &["cat", &mark_path(dir, name)]).map_err(|e| AsUserError::node("setpriv", e))?;
+        Ok(read.is_ok_and(|text| text == *name))
+    }
+
+    fn unmark(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError> {
+        let Some(name) = &mark.file else { return Ok(()) };
+        in_directory(who, dir, &["rm", "-f", &mark_path(dir, name)]).map(drop)
+    }
+}
+
+fn group(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
+}
+
+fn pid_file(socket: &Path) -> PathBuf {
+    socket.with_extension("pid")
+}
+
+/// When a process began, in the kernel's ticks: with its number it names one process for good. None once it is gone.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold anything. The 3rd field follows it, the 22nd is the time.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+fn note_pid(file: &Path, pid: u32) -> Result<(), AsUserError> {
+    let began = start_time(pid).ok_or_else(|| AsUserError::node("virtiofsd", "it ended at once"))?;
+    fs::write(file, format!("{pid} {began}\n")).map_err(|e| AsUserError::node(file.display(), e))
+}
+
+/// Ends the process of a pid file, if it is still that process, and removes the file.
+fn end(file: &Path) -> Result<(), AsUserError> {
+    let text = match fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(AsUserError::node(file.display(), e)),
+    };
+    let mut words = text.split_whitespace().map(str::parse::<u64>);
+    if let (Some(Ok(pid)), Some(Ok(began))) = (words.next(), words.next())
+        && let Ok(pid) = u32::try_from(pid)
+    {
+        let alive = || start_time(pid) == Some(began);
+        let until = Instant::now() + GONE_WITHIN;
+        while alive() {
+            match killpg(group(pid), Signal::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(e) => return Err(AsUserError::node(format!("process {pid}"), e)),
+            }
+            if Instant::now() > until {
+                return Err(AsUserError::node(format!("process {pid}"), "it does not end"));
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+    let _ = fs::remove_file(file);
+    Ok(())
+}
+
+fn wait_until_ready(child: &mut Child, server: &DirectoryServer) -> Result<(), AsUserError> {
+    let until = Instant::now() + BEGINS_WITHIN;
+    loop {
+        let said = fs::read(&server.log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+        if said.contains(READY) {
+            return Ok(());
+        }
+        let ended = child.try_wait().map_err(|e| AsUserError::node("virtiofsd", e))?;
+        if ended.is_some() || Instant::now() > until {
+            let last = said.lines().last().unwrap_or("it said nothing");
+            // `[2026-01-01T00:00:00Z ERROR virtiofsd] Error creating ...`
+            let why = last.split_once("] ").map_or(last, |(_, text)| text).to_owned();
+            return Err(AsUserError::Directory {
+                dir: server.source.clone(),
+                why: format!("virtiofsd: {why}"),
+            });
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// A stand-in without processes: which directories are the same on which nodes is said by whoever uses it.
+#[derive(Debug, Default)]
+pub struct MemoryAsUser {
+    held: Mutex<Memory>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    /// Sockets of those that run, with what they serve.
+    servers: BTreeMap<PathBuf, PathBuf>,
+    /// Marks by directory.
+    marks: BTreeMap<PathBuf, Vec<String>>,
+}
+
+impl MemoryAsUser {
+    fn held(&self) -> MutexGuard<'_, Memory> {
+        self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// How many servers run.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.held().servers.len()
+    }
+
+    /// How many marks there are.
+    #[must_use]
+    pub fn marks(&self) -> usize {
+        self.held().marks.values().map(Vec::len).sum()
+    }
+}
+
+impl AsUser for MemoryAsUser {
+    fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError> {
+        self.held().servers.insert(server.socket.clone(), server.source.clone());
+        Ok(())
+    }
+
+    fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
+        self.held().servers.retain(|socket, _| socket.parent() != Some(dir));
+        Ok(())
+    }
+
+    fn look(&self, _: &Identity, _: &Path) -> Result<(), AsUserError> {
+        Ok(())
+    }
+
+    fn mark(&self, _: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError> {
+        self.held().marks.entry(dir.into()).or_default().push(name.into());
+        Ok(Mark {
+            file: Some(name.into()),
+            look: String::new(),
+        })
+    }
+
+    fn is_marked(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError> {
+        let held = self.held();
+        Ok(held.marks.get(dir).is_some_and(|all| all.iter().any(|m| Some(m) == mark.file.as_ref())))
+    }
+
+    fn unmark(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError> {
+        if let Some(all) = self.held().marks.get_mut(dir) {
+            all.retain(|m| Some(m) != mark.file.as_ref());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    fn nobody() -> Identity {
+        Identity {
+            uid: 65534,
+            gid: 65534,
+            groups: vec![],
+        }
+    }
+
+    /// A directory that nobody may enter.
+    fn directory() -> Option<tempfile::TempDir> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        Some(dir)
+    }
+
+    #[test]
+    fn a_directory_is_the_same_where_its_mark_can_be_read_and_only_there() {
+        let Some(dir) = directory() else { return };
+        let (mine, other, closed) = (dir.path().join("mine"), dir.path().join("other"), dir.path().join("closed"));
+        for (path, owner) in [(&mine, 65534), (&other, 65534), (&closed, 0)] {
+            fs::create_dir(path).unwrap();
+            chown(path, Some(owner), Some(owner)).unwrap();
+        }
+        let (who, system) = (nobody(), SystemAsUser);
+        let mark = system.mark(&who, &mine, "abc").unwrap();
+        assert!(mark.file.is_some());
+        assert!(system.is_marked(&who, &mine, &mark).unwrap());
+        assert!(!system.is_marked(&who, &other, &mark).unwrap());
+        system.unmark(&who, &mine, &mark).unwrap();
+        assert_eq!(fs::read_dir(&mine).unwrap().count(), 0, "nothing is left");
+        assert!(!system.is_marked(&who, &mine, &mark).unwrap());
+        // Where the user cannot write.
+        let mark = system.mark(&who, &closed, "abc").unwrap();
+        assert_eq!(mark.file, None);
+        assert!(system.is_marked(&who, &closed, &mark).unwrap());
+        assert!(!system.is_marked(&who, &other, &mark).unwrap());
+    }
+
+    #[test]
+    fn what_a_user_cannot_enter_is_named_with_the_reason() {
+        let Some(dir) = directory() else { return };
+        let (secret, file) = (dir.path().join("secret"), dir.path().join("file"));
+        fs::create_dir(&secret).unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(&file, "").unwrap();
+        for (path, why) in [
+            (&secret, "Permission denied"),
+            (&file, "Not a directory"),
+            (&dir.path().join("none"), "No such file or directory"),
+        ] {
+            let said = SystemAsUser.look(&nobody(), path).unwrap_err().to_string();
+            assert_eq!(said, format!("{}: {why}", path.display()));
+        }
+        SystemAsUser.look(&nobody(), dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_process_that_has_another_ones_number_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = Command::new("sleep").arg("60").process_group(0).spawn().unwrap();
+        let file = dir.path().join("a.pid");
+        fs::write(&file, format!("{} 1\n", child.id())).unwrap();
+        end(&file).unwrap();
+        assert!(child.try_wait().unwrap().is_none() && !file.exists());
+        note_pid(&file, child.id()).unwrap();
+        SystemAsUser.end_servers(dir.path()).unwrap();
+        assert!(!child.wait().unwrap().success() && !file.exists());
+    }
+}

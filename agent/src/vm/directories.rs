@@ -1,0 +1,162 @@
+//! Directories of the host in a VM: chosen at its preparation ([`crate::core::directories`]), served by one virtiofsd each that runs as the
+//! job's user ([`crate::effects::as_user`]), and compared before the VM goes to another node.
+//!
+//! ```text
+//!  prepare: the user can enter each          start, import, restore: virtiofsd listens in the VM's run directory, then libvirt
+//!  leave, save: mark each                    import, restore: is each marked here? else the VM does not come here
+//!  end of the VM on a node: no virtiofsd of it is left
+//! ```
+use std::path::PathBuf;
+
+use super::prepare::run_dir;
+use crate::{
+    accounts,
+    config::Config,
+    core::{
+        Failure, Record,
+        directories::{Directory, Mark, Wishes, choose},
+    },
+    effects::{AsUserError, DirectoryServer, Identity, World},
+    hypervisor::SharedDirectory,
+    node::Node,
+};
+
+impl From<AsUserError> for Failure {
+    fn from(e: AsUserError) -> Self {
+        match e {
+            AsUserError::Directory { .. } => Self::Request(format!("a directory cannot be given to the guest: {e}")),
+            AsUserError::Node { .. } => Self::Node(format!("directories cannot be given to the guest: {e}")),
+        }
+    }
+}
+
+fn identity(record: &Record) -> Identity {
+    Identity {
+        uid: record.user.uid,
+        gid: record.user.gid,
+        groups: accounts::groups(&record.user),
+    }
+}
+
+fn directories(record: &Record) -> &[Directory] {
+    record.plan.as_ref().map_or(&[], |plan| &plan.directories)
+}
+
+fn socket(config: &Config, record: &Record, directory: &Directory) -> PathBuf {
+    run_dir(config, &record.domain()).join(format!("{}.sock", directory.tag))
+}
+
+/// The directories of a VM that is being prepared; the user can enter them all. `workdir` is the user's word, and opened only with the
+/// user's rights.
+///
+/// # Errors
+/// [`Failure::Request`] names the one that cannot be given.
+pub fn prepare(world: &World, config: &Config, record: &Record, workdir: Option<&str>) -> Result<Vec<Directory>, Failure> {
+    let chosen = choose(&Wishes {
+        site_home: config.files.home,
+        site_workdir: config.files.workdir,
+        allowed: &config.files.allow,
+        home: &record.user.home,
+        workdir,
+        user: &record.spec.mounts,
+        elsewhere: record.spec.workdir.is_some(),
+    })
+    .map_err(Failure::Request)?;
+    let who = identity(record);
+    for directory in &chosen {
+        world.as_user.look(&who, &directory.source)?;
+    }
+    Ok(chosen)
+}
+
+/// As the domain has them.
+#[must_use]
+pub fn devices(config: &Config, record: &Record) -> Vec<SharedDirectory> {
+    let device = |directory: &Directory| SharedDirectory {
+        tag: directory.tag.clone(),
+        socket: socket(config, record, directory),
+    };
+    directories(record).iter().map(device).collect()
+}
+
+/// Starts what serves the VM's directories; its run directory is there. `restores`: the guest comes from a save.
+///
+/// # Errors
+/// As [`prepare`]; what was started is ended with the VM.
+pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure> {
+    let who = identity(record);
+    for directory in directories(record) {
+        node.world.as_user.serve(&DirectoryServer {
+            who: who.clone(),
+            program: node.config.files.virtiofsd.clone(),
+            source: directory.source.clone(),
+            readonly: directory.readonly,
+            socket: socket(&node.config, record, directory),
+            qemu_user: node.config.peer.qemu_user.clone(),
+            log: node.world.store.vm_dir(&record.domain()).join(format!("{}.log", directory.tag)),
+            restores,
+        })?;
+    }
+    Ok(())
+}
+
+/// Ends what still serves a domain's directories here.
+///
+/// # Errors
+/// One that does not end.
+pub fn end(world: &World, config: &Config, domain: &str) -> Result<(), AsUserError> {
+    world.as_user.end_servers(&run_dir(config, domain))
+}
+
+/// Marks the VM's directories, by which another node knows them; in their order.
+///
+/// # Errors
+/// Which one cannot be looked at.
+pub fn mark(node: &Node, record: &Record) -> Result<Vec<Mark>, String> {
+    if directories(record).is_empty() {
+        return Ok(vec![]);
+    }
+    let who = identity(record);
+    let mut name = node.peers.token()?;
+    name.truncate(16);
+    let mut marks = Vec::new();
+    for directory in directories(record) {
+        match node.world.as_user.mark(&who, &directory.source, &name) {
+            Ok(mark) => marks.push(mark),
+            Err(e) => {
+                unmark(node, record, &marks);
+                return Err(e.to_string());
+            }
+        }
+    }
+    Ok(marks)
+}
+
+/// Removes marks. One that stays is a small hidden file of the user's own.
+pub fn unmark(node: &Node, record: &Record, marks: &[Mark]) {
+    let who = identity(record);
+    for (directory, mark) in directories(record).iter().zip(marks) {
+        if let Err(e) = node.world.as_user.unmark(&who, &directory.source, mark) {
+            log::warn!("job {}: a mark stays in {e}", record.job);
+        }
+    }
+}
+
+/// Whether this node has the very directories that were marked.
+///
+/// # Errors
+/// Which one is another one here, as a fragment.
+pub fn same_here(node: &Node, record: &Record, marks: &[Mark]) -> Result<(), String> {
+    let (who, all) = (identity(record), directories(record));
+    if all.len() != marks.len() {
+        return Err(format!("{} directories of the VM and {} marks of them", all.len(), marks.len()));
+    }
+    for (directory, mark) in all.iter().zip(marks) {
+        match node.world.as_user.is_marked(&who, &directory.source, mark) {
+            Ok(true) => {}
+            Ok(false) => return Err(format!("{} on {} is another directory", directory.source.display(), node.name)),
+            Err(e) => return Err(format!("on {} the guest's directory cannot be used: {e}", node.name)),
+        }
+    }
+    Ok(())
+}

@@ -143,6 +143,9 @@ mod tests {
         let texts = |preempt: Option<&str>| [Some("a".to_owned()), None, None, None, preempt.map(str::to_owned), None, None];
         assert_eq!(request(&texts(None), &settings).unwrap().unwrap().preempt, Some(site));
         assert!(request(&texts(Some("live")), &settings).is_err());
-        assert_eq!(request(&[None, Some("x".into()), None, None, None, None, None], &settings), Ok(None));
+        assert_eq!(
+            request(&[None, Some("x".into()), None, None, None, None, None], &settings),
+            Ok(None)
+        );
     }
 }

@@ -92,6 +92,7 @@ pub fn kind(event: &Event) -> &'static str {
         Event::DomainStarted(Err(_)) => "start-failed",
         Event::GuestUp { .. } => "guest-up",
         Event::DomainEnded { .. } => "domain-ended",
+        Event::DirectoryLost { .. } => "directory-lost",
         Event::JobHere { .. } => "job-here",
         Event::Release => "release",
         Event::Tick => "tick",

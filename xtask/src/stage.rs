@@ -167,7 +167,16 @@ pub fn virtiofsd_into(dir: &Path) -> Result<()> {
     if !built.exists() {
         println!("builds virtiofsd {VIRTIOFSD}, once; this takes a minute or two");
         let root = tools.to_string_lossy().into_owned();
-        let args = ["install", "--quiet", "--locked", "virtiofsd", "--version", VIRTIOFSD, "--root", &root];
+        let args = [
+            "install",
+            "--quiet",
+            "--locked",
+            "virtiofsd",
+            "--version",
+            VIRTIOFSD,
+            "--root",
+            &root,
+        ];
         cargo(&args, &[])?;
     }
     copy(&built, &dir.join("virtiofsd"))

@@ -87,7 +87,11 @@ pub fn plain_path(text: &str) -> Result<String, MountError> {
 /// # Errors
 /// [`MountError::Guests`]
 pub fn check_target(target: &str) -> Result<(), MountError> {
-    let below = |dir: &str| target.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let below = |dir: &str| {
+        target
+            .strip_prefix(dir)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
     if SYSTEMS.contains(&target) || KERNELS.into_iter().any(below) {
         return Err(MountError::Guests(target.to_owned()));
     }
@@ -164,7 +168,10 @@ impl From<MountWish> for String {
 /// # Errors
 /// Names the entry and what is allowed.
 pub fn parse_list(text: &str) -> Result<Vec<MountWish>, MountError> {
-    let wishes = text.split(',').map(|wish| wish.trim().parse()).collect::<Result<Vec<MountWish>, _>>()?;
+    let wishes = text
+        .split(',')
+        .map(|wish| wish.trim().parse())
+        .collect::<Result<Vec<MountWish>, _>>()?;
     check_list(&wishes)?;
     Ok(wishes)
 }

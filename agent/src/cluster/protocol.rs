@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::query::{MoveView, NodeHealth, Totals, VmView};
 
-use crate::core::{directories::Mark, MoveIdentity, MoveQuestion, ProgramRecord, Record};
+use crate::core::{MoveIdentity, MoveQuestion, ProgramRecord, Record, directories::Mark};
 
 /// A request to another agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -65,7 +65,12 @@ pub fn choose(wishes: &Wishes<'_>) -> Result<Vec<Directory>, String> {
                 return Err(format!(
                     "{} may not be given to a guest here: the site allows what is below {}",
                     mount.source,
-                    wishes.allowed.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", ")
+                    wishes
+                        .allowed
+                        .iter()
+                        .map(|d| d.display().to_string())
+                        .collect::<Vec<_>>()
+                        .join(", ")
                 ));
             }
             chosen.push(mount.clone());
@@ -82,7 +87,11 @@ pub fn choose(wishes: &Wishes<'_>) -> Result<Vec<Directory>, String> {
         }
     }
     if chosen.len() > mount::MAX_MOUNTS {
-        return Err(format!("{} directories are more than the {} that a guest can have", chosen.len(), mount::MAX_MOUNTS));
+        return Err(format!(
+            "{} directories are more than the {} that a guest can have",
+            chosen.len(),
+            mount::MAX_MOUNTS
+        ));
     }
     if let Some(dir) = wishes.workdir.filter(|dir| *dir != "/" && !wishes.elsewhere && !chosen.is_empty())
         && !chosen.iter().any(|m| Path::new(dir).starts_with(&m.target))
@@ -159,7 +168,11 @@ mod tests {
     #[test]
     fn the_site_gives_and_the_user_adds_and_takes_away() {
         let of = |site: bool, text: &str| {
-            let user = if text.is_empty() { vec![] } else { mount::parse_list(text).unwrap() };
+            let user = if text.is_empty() {
+                vec![]
+            } else {
+                mount::parse_list(text).unwrap()
+            };
             shown(&wishes(site, &user, &[]))
         };
         assert_eq!(of(false, ""), Ok(vec![]));
@@ -176,7 +189,13 @@ mod tests {
                 "slurm-vm-2 /data>/home/a/in ro".to_owned()
             ])
         );
-        assert_eq!(of(true, "/data:/home/a"), Ok(vec!["slurm-vm-0 /data>/home/a".to_owned(), "slurm-vm-1 /home/a/job>/home/a/job".to_owned()]));
+        assert_eq!(
+            of(true, "/data:/home/a"),
+            Ok(vec![
+                "slurm-vm-0 /data>/home/a".to_owned(),
+                "slurm-vm-1 /home/a/job>/home/a/job".to_owned()
+            ])
+        );
     }
 
     #[test]

@@ -109,6 +109,11 @@ pub enum Event {
         /// What happened, as a fragment.
         how: String,
     },
+    /// The process that serves a directory of the host to the guest has ended by itself: the guest waits for it for ever.
+    DirectoryLost {
+        /// The directory on the host.
+        dir: PathBuf,
+    },
     /// Slurm starts (or started) the job on this node.
     JobHere {
         /// Run number minted for it.

@@ -123,6 +123,9 @@ impl Vm {
                     None => vec![],
                 }
             }
+            (Life::Running | Life::AwaitingJob { .. }, Event::DirectoryLost { dir }) if self.busy.is_none() => self.stop(End::GuestLost {
+                how: format!("the process that served its directory {} has ended", dir.display()),
+            }),
             // What is under way fails by itself, and the guest is looked for then: libvirt tells of the end of a domain
             // whose start or restore fails, too, and that is no fault of the guest.
             (Life::Leaving { .. } | Life::Saving { .. } | Life::Restoring { .. }, Event::DomainEnded { how }) => {
@@ -579,6 +582,7 @@ impl Vm {
                 | Event::DomainStarted(_)
                 | Event::GuestUp { .. }
                 | Event::DomainEnded { .. }
+                | Event::DirectoryLost { .. }
                 | Event::JobHere { .. }
                 | Event::Release
                 | Event::Tick

@@ -13,7 +13,7 @@ use std::{
     fmt, fs, io,
     os::{
         fd::OwnedFd,
-        unix::{net::UnixListener, process::CommandExt},
+        unix::{fs::lchown, net::UnixListener, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -71,8 +71,8 @@ pub struct DirectoryServer {
     pub socket: PathBuf,
     /// QEMU's user.
     pub qemu_user: String,
-    /// What it says goes there.
-    pub log: PathBuf,
+    /// Root's directory, for its process id and what it says: what stands in the socket's could be QEMU's.
+    pub notes: PathBuf,
     /// The guest comes from a save: a file that was open and is gone gives the guest an error (EIO), for there is no source to go back to.
     pub restores: bool,
 }
@@ -114,11 +114,22 @@ pub trait AsUser: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`AsUserError::Directory`] when it says that it cannot serve the directory.
     fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError>;
-    /// Ends all whose sockets are in this directory; none is no error.
+    /// Ends all whose notes are in this directory, and removes those; none is no error.
     ///
     /// # Errors
     /// One that does not end.
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError>;
+    /// The servers with notes in this directory that have ended by themselves: the names of their sockets, without the ending.
+    ///
+    /// # Errors
+    /// When the notes cannot be read.
+    fn ended_servers(&self, dir: &Path) -> Result<Vec<String>, AsUserError>;
+    /// What the servers with notes in this directory have complained of, oldest first: the name of the socket without the ending, and
+    /// the line.
+    ///
+    /// # Errors
+    /// When the notes cannot be read.
+    fn complaints(&self, dir: &Path) -> Result<Vec<(String, String)>, AsUserError>;
     /// Whether the user can enter a directory.
     ///
     /// # Errors
@@ -210,25 +221,33 @@ impl AsUser for SystemAsUser {
             let what = what.display().to_string();
             move |e: io::Error| AsUserError::node(&what, e)
         };
-        end(&pid_file(&server.socket))?;
+        let (pid_note, log) = (note(server, "pid"), note(server, "log"));
+        end(&pid_note)?;
         let _ = fs::remove_file(&server.socket);
         let listener = UnixListener::bind(&server.socket).map_err(at(&server.socket))?;
-        private::give(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
-        let log = fs::File::create(&server.log).map_err(at(&server.log))?;
+        let qemu = private::qemu(&server.qemu_user).map_err(at(&server.socket))?;
+        // Past no link that somebody else's QEMU could have put there.
+        lchown(&server.socket, Some(qemu.uid.as_raw()), Some(qemu.gid.as_raw())).map_err(at(&server.socket))?;
+        let said = fs::File::create(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // Standard input is how a descriptor is passed without unsafe code.
         command
             .arg("--fd=0")
             .arg(format!("--shared-dir={}", server.source.display()))
-            .args(["--sandbox=namespace", "--cache=auto", "--inode-file-handles=never", "--announce-submounts"])
+            .args([
+                "--sandbox=namespace",
+                "--cache=auto",
+                "--inode-file-handles=never",
+                "--announce-submounts",
+            ])
             .args(server.readonly.then_some("--readonly"))
             .args(server.restores.then_some("--migration-on-error=guest-error"))
             .stdin(Stdio::from(OwnedFd::from(listener)))
-            .stderr(Stdio::from(log))
+            .stderr(Stdio::from(said))
             .process_group(0);
         let mut child = command.spawn().map_err(at(&server.program))?;
         let pid = child.id();
-        let begun = note_pid(&pid_file(&server.socket), pid).and_then(|()| wait_until_ready(&mut child, server));
+        let begun = note_pid(&pid_note, pid).and_then(|()| wait_until_ready(&mut child, &log, &server.source));
         if begun.is_err() {
             let _ = killpg(group(pid), Signal::SIGKILL);
         }
@@ -238,15 +257,30 @@ impl AsUser for SystemAsUser {
     }
 
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
-        let entries = match fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(AsUserError::node(dir.display(), e)),
-        };
-        for entry in entries.flatten().filter(|e| e.path().extension().is_some_and(|x| x == "pid")) {
-            end(&entry.path())?;
+        pid_notes(dir)?.iter().try_for_each(|file| end(file))
+    }
+
+    fn ended_servers(&self, dir: &Path) -> Result<Vec<String>, AsUserError> {
+        let mut ended = Vec::new();
+        for file in pid_notes(dir)? {
+            if running(&file)?.is_none() {
+                ended.push(file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
+            }
         }
-        Ok(())
+        Ok(ended)
+    }
+
+    fn complaints(&self, dir: &Path) -> Result<Vec<(String, String)>, AsUserError> {
+        let mut all = Vec::new();
+        for file in pid_notes(dir)? {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let said = fs::read(file.with_extension("log")).unwrap_or_default();
+            let said = String::from_utf8_lossy(&said).into_owned();
+            // `[TIME ERROR virtiofsd::MODULE] TEXT`
+            let complaint = |line: &str| Some(line.split_once(" ERROR ")?.1.split_once("] ")?.1.to_owned());
+            all.extend(said.lines().filter_map(complaint).map(|line| (name.clone(), line)));
+        }
+        Ok(all)
     }
 
     fn look(&self, who: &Identity, dir: &Path) -> Result<(), AsUserError> {
@@ -282,8 +316,10 @@ fn group(pid: u32) -> Pid {
     Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
 }
 
-fn pid_file(socket: &Path) -> PathBuf {
-    socket.with_extension("pid")
+/// A server is known by the name of its socket.
+fn note(server: &DirectoryServer, kind: &str) -> PathBuf {
+    let name = server.socket.file_name().unwrap_or_default();
+    server.notes.join(name).with_extension(kind)
 }
 
 /// When a process began, in the kernel's ticks: with its number it names one process for good. None once it is gone.
@@ -303,38 +339,54 @@ fn note_pid(file: &Path, pid: u32) -> Result<(), AsUserError> {
     fs::write(file, format!("{pid} {began}\n")).map_err(|e| AsUserError::node(file.display(), e))
 }
 
-/// Ends the process of a pid file, if it is still that process, and removes the file.
-fn end(file: &Path) -> Result<(), AsUserError> {
+/// The pid files in a directory; none where there is no directory.
+fn pid_notes(dir: &Path) -> Result<Vec<PathBuf>, AsUserError> {
+    match fs::read_dir(dir) {
+        Ok(entries) => Ok(entries
+            .flatten()
+            .map(|e| e.path())
+            .filter(|p| p.extension().is_some_and(|x| x == "pid"))
+            .collect()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(vec![]),
+        Err(e) => Err(AsUserError::node(dir.display(), e)),
+    }
+}
+
+/// The process of a pid file, if it still is that process.
+fn running(file: &Path) -> Result<Option<u32>, AsUserError> {
     let text = match fs::read_to_string(file) {
         Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(AsUserError::node(file.display(), e)),
     };
-    let mut words = text.split_whitespace().map(str::parse::<u64>);
-    if let (Some(Ok(pid)), Some(Ok(began))) = (words.next(), words.next())
-        && let Ok(pid) = u32::try_from(pid)
-    {
-        let alive = || start_time(pid) == Some(began);
-        let until = Instant::now() + GONE_WITHIN;
-        while alive() {
-            match killpg(group(pid), Signal::SIGKILL) {
-                Ok(()) | Err(Errno::ESRCH) => {}
-                Err(e) => return Err(AsUserError::node(format!("process {pid}"), e)),
-            }
-            if Instant::now() > until {
-                return Err(AsUserError::node(format!("process {pid}"), "it does not end"));
-            }
-            thread::sleep(PAUSE);
+    let mut words = text.split_whitespace();
+    let pid = words.next().and_then(|w| w.parse().ok());
+    let began = words.next().and_then(|w| w.parse::<u64>().ok());
+    Ok(pid.filter(|pid| began.is_some() && start_time(*pid) == began))
+}
+
+/// Ends the process of a pid file, if it is still that process, and removes the file and what the process said.
+fn end(file: &Path) -> Result<(), AsUserError> {
+    let until = Instant::now() + GONE_WITHIN;
+    while let Some(pid) = running(file)? {
+        match killpg(group(pid), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => return Err(AsUserError::node(format!("process {pid}"), e)),
         }
+        if Instant::now() > until {
+            return Err(AsUserError::node(format!("process {pid}"), "it does not end"));
+        }
+        thread::sleep(PAUSE);
     }
+    let _ = fs::remove_file(file.with_extension("log"));
     let _ = fs::remove_file(file);
     Ok(())
 }
 
-fn wait_until_ready(child: &mut Child, server: &DirectoryServer) -> Result<(), AsUserError> {
+fn wait_until_ready(child: &mut Child, log: &Path, source: &Path) -> Result<(), AsUserError> {
     let until = Instant::now() + BEGINS_WITHIN;
     loop {
-        let said = fs::read(&server.log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+        let said = fs::read(log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
         if said.contains(READY) {
             return Ok(());
         }
@@ -344,7 +396,7 @@ fn wait_until_ready(child: &mut Child, server: &DirectoryServer) -> Result<(), A
             // `[2026-01-01T00:00:00Z ERROR virtiofsd] Error creating ...`
             let why = last.split_once("] ").map_or(last, |(_, text)| text).to_owned();
             return Err(AsUserError::Directory {
-                dir: server.source.clone(),
+                dir: source.into(),
                 why: format!("virtiofsd: {why}"),
             });
         }
@@ -360,8 +412,8 @@ pub struct MemoryAsUser {
 
 #[derive(Debug, Default)]
 struct Memory {
-    /// Sockets of those that run, with what they serve.
-    servers: BTreeMap<PathBuf, PathBuf>,
+    /// Those that run, by their notes' directory and their socket, with what they serve.
+    servers: BTreeMap<(PathBuf, PathBuf), PathBuf>,
     /// Marks by directory.
     marks: BTreeMap<PathBuf, Vec<String>>,
 }
@@ -386,13 +438,22 @@ impl MemoryAsUser {
 
 impl AsUser for MemoryAsUser {
     fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError> {
-        self.held().servers.insert(server.socket.clone(), server.source.clone());
+        let key = (server.notes.clone(), server.socket.clone());
+        self.held().servers.insert(key, server.source.clone());
         Ok(())
     }
 
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
-        self.held().servers.retain(|socket, _| socket.parent() != Some(dir));
+        self.held().servers.retain(|(notes, _), _| notes != dir);
         Ok(())
+    }
+
+    fn ended_servers(&self, _: &Path) -> Result<Vec<String>, AsUserError> {
+        Ok(vec![])
+    }
+
+    fn complaints(&self, _: &Path) -> Result<Vec<(String, String)>, AsUserError> {
+        Ok(vec![])
     }
 
     fn look(&self, _: &Identity, _: &Path) -> Result<(), AsUserError> {
@@ -409,7 +470,10 @@ impl AsUser for MemoryAsUser {
 
     fn is_marked(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError> {
         let held = self.held();
-        Ok(held.marks.get(dir).is_some_and(|all| all.iter().any(|m| Some(m) == mark.file.as_ref())))
+        Ok(held
+            .marks
+            .get(dir)
+            .is_some_and(|all| all.iter().any(|m| Some(m) == mark.file.as_ref())))
     }
 
     fn unmark(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError> {
@@ -494,6 +558,14 @@ mod tests {
         end(&file).unwrap();
         assert!(child.try_wait().unwrap().is_none() && !file.exists());
         note_pid(&file, child.id()).unwrap();
+        assert!(SystemAsUser.ended_servers(dir.path()).unwrap().is_empty());
+        fs::write(
+            dir.path().join("a.log"),
+            "[2026-01-01T00:00:00Z INFO  virtiofsd] Client connected\n[2026-01-01T00:00:01Z ERROR virtiofsd::x::y] Inode 3: Inode deleted (/b)\n",
+        )
+        .unwrap();
+        let complaints = SystemAsUser.complaints(dir.path()).unwrap();
+        assert_eq!(complaints, [("a".to_owned(), "Inode 3: Inode deleted (/b)".to_owned())]);
         SystemAsUser.end_servers(dir.path()).unwrap();
         assert!(!child.wait().unwrap().success() && !file.exists());
     }

@@ -12,7 +12,10 @@ use std::{
 
 use crossbeam_channel::Receiver;
 
-use super::{AsUser, AsUserError, Base, Directory, DirectoryServer, DiskError, Disks, Faults, Files, Identity, Store, StoreError, World, trusted::Distrust};
+use super::{
+    AsUser, AsUserError, Base, Directory, DirectoryServer, DiskError, Disks, Faults, Files, Identity, Store, StoreError, World,
+    trusted::Distrust,
+};
 use crate::{
     core::{directories::Mark, record::Record},
     hypervisor::{
@@ -115,7 +118,10 @@ impl Injected for Distrust {
 
 impl Injected for AsUserError {
     fn injected(why: String) -> Self {
-        Self::Node { what: "as a user".into(), why }
+        Self::Node {
+            what: "as a user".into(),
+            why,
+        }
     }
 }
 
@@ -237,6 +243,8 @@ points! { "files", FILES, Files;
 points! { "as_user", AS_USER, AsUser;
     fn serve(server: &DirectoryServer) -> Result<(), AsUserError>;
     fn end_servers(dir: &Path) -> Result<(), AsUserError>;
+    fn ended_servers(dir: &Path) -> Result<Vec<String>, AsUserError>;
+    fn complaints(dir: &Path) -> Result<Vec<(String, String)>, AsUserError>;
     fn look(who: &Identity, dir: &Path) -> Result<(), AsUserError>;
     fn mark(who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError>;
     fn is_marked(who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError>;

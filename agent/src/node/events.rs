@@ -7,7 +7,7 @@ use super::{Node, domains_of};
 use crate::{
     core::registry::{Entry, Recheck, job_of},
     hypervisor::{DomainEvent, StateReason, StopReason},
-    vm::Request,
+    vm::{Request, directories},
 };
 
 impl Node {
@@ -57,19 +57,33 @@ impl Node {
         }
     }
 
+    /// The owners of all live VMs.
+    fn owners(&self) -> Vec<(u32, Sender<Request>)> {
+        let vms = self.vms();
+        let owner = |(job, entry): (u32, &Entry<Sender<Request>>)| match entry {
+            Entry::Live(live) => Some((job, live.way.clone())),
+            Entry::Over(_) => None,
+        };
+        vms.iter().filter_map(owner).collect()
+    }
+
+    /// Ends VMs that have lost a directory of the host: their programs would wait for it for ever.
+    pub fn end_without_directory(&self) {
+        for (job, way) in self.owners() {
+            let record = self.ask(&way, Request::Record);
+            if let Some(dir) = record.and_then(|record| directories::lost(&self.world, &record)) {
+                log::error!("job {job}: the server of its directory {} has ended", dir.display());
+                let _ = way.send(Request::Core(crate::core::Event::DirectoryLost { dir }));
+            }
+        }
+    }
+
     /// Events may have been lost while libvirt was away: compare.
     fn recheck(self: &Arc<Self>) {
         let Ok(domains) = self.world.hypervisor.list() else { return };
         log::info!("libvirt is back, {} domains", domains.len());
-        let owners: Vec<(u32, Sender<Request>)> = {
-            let vms = self.vms();
-            let owner = |(job, entry): (u32, &Entry<Sender<Request>>)| match entry {
-                Entry::Live(live) => Some((job, live.way.clone())),
-                Entry::Over(_) => None,
-            };
-            vms.iter().filter_map(owner).collect()
-        };
-        let lives = owners
+        let lives = self
+            .owners()
             .into_iter()
             .filter_map(|(job, way)| Some((job, self.ask(&way, Request::Record)?)))
             .collect();

@@ -13,7 +13,7 @@ use crate::{
     accounts,
     config::Config,
     core::{
-        Failure, Record,
+        Failure, Life, Record,
         directories::{Directory, Mark, Wishes, choose},
     },
     effects::{AsUserError, DirectoryServer, Identity, World},
@@ -93,7 +93,7 @@ pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure
             readonly: directory.readonly,
             socket: socket(&node.config, record, directory),
             qemu_user: node.config.peer.qemu_user.clone(),
-            log: node.world.store.vm_dir(&record.domain()).join(format!("{}.log", directory.tag)),
+            notes: node.world.store.vm_dir(&record.domain()),
             restores,
         })?;
     }
@@ -104,8 +104,63 @@ pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure
 ///
 /// # Errors
 /// One that does not end.
-pub fn end(world: &World, config: &Config, domain: &str) -> Result<(), AsUserError> {
-    world.as_user.end_servers(&run_dir(config, domain))
+pub fn end(world: &World, domain: &str) -> Result<(), AsUserError> {
+    world.as_user.end_servers(&world.store.vm_dir(domain))
+}
+
+/// A directory of the VM whose server has ended while the guest runs: what the guest asks of it is never answered.
+#[must_use]
+pub fn lost(world: &World, record: &Record) -> Option<PathBuf> {
+    let all = directories(record);
+    if all.is_empty() || record.life != Life::Running {
+        return None;
+    }
+    let ended = world.as_user.ended_servers(&world.store.vm_dir(&record.domain()));
+    let ended = ended.inspect_err(|e| log::warn!("job {}: {e}", record.job)).unwrap_or_default();
+    all.iter().find(|d| ended.contains(&d.tag)).map(|d| d.source.clone())
+}
+
+/// What the servers of a VM's directories had complained of before something was tried.
+#[derive(Debug)]
+pub struct Before(usize);
+
+/// To be called before a move or a save, for [`kept_by`] after it.
+#[must_use]
+pub fn before(world: &World, record: &Record) -> Before {
+    Before(complaints(world, record).len())
+}
+
+fn complaints(world: &World, record: &Record) -> Vec<(String, String)> {
+    if directories(record).is_empty() {
+        return vec![];
+    }
+    let said = world.as_user.complaints(&world.store.vm_dir(&record.domain()));
+    said.inspect_err(|e| log::warn!("job {}: {e}", record.job)).unwrap_or_default()
+}
+
+/// Files that the guest has open and that are deleted: they have no name by which the other side could open them. One line about them and
+/// about what else the servers complained of meanwhile; nothing if they did not.
+#[must_use]
+pub fn kept_by(world: &World, record: &Record, before: &Before) -> Option<String> {
+    let mut files = Vec::new();
+    let mut others = Vec::new();
+    for (tag, line) in complaints(world, record).into_iter().skip(before.0) {
+        let source = directories(record).iter().find(|d| d.tag == tag).map(|d| &d.source);
+        match (deleted(&line), source) {
+            (Some(path), Some(source)) => files.push(source.join(path.trim_start_matches('/')).display().to_string()),
+            _ => others.push(format!("virtiofsd: {line}")),
+        }
+    }
+    files.dedup();
+    if !files.is_empty() {
+        return Some(format!("open in the guest and deleted: {}", files.join(", ")));
+    }
+    others.pop()
+}
+
+/// The path below the directory, of `Inode 3: Failed to get path from /proc/self/fd: Inode deleted (/u/gone)`.
+fn deleted(line: &str) -> Option<&str> {
+    line.split_once("Inode deleted (")?.1.strip_suffix(')')
 }
 
 /// Marks the VM's directories, by which another node knows them; in their order.
@@ -159,4 +214,16 @@ pub fn same_here(node: &Node, record: &Record, marks: &[Mark]) -> Result<(), Str
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deleted_file_is_read_from_what_virtiofsd_says() {
+        let line = "Inode 3: Failed to get path from /proc/self/fd: Inode deleted (/u/gone (1))";
+        assert_eq!(deleted(line), Some("/u/gone (1)"));
+        assert_eq!(deleted("Migration failed"), None);
+    }
 }

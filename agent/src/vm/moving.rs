@@ -25,9 +25,9 @@ use std::{
 use slurm_vm_api::query::MoveView;
 
 use super::{
-    Request, directories,
+    Request,
     converge::{self, Watch},
-    prepare,
+    directories, prepare,
     programs::Kept,
 };
 use crate::{
@@ -120,7 +120,7 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     // First: what is still on its way here would come up after its end.
     close_moves_of(node, record.job);
     let was_there = node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
-    directories::end(&node.world, &node.config, &domain).map_err(|e| e.to_string())?;
+    directories::end(&node.world, &domain).map_err(|e| e.to_string())?;
     // Trust no return code: is it really gone?
     if was_there && node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
         return Err(format!("{domain} is still there after it was destroyed"));
@@ -161,7 +161,7 @@ pub fn clear_here(node: &Node, record: &Record) {
         log::warn!("job {}: {e}", record.job);
     }
     close_moves_of(node, record.job);
-    if let Err(e) = directories::end(&node.world, &node.config, &record.domain()) {
+    if let Err(e) = directories::end(&node.world, &record.domain()) {
         log::warn!("job {}: {e}", record.job);
     }
     remove_run_dir(node, &record.domain());
@@ -189,7 +189,8 @@ pub fn clear_left_sockets(world: &World, config: &Config, known: &[String]) {
             if is_known {
                 continue;
             }
-            if let Err(e) = world.as_user.end_servers(&dir) {
+            let domain = dir.file_name().unwrap_or_default().to_string_lossy();
+            if let Err(e) = directories::end(world, &domain) {
                 log::warn!("{}: {e}", dir.display());
             }
             if let Err(e) = files.remove_all(&dir) {
@@ -413,9 +414,9 @@ pub fn import(
     let owner = node.owner(job).ok_or("its owner has ended")?;
     let recorded = node.ask(&owner, Request::Recorded);
     // Only now: servers of a VM that is here already are not to be touched.
-    let ready = recorded.unwrap_or_else(|| Err("its owner does not answer".into())).and_then(|()| {
-        directories::serve(node, &served, false).map_err(Failure::why)
-    });
+    let ready = recorded
+        .unwrap_or_else(|| Err("its owner does not answer".into()))
+        .and_then(|()| directories::serve(node, &served, false).map_err(Failure::why));
     if let Err(why) = ready {
         let _ = owner.send(Request::Core(Event::Abandoned { by }));
         return Err(why);
@@ -495,6 +496,7 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
         parallel_connections: None,
         paused: false,
     };
+    let before = directories::before(&node.world, record);
     let watch = Watch::start(node, record, order.deadline_ms);
     let begun = node.world.clock.instant();
     let outcome = node.world.hypervisor.migrate(&domain, &params);
@@ -513,7 +515,9 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
             outcome: "done".into(),
         }),
         Err(HypervisorError::Aborted { .. }) => Err(verdict.unwrap_or_else(|| "it was cancelled".into())),
-        Err(e) => Err(verdict.unwrap_or_else(|| e.to_string())),
+        Err(e) => Err(verdict
+            .or_else(|| directories::kept_by(&node.world, record, &before))
+            .unwrap_or_else(|| e.to_string())),
     }
 }
 

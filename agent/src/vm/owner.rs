@@ -16,8 +16,8 @@ use super::{
     Request, cause,
     explain::Explain,
     moving::{self, MoveOrder},
-    prepare,
     place::Place,
+    prepare,
     programs::{Attach, Programs, ToGuest},
     saving, start, supersede, view,
 };

@@ -156,10 +156,15 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
     let domain = record.domain();
     let overlay = record.plan.as_ref().and_then(|p| p.overlay.clone());
     let marks = directories::mark(node, record).map_err(SaveError::Unfit)?;
+    let before = directories::before(&node.world, record);
     if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
         let _ = files.remove_all(dir);
         directories::unmark(node, record, &marks);
         return Err(e.into());
+    }
+    if let Some(lost) = directories::kept_by(&node.world, record, &before) {
+        let line = format!("the guest gets an error (EIO) from what cannot be brought back: {lost}");
+        node.world.store.journal(&domain, node.world.clock.now_ms(), &line);
     }
     // From here on the domain is gone: whatever fails now, it is brought back from its own memory.
     match complete(node, record, dir, begun, kept, &marks, cause) {
@@ -484,7 +489,7 @@ fn unload(node: &Node, record: &Record, claim: &Claim) {
         Ok(None) => !claim.is_marked(),
         Err(_) => false,
     };
-    if never_ran && let Err(e) = directories::end(&node.world, &node.config, &domain) {
+    if never_ran && let Err(e) = directories::end(&node.world, &domain) {
         log::warn!("job {job}: {e}");
     }
     if !never_ran {

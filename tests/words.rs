@@ -86,7 +86,7 @@ fn requests() -> Vec<PeerRequest> {
                 storage: Some("1700000000000-n1".into()),
             },
             marks: vec![Mark {
-                file: Some("0123456789abcdef".into()),
+                nonce: Some("n1-1700000000000".into()),
                 look: "2 1700000000.000000000".into(),
             }],
         },

@@ -70,16 +70,18 @@ impl Cluster {
             }
         }
         let files = self.left_on_storage();
-        let left: [(&str, usize); 5] = [
+        let with_users = self.left_with_users();
+        let left: [(&str, usize); 6] = [
             ("domains", self.world.domains()),
             ("files", files.len()),
+            ("servers of directories, or marks in them,", with_users.len()),
             ("moves", self.controller.moves()),
             ("epilogs", self.epilogs.len()),
             ("reservations", self.slurm.reservations().map_or(1, |r| r.len())),
         ];
         left.iter()
             .find(|(_, n)| *n > 0)
-            .map(|(what, n)| format!("{n} {what} left ({files:?})"))
+            .map(|(what, n)| format!("{n} {what} left ({files:?}, {with_users:?})"))
     }
 }
 

@@ -13,7 +13,7 @@ use slurm_vm::{
         registry::{self, Found, Registry},
         relocation::Event as MoveEvent,
     },
-    effects::{Faults, Storage},
+    effects::{Faults, MemoryAsUser, Storage},
     hypervisor::{
         DomainEvent, Hypervisor, HypervisorError, StopReason,
         fake::{FakeHypervisor, Fault, Op, World},
@@ -264,6 +264,7 @@ pub struct Cluster {
     pub begun: Instant,
     /// What all nodes share.
     pub storage: Storage,
+    pub as_user: MemoryAsUser,
     time: Time,
     pub nodes: BTreeMap<String, Node>,
     pub libvirt_jobs: BTreeMap<(String, u32), LibvirtJob>,
@@ -314,7 +315,7 @@ impl Cluster {
     }
 
     fn of(mut random: Random, count: u64, mood: Mood) -> Self {
-        let (storage, time) = (Storage::default(), Time::default());
+        let (storage, as_user, time) = (Storage::default(), MemoryAsUser::default(), Time::default());
         let world = World::on(storage.clone());
         let names: Vec<String> = (1..=count).map(|i| format!("n{i}")).collect();
         let hypervisors: BTreeMap<_, _> = names.iter().map(|n| (n.clone(), world.node(n))).collect();
@@ -337,7 +338,7 @@ impl Cluster {
                     let faults = Faults::default();
                     let node = Node {
                         alive: true,
-                        rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm, &faults),
+                        rooms: rooms::of(n, &time, &storage, &hypervisors[n], &slurm, &faults, &as_user),
                         faults,
                         epoch: 1,
                         vms: BTreeMap::new(),
@@ -357,6 +358,7 @@ impl Cluster {
             spools: tempfile::tempdir().unwrap(),
             begun: Instant::now(),
             storage,
+            as_user,
             time,
             libvirt_jobs: BTreeMap::new(),
             epilogs: BTreeMap::new(),
@@ -538,6 +540,7 @@ impl Cluster {
         self.kill(name);
         self.hypervisors[name].power_off();
         self.storage.power_off(name);
+        self.as_user.power_off(name);
         self.slurm.set_up(name, false);
         self.slurm_events();
     }
@@ -703,7 +706,15 @@ impl Cluster {
     pub fn restart(&mut self, name: &str) {
         self.say(&format!("{name}: agent started"));
         let faults = &self.nodes[name].faults;
-        let fresh = rooms::of(name, &self.time, &self.storage, &self.hypervisors[name], &self.slurm, faults);
+        let fresh = rooms::of(
+            name,
+            &self.time,
+            &self.storage,
+            &self.hypervisors[name],
+            &self.slurm,
+            faults,
+            &self.as_user,
+        );
         let Some(node) = self.nodes.get_mut(name) else { return };
         (node.alive, node.rooms) = (true, fresh);
         let records: Vec<Record> = node.ledger.values().cloned().collect();

@@ -8,7 +8,7 @@ use slurm_vm::{
     slurm::{FakeEvent, JobId, Slurm},
     vm::Birth,
 };
-use slurm_vm_api::{session::UserEntry, spec::VmSpec};
+use slurm_vm_api::{mount, session::UserEntry, spec::VmSpec};
 
 use crate::{
     cluster::{Cluster, EPILOG_MS, Message, Mood, domain},
@@ -238,7 +238,7 @@ fn spec() -> VmSpec {
         mem_mib: None,
         boot_timeout_s: Some(60),
         preempt: None,
-        mounts: vec![],
-        workdir: None,
+        mounts: mount::parse_list("/data,/scratch:/in:ro").unwrap(),
+        workdir: Some("/data".into()),
     }
 }

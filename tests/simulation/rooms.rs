@@ -14,7 +14,7 @@ use slurm_vm::{
     cluster::Alone,
     config::Config,
     core::Record,
-    effects::{Clock, Faults, Killed, MemoryDisks, Store, StoreError, World},
+    effects::{Clock, Faults, Killed, MemoryAsUser, MemoryDisks, Store, StoreError, World},
     hypervisor::fake::FakeHypervisor,
     node::Node,
     slurm::FakeSlurm,
@@ -86,6 +86,7 @@ pub fn of(
     libvirt: &FakeHypervisor,
     slurm: &Arc<FakeSlurm>,
     faults: &Faults,
+    as_user: &MemoryAsUser,
 ) -> Arc<Node> {
     let text = format!("[hypervisor]\ndomain_type = \"qemu\"\n[images.{IMAGE}]\ndisk = \"/images/{IMAGE}.qcow2\"\n");
     let mut config = Config::parse(&text, Path::new("slurm-vm.toml")).unwrap();
@@ -99,7 +100,7 @@ pub fn of(
         files: Arc::new(files),
         hypervisor: Arc::new(libvirt.clone()),
         slurm: slurm.clone(),
-        as_user: Arc::new(slurm_vm::effects::MemoryAsUser::default()),
+        as_user: Arc::new(as_user.on(name)),
     };
     Node::new(Arc::new(config), world.with_fault_points(faults), Arc::new(Alone))
 }
@@ -145,6 +146,21 @@ impl Cluster {
     /// What is on shared storage and should not be once all jobs have ended.
     pub fn left_on_storage(&self) -> Vec<PathBuf> {
         self.storage.paths().into_iter().filter(|p| p.starts_with(SHARED)).collect()
+    }
+
+    /// Servers of directories and marks in them that should not be there once all jobs have ended.
+    pub fn left_with_users(&self) -> Vec<String> {
+        let servers = self
+            .as_user
+            .running()
+            .into_iter()
+            .map(|(node, notes)| format!("{node}: {}", notes.display()));
+        let marks = self
+            .as_user
+            .marks()
+            .into_iter()
+            .map(|(dir, name)| format!("{name} in {}", dir.display()));
+        servers.chain(marks).collect()
     }
 
     /// Saves that wait for their job and have lost their memory: after their manifest a power cut takes nothing away.

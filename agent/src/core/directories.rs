@@ -25,8 +25,8 @@ pub struct Directory {
 /// What tells a directory from another one of the same path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// Random part of the name of a file in it; none where the user may not write there.
-    pub file: Option<String>,
+    /// What stands in the VM's file in it; none where the user may not write there.
+    pub nonce: Option<String>,
     /// Its inode and the time of its last change, as stat(1) prints them.
     pub look: String,
 }

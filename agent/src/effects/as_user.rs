@@ -9,7 +9,7 @@
 //! can read here. Paths say nothing; every node has a `/tmp`. Where the user may not write, the directory's own inode and time of change
 //! are compared, and a doubt counts as a no.
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     os::{
         fd::OwnedFd,
@@ -17,7 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     thread,
     time::{Duration, Instant},
 };
@@ -42,7 +42,7 @@ const LOOK_WITHIN_S: &str = "10";
 const PAUSE: Duration = Duration::from_millis(5);
 /// What virtiofsd says when it can be connected to.
 const READY: &str = "Waiting for vhost-user socket connection";
-/// Name of a mark before its random part.
+/// Name of a mark's file before the VM's own part.
 const MARK: &str = ".slurm-vm-same-";
 
 /// Whose rights are used.
@@ -135,21 +135,22 @@ pub trait AsUser: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`AsUserError::Directory`] says why not.
     fn look(&self, who: &Identity, dir: &Path) -> Result<(), AsUserError>;
-    /// Marks a directory, so that another node can tell whether it sees the same one.
+    /// Marks a directory, so that another node can tell whether it sees the same one: `name` is the VM's, `nonce` this mark's. An earlier
+    /// mark of the VM is replaced.
     ///
     /// # Errors
     /// When it cannot even be looked at.
-    fn mark(&self, who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError>;
+    fn mark(&self, who: &Identity, dir: &Path, name: &str, nonce: &str) -> Result<Mark, AsUserError>;
     /// Whether the directory here is the one that was marked.
     ///
     /// # Errors
     /// When it cannot be looked at here.
-    fn is_marked(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError>;
-    /// Removes a mark; none is no error.
+    fn is_marked(&self, who: &Identity, dir: &Path, name: &str, mark: &Mark) -> Result<bool, AsUserError>;
+    /// Removes a VM's mark; none is no error.
     ///
     /// # Errors
     /// When it cannot be removed now.
-    fn unmark(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError>;
+    fn unmark(&self, who: &Identity, dir: &Path, name: &str) -> Result<(), AsUserError>;
 }
 
 /// The real ones, by setpriv(1) of util-linux and the tools of coreutils.
@@ -287,27 +288,26 @@ impl AsUser for SystemAsUser {
         in_directory(who, dir, &["stat", "-c", "%F", &format!("{}/.", dir.display())]).map(drop)
     }
 
-    fn mark(&self, who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError> {
+    fn mark(&self, who: &Identity, dir: &Path, name: &str, nonce: &str) -> Result<Mark, AsUserError> {
         let path = mark_path(dir, name);
-        let made = run(who, &["sh", "-c", "umask 077 && set -C && echo \"$2\" > \"$1\"", "sh", &path, name]);
+        let made = run(who, &["sh", "-c", "umask 077 && echo \"$2\" > \"$1\"", "sh", &path, nonce]);
         let made = made.map_err(|e| AsUserError::node("setpriv", e))?;
         Ok(Mark {
-            file: made.is_ok().then(|| name.to_owned()),
+            nonce: made.is_ok().then(|| nonce.to_owned()),
             look: appearance(who, dir)?,
         })
     }
 
-    fn is_marked(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError> {
-        let Some(name) = &mark.file else {
+    fn is_marked(&self, who: &Identity, dir: &Path, name: &str, mark: &Mark) -> Result<bool, AsUserError> {
+        let Some(nonce) = &mark.nonce else {
             return Ok(appearance(who, dir)? == mark.look);
         };
         self.look(who, dir)?;
         let read = run(who, &["cat", &mark_path(dir, name)]).map_err(|e| AsUserError::node("setpriv", e))?;
-        Ok(read.is_ok_and(|text| text == *name))
+        Ok(read.is_ok_and(|text| text == *nonce))
     }
 
-    fn unmark(&self, who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError> {
-        let Some(name) = &mark.file else { return Ok(()) };
+    fn unmark(&self, who: &Identity, dir: &Path, name: &str) -> Result<(), AsUserError> {
         in_directory(who, dir, &["rm", "-f", &mark_path(dir, name)]).map(drop)
     }
 }
@@ -404,18 +404,19 @@ fn wait_until_ready(child: &mut Child, log: &Path, source: &Path) -> Result<(), 
     }
 }
 
-/// A stand-in without processes: which directories are the same on which nodes is said by whoever uses it.
-#[derive(Debug, Default)]
+/// A stand-in without processes, one for each node; they all see the same storage.
+#[derive(Debug, Clone, Default)]
 pub struct MemoryAsUser {
-    held: Mutex<Memory>,
+    node: String,
+    held: Arc<Mutex<Memory>>,
 }
 
 #[derive(Debug, Default)]
 struct Memory {
-    /// Those that run, by their notes' directory and their socket, with what they serve.
-    servers: BTreeMap<(PathBuf, PathBuf), PathBuf>,
-    /// Marks by directory.
-    marks: BTreeMap<PathBuf, Vec<String>>,
+    /// Those that run: node, directory of their notes, socket.
+    servers: BTreeSet<(String, PathBuf, PathBuf)>,
+    /// What each mark says, by directory and name.
+    marks: BTreeMap<(PathBuf, String), String>,
 }
 
 impl MemoryAsUser {
@@ -423,28 +424,46 @@ impl MemoryAsUser {
         self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// How many servers run.
+    /// That of another node.
     #[must_use]
-    pub fn running(&self) -> usize {
-        self.held().servers.len()
+    pub fn on(&self, node: &str) -> Self {
+        Self {
+            node: node.into(),
+            held: Arc::clone(&self.held),
+        }
     }
 
-    /// How many marks there are.
+    /// A node's servers end with its power.
+    pub fn power_off(&self, node: &str) {
+        self.held().servers.retain(|(on, ..)| on != node);
+    }
+
+    /// Directories of the notes of those that run, with their nodes.
     #[must_use]
-    pub fn marks(&self) -> usize {
-        self.held().marks.values().map(Vec::len).sum()
+    pub fn running(&self) -> Vec<(String, PathBuf)> {
+        self.held()
+            .servers
+            .iter()
+            .map(|(node, notes, _)| (node.clone(), notes.clone()))
+            .collect()
+    }
+
+    /// The marks that are there.
+    #[must_use]
+    pub fn marks(&self) -> Vec<(PathBuf, String)> {
+        self.held().marks.keys().cloned().collect()
     }
 }
 
 impl AsUser for MemoryAsUser {
     fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError> {
-        let key = (server.notes.clone(), server.socket.clone());
-        self.held().servers.insert(key, server.source.clone());
+        let server = (self.node.clone(), server.notes.clone(), server.socket.clone());
+        self.held().servers.insert(server);
         Ok(())
     }
 
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
-        self.held().servers.retain(|(notes, _), _| notes != dir);
+        self.held().servers.retain(|(node, notes, _)| *node != self.node || notes != dir);
         Ok(())
     }
 
@@ -460,26 +479,20 @@ impl AsUser for MemoryAsUser {
         Ok(())
     }
 
-    fn mark(&self, _: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError> {
-        self.held().marks.entry(dir.into()).or_default().push(name.into());
+    fn mark(&self, _: &Identity, dir: &Path, name: &str, nonce: &str) -> Result<Mark, AsUserError> {
+        self.held().marks.insert((dir.into(), name.into()), nonce.into());
         Ok(Mark {
-            file: Some(name.into()),
+            nonce: Some(nonce.into()),
             look: String::new(),
         })
     }
 
-    fn is_marked(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError> {
-        let held = self.held();
-        Ok(held
-            .marks
-            .get(dir)
-            .is_some_and(|all| all.iter().any(|m| Some(m) == mark.file.as_ref())))
+    fn is_marked(&self, _: &Identity, dir: &Path, name: &str, mark: &Mark) -> Result<bool, AsUserError> {
+        Ok(self.held().marks.get(&(dir.into(), name.into())) == mark.nonce.as_ref())
     }
 
-    fn unmark(&self, _: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError> {
-        if let Some(all) = self.held().marks.get_mut(dir) {
-            all.retain(|m| Some(m) != mark.file.as_ref());
-        }
+    fn unmark(&self, _: &Identity, dir: &Path, name: &str) -> Result<(), AsUserError> {
+        self.held().marks.remove(&(dir.into(), name.into()));
         Ok(())
     }
 }
@@ -517,18 +530,18 @@ mod tests {
             chown(path, Some(owner), Some(owner)).unwrap();
         }
         let (who, system) = (nobody(), SystemAsUser);
-        let mark = system.mark(&who, &mine, "abc").unwrap();
-        assert!(mark.file.is_some());
-        assert!(system.is_marked(&who, &mine, &mark).unwrap());
-        assert!(!system.is_marked(&who, &other, &mark).unwrap());
-        system.unmark(&who, &mine, &mark).unwrap();
+        let is_marked = |dir: &Path, mark: &Mark| system.is_marked(&who, dir, "vm", mark).unwrap();
+        let stale = system.mark(&who, &mine, "vm", "abc").unwrap();
+        let mark = system.mark(&who, &mine, "vm", "def").unwrap();
+        assert!(mark.nonce.is_some());
+        assert!(is_marked(&mine, &mark) && !is_marked(&mine, &stale) && !is_marked(&other, &mark));
+        system.unmark(&who, &mine, "vm").unwrap();
         assert_eq!(fs::read_dir(&mine).unwrap().count(), 0, "nothing is left");
-        assert!(!system.is_marked(&who, &mine, &mark).unwrap());
+        assert!(!is_marked(&mine, &mark));
         // Where the user cannot write.
-        let mark = system.mark(&who, &closed, "abc").unwrap();
-        assert_eq!(mark.file, None);
-        assert!(system.is_marked(&who, &closed, &mark).unwrap());
-        assert!(!system.is_marked(&who, &other, &mark).unwrap());
+        let mark = system.mark(&who, &closed, "vm", "abc").unwrap();
+        assert_eq!(mark.nonce, None);
+        assert!(is_marked(&closed, &mark) && !is_marked(&other, &mark));
     }
 
     #[test]

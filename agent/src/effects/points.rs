@@ -246,9 +246,9 @@ points! { "as_user", AS_USER, AsUser;
     fn ended_servers(dir: &Path) -> Result<Vec<String>, AsUserError>;
     fn complaints(dir: &Path) -> Result<Vec<(String, String)>, AsUserError>;
     fn look(who: &Identity, dir: &Path) -> Result<(), AsUserError>;
-    fn mark(who: &Identity, dir: &Path, name: &str) -> Result<Mark, AsUserError>;
-    fn is_marked(who: &Identity, dir: &Path, mark: &Mark) -> Result<bool, AsUserError>;
-    fn unmark(who: &Identity, dir: &Path, mark: &Mark) -> Result<(), AsUserError>;
+    fn mark(who: &Identity, dir: &Path, name: &str, nonce: &str) -> Result<Mark, AsUserError>;
+    fn is_marked(who: &Identity, dir: &Path, name: &str, mark: &Mark) -> Result<bool, AsUserError>;
+    fn unmark(who: &Identity, dir: &Path, name: &str) -> Result<(), AsUserError>;
 }
 
 /// All points of this layer, sorted: `TRAIT.METHOD.before` and `.after`.

@@ -163,6 +163,11 @@ fn deleted(line: &str) -> Option<&str> {
     line.split_once("Inode deleted (")?.1.strip_suffix(')')
 }
 
+/// A later VM of the job has marks of its own, as it has saves of its own.
+fn mark_name(record: &Record) -> String {
+    format!("{}.{:x}", record.file_stem(), record.created_ms)
+}
+
 /// Marks the VM's directories, by which another node knows them; in their order.
 ///
 /// # Errors
@@ -172,14 +177,14 @@ pub fn mark(node: &Node, record: &Record) -> Result<Vec<Mark>, String> {
         return Ok(vec![]);
     }
     let who = identity(record);
-    let mut name = node.peers.token()?;
-    name.truncate(16);
+    // No secret: only the user could make such a file, and would deceive nobody else.
+    let nonce = format!("{}-{}", node.name, node.world.clock.now_ms());
     let mut marks = Vec::new();
     for directory in directories(record) {
-        match node.world.as_user.mark(&who, &directory.source, &name) {
+        match node.world.as_user.mark(&who, &directory.source, &mark_name(record), &nonce) {
             Ok(mark) => marks.push(mark),
             Err(e) => {
-                unmark(node, record, &marks);
+                unmark(node, record);
                 return Err(e.to_string());
             }
         }
@@ -187,12 +192,15 @@ pub fn mark(node: &Node, record: &Record) -> Result<Vec<Mark>, String> {
     Ok(marks)
 }
 
-/// Removes marks. One that stays is a small hidden file of the user's own.
-pub fn unmark(node: &Node, record: &Record, marks: &[Mark]) {
+/// Removes the VM's marks. One that stays is a small hidden file of the user's own.
+pub fn unmark(node: &Node, record: &Record) {
+    if directories(record).is_empty() {
+        return;
+    }
     let who = identity(record);
-    for (directory, mark) in directories(record).iter().zip(marks) {
-        if let Err(e) = node.world.as_user.unmark(&who, &directory.source, mark) {
-            log::warn!("job {}: a mark stays in {e}", record.job);
+    for directory in directories(record) {
+        if let Err(e) = node.world.as_user.unmark(&who, &directory.source, &mark_name(record)) {
+            log::warn!("job {}: a mark may stay in {e}", record.job);
         }
     }
 }
@@ -207,7 +215,7 @@ pub fn same_here(node: &Node, record: &Record, marks: &[Mark]) -> Result<(), Str
         return Err(format!("{} directories of the VM and {} marks of them", all.len(), marks.len()));
     }
     for (directory, mark) in all.iter().zip(marks) {
-        match node.world.as_user.is_marked(&who, &directory.source, mark) {
+        match node.world.as_user.is_marked(&who, &directory.source, &mark_name(record), mark) {
             Ok(true) => {}
             Ok(false) => return Err(format!("{} on {} is another directory", directory.source.display(), node.name)),
             Err(e) => return Err(format!("on {} the guest's directory cannot be used: {e}", node.name)),

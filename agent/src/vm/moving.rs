@@ -145,6 +145,10 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     if !not_ours && (was_there || job_is_over) && record.has_been_saved() {
         super::saving::remove_saves(node, record, job_is_over);
     }
+    // Who restores a save of it compares: its marks go with its saves.
+    if !not_ours && !record.has_been_saved() {
+        directories::unmark(node, record);
+    }
     remove_run_dir(node, &domain);
     Ok(())
 }
@@ -304,10 +308,10 @@ pub fn ask_destination(node: &Node, record: &Record, order: &MoveOrder) -> Resul
         token: token.clone(),
         copy_overlay,
         host: facts(node, &plan.domain_type),
-        marks: marks.clone(),
+        marks,
     };
     let reply = node.peers.request(&order.to, &order.address, &request, IMPORT_WITHIN);
-    directories::unmark(node, record, &marks);
+    directories::unmark(node, record);
     match reply? {
         PeerReply::Ready { disk } => {
             node.moves.leaving().insert(record.job, Departure { token, disk });

@@ -159,7 +159,7 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
     let before = directories::before(&node.world, record);
     if let Err(e) = node.world.hypervisor.save(&domain, &memory, SaveFormat::Sparse) {
         let _ = files.remove_all(dir);
-        directories::unmark(node, record, &marks);
+        directories::unmark(node, record);
         return Err(e.into());
     }
     if let Some(lost) = directories::kept_by(&node.world, record, &before) {
@@ -170,7 +170,7 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
     match complete(node, record, dir, begun, kept, &marks, cause) {
         Ok(done) => Ok(done),
         Err(why) => {
-            directories::unmark(node, record, &marks);
+            directories::unmark(node, record);
             // They have ended with the QEMU that is gone.
             if let Err(e) = directories::serve(node, record, true) {
                 log::error!("job {}: {}", record.job, e.why());
@@ -441,7 +441,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             run.inspect_err(|_| unload(node, record, &claim))?
         }
     };
-    directories::unmark(node, record, &manifest.marks);
+    directories::unmark(node, record);
     // Memory is in the guest again; only the disk layers are still needed.
     let memory = dir.join("memory");
     let bytes = node.world.disks.used_bytes(&memory);
@@ -569,13 +569,13 @@ pub fn made_by(node: &Node) -> Vec<Made> {
     made
 }
 
-/// Removes a save, and the marks that nobody was restored by.
+/// Removes a save of a VM that nobody will bring back, and the VM's marks.
 pub fn remove(node: &Node, dir: &Path) {
     let files = &*node.world.files;
-    if let Ok((Stand::Waits | Stand::Claimed(_), manifest)) = claim::stand(files, dir)
+    if let Ok((Stand::Waits | Stand::Claimed(_) | Stand::Used, manifest)) = claim::stand(files, dir)
         && let Some(m) = read(node, &manifest)
     {
-        directories::unmark(node, &m.record, &m.marks);
+        directories::unmark(node, &m.record);
     }
     if let Err(e) = files.remove_all(dir) {
         log::warn!("{}: {e}", dir.display());

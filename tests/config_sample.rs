@@ -46,7 +46,7 @@ fn the_sample_means_the_defaults() {
 
 #[test]
 fn the_sample_has_every_key() {
-    let tables = ["hypervisor", "peer", "node", "controller", "files"];
+    let tables = ["hypervisor", "peer", "node", "controller", "files", "network"];
     for (table, in_sample) in [("", ""), ("images.x", "images.debian")].into_iter().chain(tables.map(|t| (t, t))) {
         let lines = table_in_sample(in_sample);
         let keys: Vec<String> = known_keys(table)

@@ -11,7 +11,7 @@ use xtask::Options;
 fn options(nodes: u8) -> Options {
     Options {
         nodes,
-        files: true,
+        companions: true,
         grace_s: 30,
         ..Options::default()
     }

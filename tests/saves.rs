@@ -105,6 +105,7 @@ impl Stage {
             channels: vec![],
             serial_log: "/run/vm/serial.log".into(),
             directories: vec![],
+            interfaces: vec![],
             metadata: DomainMetadata {
                 job: self.job,
                 ..DomainMetadata::default()
@@ -320,6 +321,7 @@ fn a_base_image_that_was_replaced_is_refused_by_name_and_the_save_waits_on() {
         overlay_shared: true,
         layers: vec![],
         directories: vec![],
+        network: slurm_vm_api::spec::Network::None,
         base_sha256: Some("ab".repeat(32)),
     });
     let base = s.save.join("overlay.qcow2");

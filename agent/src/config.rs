@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use serde::Deserialize;
+use slurm_vm_api::spec::Network;
 use thiserror::Error;
 
 /// Where the configuration is looked for when `--config` is not given.
@@ -81,6 +82,9 @@ pub struct Config {
     /// Directories of the host in guests.
     #[serde(default)]
     pub files: FilesConfig,
+    /// The guests' network.
+    #[serde(default)]
+    pub network: NetworkConfig,
     /// The catalogue, by name.
     #[serde(default)]
     pub images: BTreeMap<String, ImageConfig>,
@@ -182,6 +186,16 @@ pub struct FilesConfig {
     pub allow: Vec<PathBuf>,
 }
 
+/// `[network]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkConfig {
+    /// The program that is the other end of a guest's network; it must know `--vhost-user`.
+    pub passt: PathBuf,
+    /// What a VM gets if its user has not said (`--vm-net`): `none` or `user`.
+    pub default: Network,
+}
+
 /// `[images.NAME]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -274,6 +288,15 @@ impl Default for FilesConfig {
             home: false,
             workdir: false,
             allow: vec![],
+        }
+    }
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            passt: "/usr/bin/passt".into(),
+            default: Network::None,
         }
     }
 }

@@ -27,6 +27,10 @@ fn help(option: VmOption) -> (&'static str, &'static str) {
             "list",
             "directories of the host for the guest: SRC[:DST][:ro], home, workdir; none: not even what the site gives",
         ),
+        VmOption::Net => (
+            "none|user",
+            "network of the guest; user: what a process of yours on the node reaches",
+        ),
         VmOption::Workdir => (
             "path",
             "directory in the guest in which the programs run; default: the working directory",

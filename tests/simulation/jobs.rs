@@ -240,5 +240,6 @@ fn spec() -> VmSpec {
         preempt: None,
         mounts: mount::parse_list("/data,/scratch:/in:ro").unwrap(),
         workdir: Some("/data".into()),
+        net: None,
     }
 }

@@ -18,6 +18,7 @@ pub mod say;
 pub mod setup;
 pub mod stage;
 pub mod test;
+mod tools;
 
 pub use error::{Error, Result};
 pub use lab::{Lab, Options, Slurm};

@@ -152,9 +152,9 @@ struct Up {
     /// Size of each node's file system for VM state
     #[arg(long, default_value_t = 3072, value_name = "MIB")]
     vm_disk: u32,
-    /// Guests find the user's home and the working directory
+    /// Guests find the user's home and the working directory, and may have a network
     #[arg(long, value_enum, default_value = "off")]
-    files: Switch,
+    companions: Switch,
 }
 
 #[derive(Subcommand)]
@@ -340,7 +340,7 @@ fn up(up: Up) -> Result<()> {
         plugin: up.plugin == Switch::On,
         domain_type: up.domain_type,
         vm_disk_mib: up.vm_disk,
-        files: up.files == Switch::On,
+        companions: up.companions == Switch::On,
         ..Options::default()
     };
     let begun = std::time::Instant::now();

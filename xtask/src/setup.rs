@@ -25,7 +25,7 @@ const VIRTUAL: [&str; 6] = [
     "libvirt-clients",
     "libvirt-dev",
 ];
-const OTHERS: [&str; 22] = [
+const OTHERS: [&str; 23] = [
     "slurmctld",
     "slurmd",
     "slurm-client",
@@ -38,6 +38,7 @@ const OTHERS: [&str; 22] = [
     "libseccomp-dev",
     "libcap-ng-dev",
     "gcc",
+    "make",
     "libc6-dev",
     "mmdebstrap",
     "cpio",

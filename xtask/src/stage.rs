@@ -156,32 +156,6 @@ pub fn build_release() -> Result<PathBuf> {
     Ok(paths::target().join("release"))
 }
 
-/// The virtiofsd of the labs. Debian 12 has none that can be migrated; this is the one that its project publishes.
-const VIRTIOFSD: &str = "1.14.0";
-
-/// Builds virtiofsd once, and copies it to a lab's programs.
-pub fn virtiofsd_into(dir: &Path) -> Result<()> {
-    let _lock = build_lock()?;
-    let tools = paths::target().join("tools");
-    let built = tools.join("bin/virtiofsd");
-    if !built.exists() {
-        println!("builds virtiofsd {VIRTIOFSD}, once; this takes a minute or two");
-        let root = tools.to_string_lossy().into_owned();
-        let args = [
-            "install",
-            "--quiet",
-            "--locked",
-            "virtiofsd",
-            "--version",
-            VIRTIOFSD,
-            "--root",
-            &root,
-        ];
-        cargo(&args, &[])?;
-    }
-    copy(&built, &dir.join("virtiofsd"))
-}
-
 /// Builds and copies the programs under test. The copies stay what they are while the next build runs. `release`: in the release profile.
 pub fn stage_into(dir: &Path, release: bool) -> Result<()> {
     let _lock = build_lock()?;
@@ -199,7 +173,7 @@ pub fn stage_into(dir: &Path, release: bool) -> Result<()> {
 }
 
 /// A copy under a fresh name, then renamed: a program that runs from the old file keeps it.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     let fresh = to.with_extension("new");
     fs::copy(from, &fresh).at("copy", from)?;
     fs::rename(&fresh, to).at("write", to)

@@ -89,6 +89,45 @@ impl FromStr for PreemptWay {
     }
 }
 
+/// What a guest can reach.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// Nothing.
+    #[default]
+    None,
+    /// What a process of the job's user on the node reaches.
+    User,
+}
+
+impl Network {
+    /// The word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::User => "user",
+        }
+    }
+
+    /// There is none.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+}
+
+impl FromStr for Network {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let all = [Self::None, Self::User];
+        all.into_iter()
+            .find(|n| n.word() == text)
+            .ok_or_else(|| SpecError::Network(text.to_owned()))
+    }
+}
+
 /// Why a request was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SpecError {
@@ -109,6 +148,9 @@ pub enum SpecError {
     /// A directory to be mounted.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// An unknown network.
+    #[error("'{0}' is not a network that a guest can have: none or user")]
+    Network(String),
     /// An unknown way.
     #[error("'{0}' is not a way to leave a node: the ways are live, save, requeue and cancel, separated by commas")]
     UnknownWay(String),
@@ -146,6 +188,8 @@ pub enum VmOption {
     Mount,
     /// `--vm-workdir=PATH`
     Workdir,
+    /// `--vm-net=none|user`
+    Net,
 }
 
 /// How many options there are.
@@ -153,7 +197,7 @@ pub const OPTIONS: usize = VmOption::ALL.len();
 
 impl VmOption {
     /// All of them.
-    pub const ALL: [VmOption; 7] = [
+    pub const ALL: [VmOption; 8] = [
         VmOption::Image,
         VmOption::Cpus,
         VmOption::Mem,
@@ -161,6 +205,7 @@ impl VmOption {
         VmOption::Preempt,
         VmOption::Mount,
         VmOption::Workdir,
+        VmOption::Net,
     ];
 
     /// What follows the prefix in the option's name.
@@ -174,6 +219,7 @@ impl VmOption {
             VmOption::Preempt => "-preempt",
             VmOption::Mount => "-mount",
             VmOption::Workdir => "-workdir",
+            VmOption::Net => "-net",
         }
     }
 
@@ -212,6 +258,8 @@ pub struct VmSpec {
     pub mounts: Vec<MountWish>,
     /// Directory in the guest in which the programs run; the job's working directory when absent.
     pub workdir: Option<String>,
+    /// The guest's network; the site's choice when absent.
+    pub net: Option<Network>,
 }
 
 /// The JSON form: versioned, and closed to keys that this build does not know.
@@ -232,6 +280,8 @@ struct WireSpec {
     mounts: Vec<MountWish>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     workdir: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    net: Option<Network>,
 }
 
 impl From<VmSpec> for WireSpec {
@@ -244,6 +294,7 @@ impl From<VmSpec> for WireSpec {
             preempt,
             mounts,
             workdir,
+            net,
         } = s;
         WireSpec {
             v: SPEC_VERSION,
@@ -254,6 +305,7 @@ impl From<VmSpec> for WireSpec {
             preempt,
             mounts,
             workdir,
+            net,
         }
     }
 }
@@ -286,6 +338,7 @@ impl TryFrom<WireSpec> for VmSpec {
             preempt,
             mounts: w.mounts,
             workdir,
+            net: w.net,
         })
     }
 }
@@ -320,6 +373,7 @@ impl VmSpec {
             preempt: None,
             mounts: vec![],
             workdir: None,
+            net: None,
         })
     }
 
@@ -357,6 +411,7 @@ impl VmSpec {
             .map(mount::plain_path)
             .transpose()
             .map_err(|e| at(VmOption::Workdir)(e.into()))?;
+        spec.net = given(VmOption::Net).map(str::parse).transpose().map_err(at(VmOption::Net))?;
         Ok(Some(spec))
     }
 
@@ -371,6 +426,7 @@ impl VmSpec {
         options.extend(self.preempt.as_ref().map(|p| (name(VmOption::Preempt), PreemptWay::format_list(p))));
         options.extend((!self.mounts.is_empty()).then(|| (name(VmOption::Mount), mount::format_list(&self.mounts))));
         options.extend(self.workdir.as_ref().map(|dir| (name(VmOption::Workdir), dir.clone())));
+        options.extend(self.net.map(|net| (name(VmOption::Net), net.word().to_owned())));
         options
     }
 
@@ -410,11 +466,12 @@ mod tests {
         Some("live,requeue"),
         Some("home,/data:/in:ro"),
         Some("/in"),
+        Some("user"),
     ];
 
     #[test]
     fn the_golden_json_is_read_and_written() {
-        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"],"mounts":["home","/data:/in:ro"],"workdir":"/in"}"#;
+        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"],"mounts":["home","/data:/in:ro"],"workdir":"/in","net":"user"}"#;
         let spec = VmSpec::from_options(&FULL).unwrap().unwrap();
         assert_eq!(spec.to_json(), golden);
         assert_eq!(VmSpec::from_json(golden), Ok(spec));
@@ -436,6 +493,7 @@ mod tests {
             r#"{"v":1,"image":"a","mounts":["x"]}"#,
             r#"{"v":1,"image":"a","mounts":["/x","/x"]}"#,
             r#"{"v":1,"image":"a","workdir":"x"}"#,
+            r#"{"v":1,"image":"a","net":"host"}"#,
             "[]",
         ] {
             assert!(VmSpec::from_json(json).is_err(), "{json}");
@@ -455,7 +513,8 @@ mod tests {
                 "--vm-boot-timeout=90",
                 "--vm-preempt=live,requeue",
                 "--vm-mount=home,/data:/in:ro",
-                "--vm-workdir=/in"
+                "--vm-workdir=/in",
+                "--vm-net=user"
             ]
         );
         let texts: Vec<Option<&str>> = options.iter().map(|(_, v)| Some(v.as_str())).collect();
@@ -465,7 +524,7 @@ mod tests {
     #[test]
     fn no_option_is_no_vm_job_and_a_companion_alone_is_an_error() {
         assert_eq!(VmSpec::from_options(&[None; OPTIONS]), Ok(None));
-        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None, None, None]).unwrap_err();
+        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None, None, None, None]).unwrap_err();
         assert_eq!(error.to_string(), "--vm-mem: needs --vm=IMAGE as well");
     }
 
@@ -521,7 +580,7 @@ mod tests {
 
     #[test]
     fn every_refusal_names_its_option() {
-        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly", "my", "my"].into_iter().enumerate() {
+        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly", "my", "my", "host"].into_iter().enumerate() {
             let mut texts = FULL;
             texts[i] = Some(bad);
             let error = VmSpec::from_options(&texts).unwrap_err();

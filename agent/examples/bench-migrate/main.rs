@@ -190,6 +190,7 @@ impl Way {
             preempt: None,
             mounts: vec![],
             workdir: None,
+            net: None,
         }
     }
 

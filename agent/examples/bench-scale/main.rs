@@ -95,6 +95,7 @@ impl Store for Ledger {
                 overlay_shared: false,
                 layers: vec![],
                 directories: vec![],
+                network: slurm_vm_api::spec::Network::None,
                 base_sha256: None,
             }),
             up_ms: Some(now - 60_000),

@@ -204,6 +204,7 @@ impl Bench {
             preempt: None,
             mounts: vec![],
             workdir: None,
+            net: None,
         }
     }
 

@@ -123,6 +123,7 @@ mod tests {
             overlay_shared: false,
             layers: vec![],
             directories: vec![],
+            network: slurm_vm_api::spec::Network::None,
             base_sha256: None,
         };
         let moved = MoveView {

@@ -6,7 +6,7 @@ use slurm_vm_api::{
     outcome,
     query::MoveView,
     session::{Ended, Sink, UserEntry},
-    spec::VmSpec,
+    spec::{Network, VmSpec},
 };
 
 use super::{
@@ -151,6 +151,9 @@ pub struct Plan {
     /// the devices, is not restored or taken in there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub directories: Vec<Directory>,
+    /// The guest's network. An agent that does not know the field may lose it: as with the directories.
+    #[serde(default, skip_serializing_if = "Network::is_none")]
+    pub network: Network,
 }
 
 /// One program of the job in the guest.

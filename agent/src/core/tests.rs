@@ -22,6 +22,7 @@ pub(crate) fn record(life: Life) -> Record {
         preempt: None,
         mounts: vec![],
         workdir: None,
+        net: None,
     };
     Record {
         life,
@@ -40,6 +41,7 @@ fn prepared() -> Event {
         overlay_shared: false,
         layers: vec![],
         directories: vec![],
+        network: slurm_vm_api::spec::Network::None,
         base_sha256: None,
     };
     Event::Prepared(Ok((given(0), plan)))

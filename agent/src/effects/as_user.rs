@@ -13,7 +13,11 @@ use std::{
     fmt, fs, io,
     os::{
         fd::OwnedFd,
-        unix::{fs::lchown, net::UnixListener, process::CommandExt},
+        unix::{
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, chown, lchown},
+            net::UnixListener,
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -42,6 +46,8 @@ const LOOK_WITHIN_S: &str = "10";
 const PAUSE: Duration = Duration::from_millis(5);
 /// What virtiofsd says when it can be connected to.
 const READY: &str = "Waiting for vhost-user socket connection";
+/// What passt says when it can be connected to.
+const PASST_READY: &str = "You can start qemu";
 /// Name of a mark's file before the VM's own part.
 const MARK: &str = ".slurm-vm-same-";
 
@@ -75,6 +81,21 @@ pub struct DirectoryServer {
     pub notes: PathBuf,
     /// The guest comes from a save: a file that was open and is gone gives the guest an error (EIO), for there is no source to go back to.
     pub restores: bool,
+}
+
+/// A passt to be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkServer {
+    /// Whose rights it has.
+    pub who: Identity,
+    /// The program.
+    pub program: PathBuf,
+    /// Where QEMU connects; its directory is QEMU's user's alone.
+    pub socket: PathBuf,
+    /// QEMU's user.
+    pub qemu_user: String,
+    /// Root's directory, for its process id and what it says.
+    pub notes: PathBuf,
 }
 
 /// A directory cannot be used in a user's name.
@@ -114,6 +135,11 @@ pub trait AsUser: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`AsUserError::Directory`] when it says that it cannot serve the directory.
     fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError>;
+    /// Starts a passt and returns when QEMU can connect. One with this socket that still runs is ended first.
+    ///
+    /// # Errors
+    /// [`AsUserError::Node`]
+    fn serve_network(&self, server: &NetworkServer) -> Result<(), AsUserError>;
     /// Ends all whose notes are in this directory, and removes those; none is no error.
     ///
     /// # Errors
@@ -222,13 +248,9 @@ impl AsUser for SystemAsUser {
             let what = what.display().to_string();
             move |e: io::Error| AsUserError::node(&what, e)
         };
-        let (pid_note, log) = (note(server, "pid"), note(server, "log"));
+        let (pid_note, log) = notes(&server.notes, &server.socket);
         end(&pid_note)?;
-        let _ = fs::remove_file(&server.socket);
-        let listener = UnixListener::bind(&server.socket).map_err(at(&server.socket))?;
-        let qemu = private::qemu(&server.qemu_user).map_err(at(&server.socket))?;
-        // Past no link that somebody else's QEMU could have put there.
-        lchown(&server.socket, Some(qemu.uid.as_raw()), Some(qemu.gid.as_raw())).map_err(at(&server.socket))?;
+        let listener = listen(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
         let said = fs::File::create(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // Standard input is how a descriptor is passed without unsafe code.
@@ -244,17 +266,50 @@ impl AsUser for SystemAsUser {
             .args(server.readonly.then_some("--readonly"))
             .args(server.restores.then_some("--migration-on-error=guest-error"))
             .stdin(Stdio::from(OwnedFd::from(listener)))
-            .stderr(Stdio::from(said))
-            .process_group(0);
-        let mut child = command.spawn().map_err(at(&server.program))?;
-        let pid = child.id();
-        let begun = note_pid(&pid_note, pid).and_then(|()| wait_until_ready(&mut child, &log, &server.source));
-        if begun.is_err() {
-            let _ = killpg(group(pid), Signal::SIGKILL);
+            .stderr(Stdio::from(said));
+        match launch(command, &pid_note, &log, READY)? {
+            None => Ok(()),
+            Some(why) => Err(AsUserError::Directory {
+                dir: server.source.clone(),
+                why: format!("virtiofsd: {why}"),
+            }),
         }
-        // It ends with its QEMU, and somebody has to take note of that.
-        let waits = thread::Builder::new().name(format!("virtiofsd-{pid}")).spawn(move || child.wait());
-        begun.and_then(|()| waits.map(drop).map_err(|e| AsUserError::node("thread", e)))
+    }
+
+    fn serve_network(&self, server: &NetworkServer) -> Result<(), AsUserError> {
+        let at = |what: &Path| {
+            let what = what.display().to_string();
+            move |e: io::Error| AsUserError::node(&what, e)
+        };
+        let (pid_note, log) = notes(&server.notes, &server.socket);
+        end(&pid_note)?;
+        let dir = server.socket.parent().unwrap_or(Path::new("/")).with_extension("passt");
+        remove_directory(&dir)
+            .and_then(|()| fs::DirBuilder::new().mode(0o700).create(&dir))
+            .map_err(at(&dir))?;
+        chown(&dir, Some(server.who.uid), Some(server.who.gid)).map_err(at(&dir))?;
+        let theirs = dir.join("s");
+        let said = fs::File::create(&log).map_err(at(&log))?;
+        let mut command = command(&server.who, &server.program);
+        // IPv4 with addresses of our own, the same on every node; names through passt, whatever resolver the node has; no way to the
+        // node's loopback; nothing listens on the node for the guest; open connections are not taken along, which would need root.
+        command
+            .args(["--foreground", "--vhost-user", "--one-off", "--repair-path", "none", "--socket"])
+            .arg(&theirs)
+            .args(["--ipv4-only", "--no-map-gw", "--tcp-ports", "none", "--udp-ports", "none"])
+            .args(["--address", "10.0.2.15", "--netmask", "255.255.255.0", "--gateway", "10.0.2.2"])
+            .args(["--dns-forward", "10.0.2.3", "--dns", "10.0.2.3"])
+            .stderr(Stdio::from(said));
+        let begun = launch(command, &pid_note, &log, PASST_READY)?;
+        let moved = match begun {
+            Some(why) => Err(AsUserError::node("passt", why)),
+            None => take_socket(&theirs, server).map_err(at(&server.socket)),
+        };
+        let _ = remove_directory(&dir);
+        if moved.is_err() {
+            end(&pid_note)?;
+        }
+        moved
     }
 
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError> {
@@ -316,10 +371,41 @@ fn group(pid: u32) -> Pid {
     Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
 }
 
-/// A server is known by the name of its socket.
-fn note(server: &DirectoryServer, kind: &str) -> PathBuf {
-    let name = server.socket.file_name().unwrap_or_default();
-    server.notes.join(name).with_extension(kind)
+/// Where a server's process id and its words are noted: it is known by the name of its socket.
+fn notes(dir: &Path, socket: &Path) -> (PathBuf, PathBuf) {
+    let name = dir.join(socket.file_name().unwrap_or_default());
+    (name.with_extension("pid"), name.with_extension("log"))
+}
+
+/// A socket that QEMU's user alone can connect to.
+fn listen(socket: &Path, qemu_user: &str) -> io::Result<UnixListener> {
+    let _ = fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)?;
+    let qemu = private::qemu(qemu_user)?;
+    // Past no link that somebody else's QEMU could have put there.
+    lchown(socket, Some(qemu.uid.as_raw()), Some(qemu.gid.as_raw()))?;
+    Ok(listener)
+}
+
+/// Takes the socket from its user's directory to QEMU's, so that nobody else finds it.
+fn take_socket(theirs: &Path, server: &NetworkServer) -> io::Result<()> {
+    let _ = fs::remove_file(&server.socket);
+    let is_theirs = |m: &fs::Metadata| m.file_type().is_socket() && m.uid() == server.who.uid;
+    fs::rename(theirs, &server.socket)?;
+    // Looked at where the user can exchange it no more.
+    if !fs::symlink_metadata(&server.socket).is_ok_and(|m| is_theirs(&m)) {
+        let _ = fs::remove_file(&server.socket);
+        return Err(io::Error::other("it is not the socket that passt has made"));
+    }
+    let qemu = private::qemu(&server.qemu_user)?;
+    lchown(&server.socket, Some(qemu.uid.as_raw()), Some(qemu.gid.as_raw()))
+}
+
+fn remove_directory(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// When a process began, in the kernel's ticks: with its number it names one process for good. None once it is gone.
@@ -383,22 +469,32 @@ fn end(file: &Path) -> Result<(), AsUserError> {
     Ok(())
 }
 
-fn wait_until_ready(child: &mut Child, log: &Path, source: &Path) -> Result<(), AsUserError> {
+/// Starts a server and waits until it says that it is ready; else why it is not.
+fn launch(mut command: Command, pid_note: &Path, log: &Path, ready: &str) -> Result<Option<String>, AsUserError> {
+    let mut child = command.process_group(0).spawn().map_err(|e| AsUserError::node("setpriv", e))?;
+    let pid = child.id();
+    let begun = note_pid(pid_note, pid).and_then(|()| until_ready(&mut child, log, ready));
+    if !matches!(begun, Ok(None)) {
+        let _ = killpg(group(pid), Signal::SIGKILL);
+    }
+    // It ends with its QEMU, and somebody has to take note of that.
+    let waits = thread::Builder::new().name(format!("companion-{pid}")).spawn(move || child.wait());
+    waits.map_err(|e| AsUserError::node("thread", e))?;
+    begun
+}
+
+fn until_ready(child: &mut Child, log: &Path, ready: &str) -> Result<Option<String>, AsUserError> {
     let until = Instant::now() + BEGINS_WITHIN;
     loop {
         let said = fs::read(log).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
-        if said.contains(READY) {
-            return Ok(());
+        if said.contains(ready) {
+            return Ok(None);
         }
-        let ended = child.try_wait().map_err(|e| AsUserError::node("virtiofsd", e))?;
+        let ended = child.try_wait().map_err(|e| AsUserError::node("companion", e))?;
         if ended.is_some() || Instant::now() > until {
             let last = said.lines().last().unwrap_or("it said nothing");
             // `[2026-01-01T00:00:00Z ERROR virtiofsd] Error creating ...`
-            let why = last.split_once("] ").map_or(last, |(_, text)| text).to_owned();
-            return Err(AsUserError::Directory {
-                dir: source.into(),
-                why: format!("virtiofsd: {why}"),
-            });
+            return Ok(Some(last.split_once("] ").map_or(last, |(_, text)| text).to_owned()));
         }
         thread::sleep(PAUSE);
     }
@@ -467,6 +563,12 @@ impl AsUser for MemoryAsUser {
         Ok(())
     }
 
+    fn serve_network(&self, server: &NetworkServer) -> Result<(), AsUserError> {
+        let server = (self.node.clone(), server.notes.clone(), server.socket.clone());
+        self.held().servers.insert(server);
+        Ok(())
+    }
+
     fn ended_servers(&self, _: &Path) -> Result<Vec<String>, AsUserError> {
         Ok(vec![])
     }
@@ -500,7 +602,7 @@ impl AsUser for MemoryAsUser {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, chown};
+    use std::os::unix::fs::PermissionsExt;
 
     fn nobody() -> Identity {
         Identity {

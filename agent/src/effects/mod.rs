@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use as_user::{AsUser, AsUserError, DirectoryServer, Identity, MemoryAsUser, SystemAsUser};
+pub use as_user::{AsUser, AsUserError, DirectoryServer, Identity, MemoryAsUser, NetworkServer, SystemAsUser};
 pub use disks::{Base, DiskError, Disks, MemoryDisks};
 pub use faults::Faults;
 pub use files::{Directory, Files, Killed, MemoryFiles, Storage, SystemFiles};

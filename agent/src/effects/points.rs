@@ -13,8 +13,8 @@ use std::{
 use crossbeam_channel::Receiver;
 
 use super::{
-    AsUser, AsUserError, Base, Directory, DirectoryServer, DiskError, Disks, Faults, Files, Identity, Store, StoreError, World,
-    trusted::Distrust,
+    AsUser, AsUserError, Base, Directory, DirectoryServer, DiskError, Disks, Faults, Files, Identity, NetworkServer, Store, StoreError,
+    World, trusted::Distrust,
 };
 use crate::{
     core::{directories::Mark, record::Record},
@@ -242,6 +242,7 @@ points! { "files", FILES, Files;
 
 points! { "as_user", AS_USER, AsUser;
     fn serve(server: &DirectoryServer) -> Result<(), AsUserError>;
+    fn serve_network(server: &NetworkServer) -> Result<(), AsUserError>;
     fn end_servers(dir: &Path) -> Result<(), AsUserError>;
     fn ended_servers(dir: &Path) -> Result<Vec<String>, AsUserError>;
     fn complaints(dir: &Path) -> Result<Vec<(String, String)>, AsUserError>;

@@ -149,6 +149,8 @@ pub struct DomainSpec {
     pub serial_log: PathBuf,
     /// Directories of the host that the guest mounts.
     pub directories: Vec<SharedDirectory>,
+    /// Networks of the job's user.
+    pub interfaces: Vec<UserInterface>,
     /// Our own notes in it.
     pub metadata: DomainMetadata,
 }
@@ -160,6 +162,23 @@ pub struct SharedDirectory {
     pub tag: String,
     /// Where virtiofsd listens; the same path on every node, for a move does not change it.
     pub socket: PathBuf,
+}
+
+/// A network interface whose other end is a process of the job's user (vhost-user). That process listens already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserInterface {
+    /// The guest's hardware address.
+    pub mac: String,
+    /// Where the process listens; the same path on every node.
+    pub socket: PathBuf,
+}
+
+impl DomainSpec {
+    /// Other processes take part in the guest's devices; they read and write its memory.
+    #[must_use]
+    pub fn has_companions(&self) -> bool {
+        !self.directories.is_empty() || !self.interfaces.is_empty()
+    }
 }
 
 /// Whether a domain runs.

@@ -131,6 +131,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             overlay_shared: false,
             layers: vec![],
             directories: vec![],
+            network: slurm_vm_api::spec::Network::None,
             base_sha256: None,
         }),
         ..Record::new(config.cluster.clone(), config.node(), 0, user, spec)
@@ -168,6 +169,7 @@ fn boot(config: &Config, world: &World, record: &Record, dir: &Path, guest: &Gue
         }],
         serial_log: console.clone(),
         directories: vec![],
+        interfaces: vec![],
         metadata: prepare::metadata(record),
     };
     let limit = Duration::from_secs(config.hypervisor.probe_timeout_s.into());

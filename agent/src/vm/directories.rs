@@ -30,7 +30,8 @@ impl From<AsUserError> for Failure {
     }
 }
 
-fn identity(record: &Record) -> Identity {
+/// Whose rights the VM's companions have.
+pub(super) fn identity(record: &Record) -> Identity {
     Identity {
         uid: record.user.uid,
         gid: record.user.gid,
@@ -100,14 +101,6 @@ pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure
     Ok(())
 }
 
-/// Ends what still serves a domain's directories here.
-///
-/// # Errors
-/// One that does not end.
-pub fn end(world: &World, domain: &str) -> Result<(), AsUserError> {
-    world.as_user.end_servers(&world.store.vm_dir(domain))
-}
-
 /// A directory of the VM whose server has ended while the guest runs: what the guest asks of it is never answered.
 #[must_use]
 pub fn lost(world: &World, record: &Record) -> Option<PathBuf> {
@@ -145,10 +138,12 @@ pub fn kept_by(world: &World, record: &Record, before: &Before) -> Option<String
     let mut files = Vec::new();
     let mut others = Vec::new();
     for (tag, line) in complaints(world, record).into_iter().skip(before.0) {
-        let source = directories(record).iter().find(|d| d.tag == tag).map(|d| &d.source);
-        match (deleted(&line), source) {
-            (Some(path), Some(source)) => files.push(source.join(path.trim_start_matches('/')).display().to_string()),
-            _ => others.push(format!("virtiofsd: {line}")),
+        let Some(source) = directories(record).iter().find(|d| d.tag == tag).map(|d| &d.source) else {
+            continue;
+        };
+        match deleted(&line) {
+            Some(path) => files.push(source.join(path.trim_start_matches('/')).display().to_string()),
+            None => others.push(format!("virtiofsd: {line}")),
         }
     }
     files.dedup();

@@ -5,10 +5,12 @@
 //! What can fail: an effect fails (the core decides), the agent dies (the ledger and libvirt say on restart where
 //! to go on), the guest link breaks (it reconnects and resumes by offset), a shim dies (the next one resumes).
 mod cause;
+pub mod companions;
 pub mod converge;
 pub mod directories;
 mod explain;
 pub mod moving;
+pub mod network;
 pub mod outbox;
 mod owner;
 pub mod place;

@@ -25,7 +25,7 @@ use std::{
 use slurm_vm_api::query::MoveView;
 
 use super::{
-    Request,
+    Request, companions,
     converge::{self, Watch},
     directories, prepare,
     programs::Kept,
@@ -120,7 +120,7 @@ pub fn destroy(node: &Node, record: &Record) -> Result<(), String> {
     // First: what is still on its way here would come up after its end.
     close_moves_of(node, record.job);
     let was_there = node.world.hypervisor.destroy(&domain).map_err(|e| e.to_string())?;
-    directories::end(&node.world, &domain).map_err(|e| e.to_string())?;
+    companions::end(&node.world, &domain).map_err(|e| e.to_string())?;
     // Trust no return code: is it really gone?
     if was_there && node.world.hypervisor.info(&domain).map_err(|e| e.to_string())?.is_some() {
         return Err(format!("{domain} is still there after it was destroyed"));
@@ -165,7 +165,7 @@ pub fn clear_here(node: &Node, record: &Record) {
         log::warn!("job {}: {e}", record.job);
     }
     close_moves_of(node, record.job);
-    if let Err(e) = directories::end(&node.world, &record.domain()) {
+    if let Err(e) = companions::end(&node.world, &record.domain()) {
         log::warn!("job {}: {e}", record.job);
     }
     remove_run_dir(node, &record.domain());
@@ -194,7 +194,7 @@ pub fn clear_left_sockets(world: &World, config: &Config, known: &[String]) {
                 continue;
             }
             let domain = dir.file_name().unwrap_or_default().to_string_lossy();
-            if let Err(e) = directories::end(world, &domain) {
+            if let Err(e) = companions::end(world, &domain) {
                 log::warn!("{}: {e}", dir.display());
             }
             if let Err(e) = files.remove_all(&dir) {
@@ -420,7 +420,7 @@ pub fn import(
     // Only now: servers of a VM that is here already are not to be touched.
     let ready = recorded
         .unwrap_or_else(|| Err("its owner does not answer".into()))
-        .and_then(|()| directories::serve(node, &served, false).map_err(Failure::why));
+        .and_then(|()| companions::start(node, &served, false).map_err(Failure::why));
     if let Err(why) = ready {
         let _ = owner.send(Request::Core(Event::Abandoned { by }));
         return Err(why);

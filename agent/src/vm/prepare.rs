@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use slurm_vm_api::overhead::{guest_mib_for, qemu_overhead_mib};
 
-use super::directories;
+use super::{directories, network};
 use crate::{
     config::{Config, ImageConfig},
     core::{Allocation, Failure, Plan, Record, record::file_stem, registry::job_of},
@@ -117,6 +117,7 @@ pub fn prepare(
         layers: vec![],
         base_sha256: None,
         directories: directories::prepare(world, config, record, workdir.as_deref())?,
+        network: network::choose(config, record),
     };
     if let Some(disk) = &image.disk {
         let base = world.disks.base(disk, &image.disk_format)?;
@@ -258,6 +259,7 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         }],
         serial_log: world.store.vm_dir(&domain).join("serial.log"),
         directories: directories::devices(config, record),
+        interfaces: network::devices(config, record),
         metadata: metadata(record),
     })
 }

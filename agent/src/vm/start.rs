@@ -1,5 +1,5 @@
 //! The start of a VM's domain.
-use super::{directories, moving, prepare};
+use super::{companions, moving, prepare};
 use crate::{
     core::{Failure, Record},
     node::Node,
@@ -19,12 +19,12 @@ pub fn domain(node: &Node, record: &Record) -> Result<(), Failure> {
     let mut spec = prepare::domain_spec(&node.config, &node.world, record)
         .ok_or_else(|| Failure::Node(format!("domain {} has no plan", record.domain())))?;
     moving::make_run_dir(&*node.world.files, &node.config, &record.domain()).map_err(fault)?;
-    if !spec.directories.is_empty() {
-        // Its servers are connected to it: starting them anew would cut it off.
+    if spec.has_companions() {
+        // They are connected to it: starting them anew would cut it off.
         if run_of(node, &spec.name) == Some(record.run) {
             return Ok(());
         }
-        directories::serve(node, record, false)?;
+        companions::start(node, record, false)?;
     }
     spec.hard_limit_mib = node.hard_limit_mib(record);
     let mut started = node.world.hypervisor.start(&spec, false);

@@ -258,8 +258,8 @@ enabled = {is_node}
 boot_timeout_s = 100
 "
     );
-    if options.files {
-        text.push_str("[files]\nvirtiofsd = \"/usr/libexec/slurm-vm/virtiofsd\"\nhome = true\nworkdir = true\n");
+    if options.companions {
+        text.push_str("[files]\nvirtiofsd = \"/usr/libexec/slurm-vm/virtiofsd\"\nhome = true\nworkdir = true\n[network]\npasst = \"/usr/libexec/slurm-vm/passt\"\n");
     }
     let images = "/var/lib/slurm-vm-images";
     let mut names = String::new();

@@ -72,7 +72,7 @@ pub fn inner(name: &str, host: &str) -> Result<()> {
     paths::dir(&disk, 0o711)?;
     paths::dir(places.logs(host), 0o755)?;
     log_directories(&places.logs(host))?;
-    root::enter(&places, host, &super::roots::lower(options.slurm), options.files)?;
+    root::enter(&places, host, &super::roots::lower(options.slurm), options.companions)?;
     sethostname(host).at("set the host name", host)?;
     network(host)?;
     conf::write(&options, host)?;

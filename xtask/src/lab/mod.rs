@@ -28,7 +28,7 @@ pub use options::{CTL, Options, Places, Slurm, address};
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 pub use wire::StatusLine;
 
-use crate::{Result, error::At, image, paths, proc, stage};
+use crate::{Result, error::At, image, paths, proc, stage, tools};
 use std::{
     fs,
     path::PathBuf,
@@ -93,8 +93,8 @@ fn start(places: &Places, options: &Options) -> Result<()> {
     state::make_directories(places)?;
     state::write_options(places, options)?;
     stage::stage_into(&places.stage(), options.release)?;
-    if options.files {
-        stage::virtiofsd_into(&places.stage())?;
+    if options.companions {
+        tools::into(&places.stage())?;
     }
     image::install_into(&places.images())?;
     conf::shared_places(places)?;

@@ -65,9 +65,10 @@ pub struct Options {
     /// Whether the programs under test are built in the release profile, as a site has them.
     #[serde(default)]
     pub release: bool,
-    /// Whether guests find the user's home and the job's working directory: /home is the same on all hosts then.
+    /// Whether guests find the user's home and the job's working directory, and may have a network: virtiofsd and passt are there, and
+    /// /home is the same on all hosts.
     #[serde(default)]
-    pub files: bool,
+    pub companions: bool,
     /// Lines added to the end of slurm.conf.
     #[serde(default)]
     pub slurm_conf: String,
@@ -89,7 +90,7 @@ impl Default for Options {
             domain_type: "qemu".into(),
             vm_disk_mib: 3072,
             release: false,
-            files: false,
+            companions: false,
             slurm_conf: String::new(),
             agent_conf: String::new(),
         }

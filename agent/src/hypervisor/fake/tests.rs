@@ -20,6 +20,7 @@ fn spec(job: u32) -> DomainSpec {
         channels: Vec::new(),
         serial_log: "/run/vm/serial.log".into(),
         directories: vec![],
+        interfaces: vec![],
         metadata: DomainMetadata {
             job,
             node: "n1".into(),

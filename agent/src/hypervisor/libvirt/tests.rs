@@ -38,6 +38,7 @@ fn sample(job: u32) -> DomainSpec {
         }],
         serial_log: "/run/vm/serial.log".into(),
         directories: vec![],
+        interfaces: vec![],
         metadata: DomainMetadata {
             job,
             k: 0,
@@ -179,6 +180,7 @@ fn names_and_paths_that_xml_cannot_carry_are_refused_before_libvirt_sees_them() 
     assert!(refused(DomainSpec {
         serial_log: "relative".into(),
         directories: vec![],
+        interfaces: vec![],
         ..sample(13)
     }));
     assert!(refused(DomainSpec { vcpus: 0, ..sample(13) }));

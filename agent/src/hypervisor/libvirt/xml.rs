@@ -97,8 +97,7 @@ pub fn domain(spec: &DomainSpec, flavor: Flavor) -> String {
         x.text("uuid", &[], &spec.uuid.to_string());
         x.nest("metadata", &[], |x| metadata_element(x, &spec.metadata));
         x.text("memory", &[("unit", "MiB")], &spec.mem_mib.to_string());
-        if !spec.directories.is_empty() {
-            // The processes that serve directories read and write the guest's memory.
+        if spec.has_companions() {
             x.nest("memoryBacking", &[], |x| {
                 x.empty("source", &[("type", "memfd")]);
                 x.empty("access", &[("mode", "shared")]);
@@ -201,6 +200,16 @@ fn devices(x: &mut Xml, spec: &DomainSpec) {
             x.empty("driver", &[("type", "virtiofs"), ("queue", "1024")]);
             x.empty("source", &[("socket", &path(&directory.socket))]);
             x.empty("target", &[("dir", &directory.tag)]);
+        });
+    }
+    for interface in &spec.interfaces {
+        x.nest("interface", &[("type", "vhostuser")], |x| {
+            x.empty("mac", &[("address", &interface.mac)]);
+            x.empty(
+                "source",
+                &[("type", "unix"), ("path", &path(&interface.socket)), ("mode", "client")],
+            );
+            x.empty("model", &[("type", "virtio")]);
         });
     }
     x.empty("memballoon", &[("model", "none")]);

@@ -25,7 +25,7 @@ use slurm_vm_api::query::MoveView;
 use claim::{Claim, Stand, Taken};
 pub use error::SaveError;
 
-use super::{directories, moving::make_run_dir, prepare, programs::Kept};
+use super::{companions, directories, moving::make_run_dir, prepare, programs::Kept};
 use crate::{
     core::{Life, Record, directories::Mark, record::file_stem, registry::job_of},
     effects::{Directory, Files, trusted::Distrust},
@@ -172,7 +172,7 @@ pub fn save(node: &Node, record: &Record, kept: &[Kept], cause: &str) -> Result<
         Err(why) => {
             directories::unmark(node, record);
             // They have ended with the QEMU that is gone.
-            if let Err(e) = directories::serve(node, record, true) {
+            if let Err(e) = companions::start(node, record, true) {
                 log::error!("job {}: {}", record.job, e.why());
             }
             if let Some(overlay) = overlay.filter(|o| !files.is_there(o)) {
@@ -430,7 +430,7 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
                 if !here {
                     directories::same_here(node, record, &manifest.marks).map_err(SaveError::Unfit)?;
                     make_run_dir(files, &node.config, &domain).map_err(SaveError::Unfit)?;
-                    directories::serve(node, record, true).map_err(|e| SaveError::Unfit(e.why()))?;
+                    companions::start(node, record, true).map_err(|e| SaveError::Unfit(e.why()))?;
                     load(node, record, dir, &manifest)?;
                 }
                 admit(node, record)?;
@@ -489,7 +489,7 @@ fn unload(node: &Node, record: &Record, claim: &Claim) {
         Ok(None) => !claim.is_marked(),
         Err(_) => false,
     };
-    if never_ran && let Err(e) = directories::end(&node.world, &domain) {
+    if never_ran && let Err(e) = companions::end(&node.world, &domain) {
         log::warn!("job {job}: {e}");
     }
     if !never_ran {

@@ -90,6 +90,87 @@ fn memory_written_faster_than_the_line_is_saved_instead_and_the_log_says_why() {
 }
 
 /// More often than Slurm's MaxBatchRequeue (5): that counts failed launches, and no job is held for its moves.
+/// Slurm counts a job's steps from 0 again after a requeue.
+#[test]
+fn a_step_after_a_move_is_a_new_one_and_a_step_before_it_has_ended_with_its_run() {
+    let lab = lab("steps", options(2, 30));
+    let m = Mover::new(&lab, "steps", 2);
+    let job = m.count(Count::to(300), "out", "-w n1");
+    m.wait_lines("out", 5);
+    let step = |words: &str| m.t.sh(&format!("srun --jobid={job} --overlap --vm=tiny {words}"));
+    assert_eq!(step("echo before").out, "before\n");
+    let line = format!("srun --jobid={job} --overlap --vm=tiny sh -c 'while true; do date +%s > /scratch/alive; sleep 0.2; done'");
+    let mut left = m.t.command(&line).spawn().expect("a step");
+    common::wait("the second step", || step("cat /scratch/alive").out.trim().parse::<u64>().ok());
+    let moved = m.t.sh(&format!("svm migrate {job} n2"));
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    assert!(!left.wait().expect("the step's srun").success());
+    m.t.wait_state(job, "RUNNING");
+    let after = step("sh -c 'echo after; exit 5'");
+    assert_eq!((after.out.as_str(), after.code), ("after\n", Some(5)), "{after:?}");
+    let first = step("cat /scratch/alive").out;
+    common::wait("a second of the guest", || step("sleep 1").code);
+    assert_eq!(
+        step("cat /scratch/alive").out,
+        first,
+        "what the step before the move left is still at work"
+    );
+    m.t.sh(&format!("scancel {job}"));
+    m.t.end_of(job);
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+/// A job that has moved is run again for its code once, as one that has not.
+#[test]
+fn a_job_that_slurm_runs_again_for_its_exit_code_runs_again_also_after_a_move() {
+    let lab = lab(
+        "again",
+        Options {
+            slurm_conf: "RequeueExit=7".into(),
+            ..options(2, 30)
+        },
+    );
+    let m = Mover::new(&lab, "again", 2);
+    m.t.script(
+        "again.sh",
+        "#!/bin/bash\n[ -n \"$SLURM_RESTART_COUNT\" ] && [ \"$SLURM_RESTART_COUNT\" -ge 2 ] && { echo again; exit 0; }\n\
+         echo first\ni=0\nwhile [ $i -lt 60 ]; do i=$((i+1)); sleep 0.2; done\nexit 7\n",
+    );
+    let job = m.t.submit("--vm=tiny -w n1 -o out again.sh");
+    m.t.wait_text("out", "first");
+    let moved = m.t.sh(&format!("svm migrate {job} n2"));
+    assert_eq!(moved.code, Some(0), "{moved:?}");
+    m.completed(job, 2);
+    assert_eq!(m.t.text("out"), "again\n", "a job that starts over has the output of its last run");
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
+/// While a task of an array moves its place under the limit is free.
+#[test]
+fn the_tasks_of_an_array_with_a_limit_all_end_well_though_one_of_them_moves() {
+    let lab = lab("limit", options(2, 30));
+    let m = Mover::new(&lab, "limit", 2);
+    let array = m.t.submit(&format!(
+        "--vm=tiny -p low -o out.%a --array=1-3%1 count.sh {}",
+        Count::to(60).args()
+    ));
+    m.wait_lines("out.1", 10);
+    let moved =
+        m.t.sh(&format!("svm migrate {array}_1 n2 || svm migrate $(squeue -h -t R -o %A) n2"));
+    println!("{moved:?}");
+    for task in 1..=3 {
+        m.wait_lines(&format!("out.{task}"), 60);
+        let text = m.t.text(&format!("out.{task}"));
+        let numbers: Vec<&str> = text.lines().filter_map(|line| line.split(' ').next()).collect();
+        let wanted: Vec<String> = (1..=60).map(|n| n.to_string()).collect();
+        assert_eq!(numbers, wanted, "task {task}");
+    }
+    m.nothing_left();
+    lab.down().expect("down");
+}
+
 #[test]
 fn seven_preemptions_in_a_row_move_it_seven_times() {
     const MOVES: u32 = 7;

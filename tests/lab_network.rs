@@ -75,7 +75,10 @@ fn a_guest_reaches_what_its_user_does_before_and_after_a_move_and_not_the_nodes_
         assert!(own.ends_with(": "), "the node's loopback answers: {own}");
     }
     let answers = &lines[5..lines.len() - 1];
-    assert!(answers[answers.len() - 3..].iter().all(|a| *a == "answer a-word"), "after the move: {out}");
+    assert!(
+        answers[answers.len() - 3..].iter().all(|a| *a == "answer a-word"),
+        "after the move: {out}"
+    );
     let lost = answers.iter().filter(|a| **a != "answer a-word").count();
     assert!(lost <= 1, "only a question that was open at the move is lost: {out}");
     // Saved and restored as well.
@@ -94,7 +97,11 @@ fn a_guest_reaches_what_its_user_does_before_and_after_a_move_and_not_the_nodes_
     m.completed(job, 1);
     let out = m.t.text("out2");
     let lines: Vec<&str> = out.lines().collect();
-    assert_eq!(lines[lines.len() - 3..], ["answer a-word", "answer a-word", "inet addr:10.0.2.15"], "{out}");
+    assert_eq!(
+        lines[lines.len() - 3..],
+        ["answer a-word", "answer a-word", "inet addr:10.0.2.15"],
+        "{out}"
+    );
     let refused = m.t.sh("sbatch --vm=tiny --vm-net=host --wrap true");
     assert!(refused.err.contains("--vm-net: 'host' is not a network"), "{refused:?}");
     m.nothing_left();

@@ -473,15 +473,18 @@ impl Cluster {
             from,
         });
         owner.vm.record.run_state.restart = owner.vm.record.run_state.restart.max(shim.restarts);
-        let (_, requests) = owner.programs.attach(Attach {
-            session: id,
-            open,
-            environment: vec![],
-            arguments: vec![],
-            script: None,
-            held: None,
-            to,
-        });
+        let (_, requests) = owner.programs.attach(
+            Attach {
+                session: id,
+                open,
+                environment: vec![],
+                arguments: vec![],
+                script: None,
+                held: None,
+                to,
+            },
+            owner.vm.record.run,
+        );
         self.sync_programs(node, job);
         self.send_guest(node, job, requests);
     }

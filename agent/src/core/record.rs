@@ -86,6 +86,9 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
+/// The number is the same on all of Linux's platforms that have KVM.
+const SIGTERM: i32 = 15;
+
 /// What is known of the job's present run on this node; it ends with the run, and does not travel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunState {
@@ -95,6 +98,14 @@ pub struct RunState {
     pub parted: bool,
     /// Slurm's restart count as the shims report it.
     pub restart: u32,
+    /// The programs got a SIGTERM and Slurm did not say why: it may have been because of a requeue.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub term_unexplained: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_no(flag: &bool) -> bool {
+    !*flag
 }
 
 impl RunState {
@@ -109,6 +120,13 @@ impl RunState {
     #[must_use]
     pub fn is_run_again_at_its_end(&self) -> bool {
         (self.in_grace || self.restart > 0) && !self.parted
+    }
+
+    /// The end of the script counts for the next run, too. One that a SIGTERM of unknown cause may have ended does not: if that came with a
+    /// requeue, the job is to run again.
+    #[must_use]
+    pub fn counts_for_the_next_run(&self, ended: &Ended) -> bool {
+        self.is_run_again_at_its_end() && !(self.term_unexplained && *ended == Ended::Signal(SIGTERM))
     }
 }
 
@@ -161,7 +179,7 @@ pub struct Plan {
 pub struct ProgramRecord {
     /// Number of the program in the guest protocol.
     pub id: u32,
-    /// `batch.0` or `STEP.TASK`.
+    /// [`program_key`].
     pub key: String,
     /// stdout and stderr are one stream.
     pub merged: bool,
@@ -500,12 +518,20 @@ pub fn domain_name(job: u32, k: u32) -> String {
     format!("slurm-{job}-{k}")
 }
 
-/// Name of a program within its job: `batch.0`, `3.1`.
+/// Name of a program within its job: `batch.0`, or `3.1/2` for task 1 of step 3 in run 2 ([`Record::run`]). The batch script goes on in the
+/// next run of a job that moves; its steps end with theirs, and Slurm counts steps from 0 again. A step's own word on its run is not asked
+/// for: srun does not know of restarts.
 #[must_use]
-pub fn program_key(step: u32, task: u32) -> String {
+pub fn program_key(step: u32, task: u32, run: u64) -> String {
     if step == slurm_vm_api::session::BATCH_STEP {
         format!("batch.{task}")
     } else {
-        format!("{step}.{task}")
+        format!("{step}.{task}/{run}")
     }
+}
+
+/// Whether a program belongs to a step of another run than this one.
+#[must_use]
+pub fn is_of_another_run(key: &str, run: u64) -> bool {
+    key.split_once('/').is_some_and(|(_, of)| of.parse() != Ok(run))
 }

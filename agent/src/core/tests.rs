@@ -1066,6 +1066,7 @@ fn what_is_known_of_a_run_is_in_the_record_until_the_run_is_over() {
         in_grace: true,
         parted: false,
         restart: 1,
+        term_unexplained: false,
     };
     assert!(told.vm.record.run_state.is_run_again_at_its_end());
     let kept: Record = serde_json::from_str(&serde_json::to_string(&told.vm.record).unwrap()).unwrap();

@@ -1,26 +1,28 @@
 //! Scripts that ended within their grace time: Slurm requeues their jobs, and they are not to run again.
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use slurm_vm_api::session::Ended;
+
 use super::Node;
-use crate::{core::Record, effects::trusted::Distrust, vm};
+use crate::{core::Record, effects::trusted::Distrust};
 
 /// A script that ended within its grace time.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Completion {
     v: u32,
     uid: u32,
-    ended: slurm_vm_api::session::Ended,
+    ended: Ended,
 }
 
 impl Node {
     /// Puts on record that a job's script ended within its grace time: Slurm >= 24.05 requeues such a job, and it is not
     /// to run again. On shared storage where there is some, so that every node knows.
-    pub fn keep_completion(self: &Arc<Self>, record: &Record, status: &slurm_vm_api::guest::ExitStatus) {
+    pub fn keep_completion(self: &Arc<Self>, record: &Record, ended: Ended) {
         let path = self.completion_path(record.job);
         let done = Completion {
             v: 1,
             uid: record.user.uid,
-            ended: vm::programs::ended(*status, ""),
+            ended,
         };
         let written = serde_json::to_vec(&done)
             .map_err(Into::into)
@@ -66,11 +68,19 @@ impl Node {
             .join(format!("{job}.json"))
     }
 
-    /// How a job's script ended within the grace time of an earlier run.
-    pub(super) fn completion(&self, job: u32, uid: u32) -> Option<slurm_vm_api::session::Ended> {
+    /// How a job's script ended within the grace time of an earlier run, if it is not to run again. Where the site has Slurm run jobs again
+    /// for their exit code, the script runs again.
+    pub(super) fn completion(&self, job: u32, uid: u32) -> Option<Ended> {
         let bytes = self.world.files.read_trusted(&self.completion_path(job));
         let bytes = bytes.inspect_err(Distrust::complain).ok()?;
         let done: Completion = serde_json::from_slice(&bytes).ok()?;
+        if let Ended::Code(code) = done.ended
+            && self.world.slurm.config().is_ok_and(|c| c.requeue_exit.contains(&code))
+        {
+            log::info!("job {job}: Slurm runs it again for its exit code {code}");
+            self.forget_completion(job);
+            return None;
+        }
         (done.uid == uid).then_some(done.ended)
     }
 }

@@ -531,7 +531,7 @@ impl Relay {
     fn on_cause(&mut self, cause: Cause) {
         self.term_asked = false;
         let what = match cause {
-            Cause::Moved | Cause::Requeued => return self.end_now = Some(End::Quiet),
+            Cause::Moved | Cause::Requeued => return self.end_now = Some(self.left()),
             Cause::Preemption => return,
             Cause::Cancel => Some("cancelled"),
             Cause::TimeLimit => Some("time limit reached"),
@@ -548,7 +548,16 @@ impl Relay {
                 self.end_now = Some(End::Killed(libc::SIGTERM));
             }
             Phase::Running => self.pass_on(libc::SIGTERM),
-            Phase::HandedOver => self.end_now = Some(End::Quiet),
+            Phase::HandedOver => self.end_now = Some(self.left()),
+        }
+    }
+
+    /// The job leaves this node. Its script goes on elsewhere; a step ends here, and whoever waits for it must not take that for success.
+    fn left(&self) -> End {
+        if self.task.is_batch() {
+            End::Quiet
+        } else {
+            End::Killed(libc::SIGTERM)
         }
     }
 
@@ -583,7 +592,7 @@ impl Relay {
 
     fn on_term(&mut self) {
         match (self.phase, &self.link) {
-            (Phase::HandedOver, _) => self.end_now = Some(End::Quiet),
+            (Phase::HandedOver, _) => self.end_now = Some(self.left()),
             // Nobody to ask and nothing that runs.
             (Phase::Opening, None) => self.end_now = Some(End::Killed(libc::SIGTERM)),
             _ => {

@@ -7,7 +7,7 @@ use super::types::{
     ReservationSpec, SlurmConfig,
 };
 use super::{Slurm, SlurmError, parse, parse_admin, parse_requests};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -167,6 +167,31 @@ impl SlurmCommands {
         self.named.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// The jobs that wait, run, or are leaving, each with its own number. squeue shows the waiting tasks of an array as one record, under the
+    /// number of the array, and among them one that ran before and was requeued (in held state, too): such a task would seem to have ended.
+    /// So tasks that were there at the last look are asked for by number, and at the first look every array is taken apart.
+    fn all_jobs(&self) -> Result<Vec<JobBrief>, SlurmError> {
+        let before: Option<Vec<JobId>> = {
+            let named = self.named();
+            let task = |(id, name): (&JobId, &OrderName)| matches!(name, OrderName::Task(..)).then_some(*id);
+            (!named.is_empty()).then(|| named.iter().filter_map(task).collect())
+        };
+        let whole: &[&str] = if before.is_some() { &[] } else { &["--array"] };
+        let mut jobs = parse::briefs(&self.squeue(whole, parse::squeue_format())?)?;
+        let mut seen = HashSet::new();
+        jobs.retain(|job| seen.insert(job.id));
+        let hidden: Vec<JobId> = before.unwrap_or_default().into_iter().filter(|id| !seen.contains(id)).collect();
+        if !hidden.is_empty() {
+            let list = hidden.iter().map(JobId::to_string).collect::<Vec<_>>().join(",");
+            match self.squeue(&["--array", "--jobs", &list], parse::squeue_format()) {
+                Ok(text) => jobs.extend(parse::briefs(&text)?.into_iter().filter(|job| hidden.contains(&job.id))),
+                Err(SlurmError::NoSuchJob) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(jobs)
+    }
+
     fn squeue(&self, more: &[&str], format: String) -> Result<String, SlurmError> {
         let mut args: Vec<String> = ["--local", "--noheader", "--all"]
             .iter()
@@ -316,7 +341,7 @@ impl Slurm for SlurmCommands {
     }
 
     fn jobs_poll(&self) -> Result<Vec<JobBrief>, SlurmError> {
-        let jobs = parse::briefs(&self.squeue(&[], parse::squeue_format())?)?;
+        let jobs = self.all_jobs()?;
         let named = jobs.iter().filter_map(|j| Some((j.id, order_name(j)?))).collect();
         *self.named() = named;
         Ok(jobs)

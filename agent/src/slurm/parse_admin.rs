@@ -139,6 +139,15 @@ pub(super) fn partitions(text: &str) -> Result<Vec<PartitionInfo>, SlurmError> {
 }
 
 /// `scontrol show config`: `Key  = value` lines.
+/// The codes of `1-3,7`. Slurm takes nothing but those, so what is not one names no code.
+fn exit_codes(list: &str) -> Vec<i32> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
+    };
+    list.split(',').filter_map(range).flatten().collect()
+}
+
 pub(super) fn config(text: &str) -> Result<SlurmConfig, SlurmError> {
     let maybe = |key: &str| {
         text.lines()
@@ -171,6 +180,11 @@ pub(super) fn config(text: &str) -> Result<SlurmConfig, SlurmError> {
         prolog_flags: maybe("PrologFlags")
             .and_then(some)
             .map_or_else(Vec::new, |t| t.split(',').map(str::to_owned).collect()),
+        requeue_exit: ["RequeueExit", "RequeueExitHold"]
+            .into_iter()
+            .filter_map(|key| maybe(key).and_then(some))
+            .flat_map(|list| exit_codes(&list))
+            .collect(),
         kill_wait_s: kill_wait
             .trim_end_matches(" sec")
             .parse()

@@ -379,6 +379,8 @@ pub struct SlurmConfig {
     pub job_requeue: bool,
     /// PrologFlags, split.
     pub prolog_flags: Vec<String>,
+    /// Exit codes of a batch script for which Slurm runs its job again by itself: RequeueExit and RequeueExitHold.
+    pub requeue_exit: Vec<i32>,
     /// Seconds between TERM and KILL.
     pub kill_wait_s: u64,
     /// AuthInfo, e.g. `cred_expire=10`.

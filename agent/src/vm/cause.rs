@@ -2,20 +2,22 @@
 //! (steps); Slurm itself knows which it is.
 use slurm_vm_api::session::Cause;
 
-use crate::slurm::{JobState, Slurm};
+use crate::slurm::{JobBrief, JobState, Slurm};
 
 /// Asks Slurm. `restarts`: Slurm's restart count in this run; it goes up as soon as the job is requeued, while the job is
-/// still shown as COMPLETING.
+/// still shown as COMPLETING. `None`: Slurm does not answer.
 #[must_use]
-pub fn of_term(slurm: &dyn Slurm, job: u32, restarts: u32) -> Cause {
-    let info = match slurm.job(job) {
-        Ok(Some(info)) => info.brief,
-        Ok(None) => return Cause::Cancel,
+pub fn of_term(slurm: &dyn Slurm, job: u32, restarts: u32) -> Option<Cause> {
+    match slurm.job(job) {
+        Ok(info) => Some(info.map_or(Cause::Cancel, |info| of_job(&info.brief, restarts))),
         Err(e) => {
             log::warn!("job {job}: cannot ask Slurm what a SIGTERM means: {e}");
-            return Cause::Unknown;
+            None
         }
-    };
+    }
+}
+
+fn of_job(info: &JobBrief, restarts: u32) -> Cause {
     if info.restarts > restarts || info.state.is_waiting() {
         return Cause::Requeued;
     }

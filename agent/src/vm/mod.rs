@@ -63,7 +63,7 @@ pub enum Request {
         session: u64,
     },
     /// Slurm has said what a SIGTERM means.
-    Explained(Cause),
+    Explained(Option<Cause>),
     /// What `svm` shows.
     View(Sender<VmView>),
     /// The record as it is, for moves and recovery.

@@ -18,7 +18,7 @@ use super::{
     moving::{self, MoveOrder},
     place::Place,
     prepare,
-    programs::{Attach, Programs, ToGuest},
+    programs::{self, Attach, Programs, ToGuest},
     saving, start, supersede, view,
 };
 use crate::{
@@ -260,6 +260,8 @@ impl Owner {
             Request::Attach(a) => self.attach(*a),
             Request::FromShim { session, frame, pass: _ } => self.on_shim(session, frame),
             Request::Explained(cause) => {
+                self.vm.record.run_state.term_unexplained |= cause.is_none();
+                let cause = cause.unwrap_or(Cause::Unknown);
                 for session in self.explain.answered() {
                     self.tell_cause(session, cause);
                 }
@@ -394,7 +396,7 @@ impl Owner {
             }
             Life::Running | Life::AwaitingJob { .. } | Life::Leaving { .. } if self.gate.is_shut().is_none() => {
                 let session = a.session;
-                let (persist, requests) = self.programs.attach(a);
+                let (persist, requests) = self.programs.attach(a, self.vm.record.run);
                 if persist {
                     self.vm.record.programs = self.programs.records();
                     self.carry_out(vec![Effect::Persist]);
@@ -553,8 +555,9 @@ impl Owner {
             LinkEvent::Exited { program, status, streams } => {
                 self.journal(&format!("program {program} ended: {status:?}"));
                 let ends: Vec<_> = streams.iter().map(|s| (s.stream, s.end)).collect();
-                if self.vm.record.run_state.is_run_again_at_its_end() && self.programs.is_batch(program) {
-                    self.node.keep_completion(&self.vm.record, &status);
+                let ended = programs::ended(status, "");
+                if self.vm.record.run_state.counts_for_the_next_run(&ended) && self.programs.is_batch(program) {
+                    self.node.keep_completion(&self.vm.record, ended);
                 }
                 let requests = self.programs.exited(program, status, &ends);
                 self.send_guest(requests);

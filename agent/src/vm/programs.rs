@@ -14,7 +14,10 @@ use slurm_vm_api::{
 
 use super::{outbox::ToSession, place::Place, spool::Spool};
 use crate::{
-    core::{KeptOutput, ProgramRecord, record::program_key},
+    core::{
+        KeptOutput, ProgramRecord,
+        record::{is_of_another_run, program_key},
+    },
     limits::Held,
 };
 
@@ -329,11 +332,11 @@ impl Programs {
         self.list.iter().find(|p| p.batch).and_then(|p| p.ended.clone())
     }
 
-    /// A session opens. `true` in the result: the records changed and must be persisted before the requests are sent.
-    pub fn attach(&mut self, a: Attach) -> (bool, Vec<ToGuest>) {
-        let key = program_key(a.open.step, a.open.task);
+    /// A session opens. `true` in the result: the records changed and must be persisted before the requests are sent. `run`: the job's present one.
+    pub fn attach(&mut self, a: Attach, run: u64) -> (bool, Vec<ToGuest>) {
+        let key = program_key(a.open.step, a.open.task, run);
         self.sessions.insert(a.session, a.to.clone());
-        let mut requests = Vec::new();
+        let mut requests = self.end_steps_before(run);
         if let Some(p) = self.list.iter_mut().find(|p| p.record.key == key) {
             if let Some(old) = p.session.replace(a.session).filter(|old| *old != a.session) {
                 self.sessions.remove(&old);
@@ -418,6 +421,20 @@ impl Programs {
         self.start_pending(&mut requests);
         self.progress(&mut requests);
         (false, requests)
+    }
+
+    /// Steps end with the run of their job; in the guest nobody has told them.
+    fn end_steps_before(&self, run: u64) -> Vec<ToGuest> {
+        let left = self
+            .list
+            .iter()
+            .filter(|p| p.ended.is_none() && is_of_another_run(&p.record.key, run));
+        left.map(|p| ToGuest::Signal {
+            program: p.record.id,
+            signo: nix::libc::SIGKILL,
+            scope: guest::Scope::All,
+        })
+        .collect()
     }
 
     fn start_pending(&mut self, requests: &mut Vec<ToGuest>) {
@@ -1019,15 +1036,18 @@ mod tests {
             resume: resume.map(|at| (Stream::Stdout, at)).into_iter().collect(),
         };
         let (environment, arguments, script) = (vec![], vec![], None);
-        programs.attach(Attach {
-            session,
-            open,
-            environment,
-            arguments,
-            script,
-            held: None,
-            to,
-        });
+        programs.attach(
+            Attach {
+                session,
+                open,
+                environment,
+                arguments,
+                script,
+                held: None,
+                to,
+            },
+            1,
+        );
         from
     }
 

@@ -19,7 +19,7 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         Life::AwaitingJob { .. } => Some("the VM is here, its job is not yet".into()),
         _ => None,
     };
-    let batch = program_key(BATCH_STEP, 0);
+    let batch = program_key(BATCH_STEP, 0, 0);
     VmView {
         job: r.job,
         user: r.user.name.clone(),

@@ -751,6 +751,7 @@ impl Model {
             preempt_exempt_s: self.exempt_s.unsigned_abs(),
             job_requeue: true,
             prolog_flags: vec!["Alloc".into()],
+            requeue_exit: vec![],
             kill_wait_s: 5,
             auth_info: None,
             multiple_slurmd: true,

@@ -14,7 +14,7 @@ fn known_keys(table: &str) -> Vec<String> {
     };
     let message = Config::parse(&text, Path::new("x")).unwrap_err().to_string();
     let (_, list) = message
-        .split_once("expected one of")
+        .split_once("expected ")
         .unwrap_or_else(|| panic!("no list of keys in: {message}"));
     list.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -53,7 +53,7 @@ fn the_sample_has_every_key() {
             .into_iter()
             .filter(|k| !tables.contains(&k.as_str()) && k != "images")
             .collect();
-        assert!(keys.len() > 2, "{table}: {keys:?}");
+        assert!(keys.len() > 1, "{table}: {keys:?}");
         for key in keys {
             let there = lines
                 .iter()

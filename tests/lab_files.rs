@@ -201,6 +201,8 @@ fn files_that_are_being_written_go_on_in_a_live_move_and_in_a_save() {
     m.t.script("writer.sh", WRITER);
     let job = m.t.submit("--vm=tiny -p low -w n1 -o out writer.sh live");
     m.wait_lines("out", 20);
+    // The servers are the agent's children, and not the next agent's.
+    m.restart_agent("n1");
     let begun = Instant::now();
     let high = m.take("n1", 3);
     m.started(high, begun);

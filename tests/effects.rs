@@ -57,6 +57,7 @@ const RULES: &[Rule] = &[
             PEER,
             SERVER,
             DAEMON,
+            ("effects/seed.rs", "behind the trait Disks"),
             ("effects/store.rs", "behind the trait Store"),
             ("effects/trusted.rs", "behind the trait Files"),
             ("effects/private.rs", "behind the trait Files: owners and modes"),

@@ -181,7 +181,8 @@ fn without_space_for_the_save_it_starts_over_and_says_why() {
                 "sh",
                 "-c",
                 &format!(
-                    "mkdir -p {mount}; mount -t tmpfs -o size={size} none {mount}; mkdir -p /shared/slurm-vm/overlays; chmod 755 {mount}"
+                    "id=$(cat /shared/slurm-vm/.storage-id); mkdir -p {mount}; mount -t tmpfs -o size={size},mode=0755 none {mount}; \
+                     cd /shared/slurm-vm && mkdir -p overlays saves && echo \"$id\" > .storage-id"
                 ),
             ],
         );

@@ -154,6 +154,8 @@ pub struct NodeConfig {
     pub move_downtime_ms: u64,
     /// Days for which records and logs of ended VMs are kept.
     pub keep_days: u32,
+    /// The helper that is brought into images with `helper = "seed"`.
+    pub guest_helper: PathBuf,
 }
 
 /// `[controller]`
@@ -218,9 +220,23 @@ pub struct ImageConfig {
     /// SHA-256 of the base disk in hex; when given, a file that differs is refused.
     #[serde(default)]
     pub sha256: Option<String>,
+    /// How the guest helper gets into the guest.
+    #[serde(default)]
+    pub helper: HelperBy,
     /// Smallest guest memory in MiB that the image boots with.
     #[serde(default = "default_min_mem")]
     pub min_mem_mib: u64,
+}
+
+/// How the guest helper gets into a guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HelperBy {
+    /// The image has it, and starts it.
+    #[default]
+    Image,
+    /// cloud-init finds it on a disk of ours (NoCloud): for images as distributions publish them.
+    Seed,
 }
 
 fn default_cluster() -> String {
@@ -277,6 +293,7 @@ impl Default for NodeConfig {
             move_bandwidth_mib_s: 0,
             move_downtime_ms: 300,
             keep_days: 7,
+            guest_helper: "/usr/libexec/slurm-vm/slurm-vm-guest".into(),
         }
     }
 }

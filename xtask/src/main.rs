@@ -6,7 +6,7 @@ use std::{path::PathBuf, process::ExitCode};
 use xtask::{
     Error, Result, bench,
     demo::{self, Wishes},
-    image,
+    image::{self, debian::Release},
     lab::{self, Lab, Options, Places, Slurm, Was},
     machines::{self, MachinesCommand},
     mutants, package, paths, setup, stage, test,
@@ -60,8 +60,8 @@ enum Command {
     Stage,
     /// Build a test image
     Image {
-        /// Which: tiny
-        #[arg(value_parser = ["tiny"])]
+        /// Which: tiny, debian12 or debian13
+        #[arg(value_parser = ["tiny", "debian12", "debian13"])]
         name: String,
     },
     /// Make .deb files of the plugin, the agent, svm and the guest helper (packaging/README.md)
@@ -155,6 +155,9 @@ struct Up {
     /// Guests find the user's home and the working directory, and may have a network
     #[arg(long, value_enum, default_value = "off")]
     companions: Switch,
+    /// Images beside `tiny`: debian12, debian13
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    images: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -282,8 +285,12 @@ fn run(command: Command) -> Result<i32> {
         Command::Lab(command) => lab_command(command),
         Command::Setup => setup::setup().map(|()| 0),
         Command::Stage => stage::stage_into(&paths::target().join("stage"), false).map(|()| 0),
-        Command::Image { .. } => {
-            println!("{}", image::build()?.display());
+        Command::Image { name } => {
+            let built = match Release::named(&name) {
+                Some(release) => image::debian::build(release)?,
+                None => image::build()?,
+            };
+            println!("{}", built.display());
             Ok(0)
         }
         Command::Package { out, revision } => package::package(&package::Wishes { out, revision }).map(|()| 0),
@@ -341,6 +348,7 @@ fn up(up: Up) -> Result<()> {
         domain_type: up.domain_type,
         vm_disk_mib: up.vm_disk,
         companions: up.companions == Switch::On,
+        images: up.images,
         ..Options::default()
     };
     let begun = std::time::Instant::now();

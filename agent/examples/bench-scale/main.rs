@@ -94,6 +94,7 @@ impl Store for Ledger {
                 overlay: None,
                 overlay_shared: false,
                 layers: vec![],
+                seed: None,
                 directories: vec![],
                 network: slurm_vm_api::spec::Network::None,
                 base_sha256: None,

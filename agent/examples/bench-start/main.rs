@@ -122,6 +122,10 @@ impl Store for TimedStore {
 struct TimedDisks(QemuImg, Shared);
 
 impl Disks for TimedDisks {
+    fn seed(&self, helper: &Path, dir: &Path) -> Result<PathBuf, DiskError> {
+        self.0.seed(helper, dir)
+    }
+
     fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError> {
         self.0.base(path, format)
     }

@@ -165,6 +165,10 @@ pub struct Plan {
     pub layers: Vec<PathBuf>,
     /// SHA-256 of the base disk (hex), by which another node finds the same base.
     pub base_sha256: Option<String>,
+    /// The disk that brought the guest helper in: every node has it under the same name. An agent that does not know the field may lose it:
+    /// as with the directories.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<PathBuf>,
     /// Directories of the host that the guest sees. An agent that does not know the field may lose it: then the guest, which still has
     /// the devices, is not restored or taken in there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

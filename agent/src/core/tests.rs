@@ -40,6 +40,7 @@ fn prepared() -> Event {
         overlay: None,
         overlay_shared: false,
         layers: vec![],
+        seed: None,
         directories: vec![],
         network: slurm_vm_api::spec::Network::None,
         base_sha256: None,

@@ -58,6 +58,11 @@ pub trait Disks: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DiskError::Node`]
     fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError>;
+    /// The disk that brings this guest helper into an image, made in `dir` if it is not there.
+    ///
+    /// # Errors
+    /// [`DiskError::Node`]
+    fn seed(&self, helper: &Path, dir: &Path) -> Result<PathBuf, DiskError>;
     /// Removes a file; none there is no error.
     ///
     /// # Errors
@@ -220,6 +225,14 @@ impl Disks for QemuImg {
         }
     }
 
+    fn seed(&self, helper: &Path, dir: &Path) -> Result<PathBuf, DiskError> {
+        super::seed::make(helper, dir).map_err(|e| DiskError::Node {
+            act: "bring the guest helper in with",
+            path: helper.into(),
+            why: e.to_string(),
+        })
+    }
+
     fn remove(&self, path: &Path) -> Result<(), DiskError> {
         match fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(DiskError::Node {
@@ -271,6 +284,10 @@ impl Disks for MemoryDisks {
             path: overlay.into(),
             why: e.to_string(),
         })
+    }
+
+    fn seed(&self, _: &Path, dir: &Path) -> Result<PathBuf, DiskError> {
+        Ok(dir.join("seed.img"))
     }
 
     fn remove(&self, path: &Path) -> Result<(), DiskError> {

@@ -7,6 +7,7 @@ pub mod faults;
 pub mod files;
 pub mod points;
 pub mod private;
+mod seed;
 pub mod store;
 pub mod trusted;
 

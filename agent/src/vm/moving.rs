@@ -34,7 +34,7 @@ use crate::{
     cluster::{HostFacts, OpenEnd, PeerReply, PeerRequest},
     config::Config,
     core::{
-        Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Record, Whereabouts,
+        Event, Failure, HandOverError, Life, MoveIdentity, MoveQuestion, Plan, Record, Whereabouts,
         directories::Mark,
         locate::{Copy, Search},
     },
@@ -371,6 +371,7 @@ pub fn import(
     }
     directories::same_here(node, &record, marks)?;
     let plan = record.plan.as_mut().ok_or("the record has no plan")?;
+    same_seed(node, plan)?;
     let mut disk = None;
     if let (Some(overlay), Some(wanted)) = (plan.overlay.clone(), plan.base_sha256.clone()) {
         let (base, format) = base_by_digest(node, &wanted).ok_or_else(|| format!("no image here has the base disk {wanted}"))?;
@@ -427,6 +428,24 @@ pub fn import(
     }
     node.moves.arriving().insert(move_id, Arrival { job, _end: end });
     Ok(PeerReply::Ready { disk })
+}
+
+/// Whether this node has the seed disk that a VM was booted with; it is made if the helper here is the same.
+///
+/// # Errors
+/// That it is not, as a fragment.
+pub(super) fn same_seed(node: &Node, plan: &Plan) -> Result<(), String> {
+    let Some(wanted) = &plan.seed else { return Ok(()) };
+    let here = prepare::seed(&node.world, &node.config).map_err(|e| e.to_string())?;
+    if here == *wanted || node.world.disks.readable(wanted).is_ok() {
+        return Ok(());
+    }
+    Err(format!(
+        "{} is not on {}: its guest helper is another one ({})",
+        wanted.display(),
+        node.name,
+        node.config.node.guest_helper.display()
+    ))
 }
 
 /// Is version `a` (`10.0.2`) older than `b` in its major number? Within one, QEMU's versioned machine types go both ways.

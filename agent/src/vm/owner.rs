@@ -522,6 +522,9 @@ impl Owner {
                 self.core(Event::GuestUp {
                     boot_id: hello.boot_id.clone(),
                 });
+                if self.vm.record.plan.as_ref().is_some_and(|plan| plan.seed.is_some()) {
+                    self.tell_guest(Action::SetHostname { name: self.domain.clone() });
+                }
                 // A guest that was moved or restored has lost time.
                 self.effect(Effect::SetClock);
                 self.send_guest(requests);
@@ -665,6 +668,18 @@ impl Owner {
             token: self.next_request,
             action,
         }
+    }
+
+    /// Has the guest do something that needs no program; nothing without a link.
+    fn tell_guest(&mut self, action: Action) {
+        if self.link.is_none() {
+            return;
+        }
+        let request = self.action(action);
+        if let Some((link, _)) = &self.link {
+            link.send(request);
+        }
+        self.next_request += 1;
     }
 
     fn journal(&self, line: &str) {
@@ -907,13 +922,7 @@ impl Owner {
             }),
             Effect::SetClock => {
                 let unix_ns = node.world.clock.now_ms() * 1_000_000;
-                if self.link.is_some() {
-                    let request = self.action(Action::SetClock { unix_ns });
-                    if let Some((link, _)) = &self.link {
-                        link.send(request);
-                    }
-                    self.next_request += 1;
-                }
+                self.tell_guest(Action::SetClock { unix_ns });
             }
         }
     }

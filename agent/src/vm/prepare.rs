@@ -5,7 +5,7 @@ use slurm_vm_api::overhead::{guest_mib_for, qemu_overhead_mib};
 
 use super::{directories, network};
 use crate::{
-    config::{Config, ImageConfig},
+    config::{Config, HelperBy, ImageConfig},
     core::{Allocation, Failure, Plan, Record, record::file_stem, registry::job_of},
     effects::{DiskError, World},
     hypervisor::{Boot, Channel, CpuModel, Disk, DiskCache, DiskFormat, DomainMetadata, DomainSpec, DomainType},
@@ -116,6 +116,10 @@ pub fn prepare(
         overlay_shared: false,
         layers: vec![],
         base_sha256: None,
+        seed: match image.helper {
+            HelperBy::Image => None,
+            HelperBy::Seed => Some(seed(world, config)?),
+        },
         directories: directories::prepare(world, config, record, workdir.as_deref())?,
         network: network::choose(config, record),
     };
@@ -135,6 +139,14 @@ pub fn prepare(
         plan.base_sha256 = Some(base.sha256);
     }
     Ok((allocation, plan))
+}
+
+/// The disk that brings this node's guest helper into an image.
+///
+/// # Errors
+/// [`DiskError::Node`]: there is no helper on this node, or no room.
+pub fn seed(world: &World, config: &Config) -> Result<PathBuf, DiskError> {
+    world.disks.seed(&config.node.guest_helper, &config.state_dir.join("seeds"))
 }
 
 /// What Slurm says of a job on this node.
@@ -221,7 +233,7 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         },
         None => Boot::Disk,
     };
-    let disks = match (&plan.overlay, &image.disk) {
+    let mut disks = match (&plan.overlay, &image.disk) {
         (Some(overlay), Some(base)) => vec![Disk {
             path: overlay.clone(),
             format: DiskFormat::Qcow2,
@@ -233,6 +245,15 @@ pub fn domain_spec(config: &Config, world: &World, record: &Record) -> Option<Do
         }],
         _ => vec![],
     };
+    disks.extend(plan.seed.as_ref().map(|seed| Disk {
+        path: seed.clone(),
+        format: DiskFormat::Raw,
+        backing: vec![],
+        target: "vdb".into(),
+        readonly: true,
+        serial: Some("slurm-vm-seed".into()),
+        cache: DiskCache::default(),
+    }));
     Some(DomainSpec {
         name: domain.clone(),
         uuid: record.uuid(),

@@ -4,6 +4,7 @@
 //! Built below the target directory when something it is made of has changed.
 
 mod cpio;
+pub mod debian;
 
 use crate::{Result, error::At, paths, proc, setup, stage};
 pub(crate) use cpio::Archive;

@@ -270,14 +270,14 @@ boot_timeout_s = 100
         .collect();
     found.sort();
     for name in found {
+        let how = if Path::new(images).join(&name).join("vmlinuz").exists() {
+            format!("kernel = \"{images}/{name}/vmlinuz\"\ninitrd = \"{images}/{name}/initrd\"\ncmdline = \"console=ttyS0 quiet\"")
+        } else {
+            "helper = \"seed\"\nmin_mem_mib = 512".to_owned()
+        };
         let _ = writeln!(
             text,
-            "[images.{name}]
-kernel = \"{images}/{name}/vmlinuz\"
-initrd = \"{images}/{name}/initrd\"
-disk = \"{images}/{name}/disk.qcow2\"
-disk_format = \"qcow2\"
-cmdline = \"console=ttyS0 quiet\""
+            "[images.{name}]\ndisk = \"{images}/{name}/disk.qcow2\"\ndisk_format = \"qcow2\"\n{how}"
         );
         let _ = writeln!(names, "{name}");
     }

@@ -28,7 +28,12 @@ pub use options::{CTL, Options, Places, Slurm, address};
 pub use supervisor::{inner as supervisor_inner, outer as supervisor_outer};
 pub use wire::StatusLine;
 
-use crate::{Result, error::At, image, paths, proc, stage, tools};
+use crate::{
+    Result,
+    error::At,
+    image::{self, debian::Release},
+    paths, proc, stage, tools,
+};
 use std::{
     fs,
     path::PathBuf,
@@ -97,6 +102,10 @@ fn start(places: &Places, options: &Options) -> Result<()> {
         tools::into(&places.stage())?;
     }
     image::install_into(&places.images())?;
+    for name in &options.images {
+        let release = Release::named(name).ok_or_else(|| format!("there is no image {name}: debian12 or debian13"))?;
+        image::debian::install_into(release, &places.images())?;
+    }
     conf::shared_places(places)?;
     let log = places.disk().join("logs/lab.log");
     paths::dir(places.disk().join("logs"), 0o755)?;

@@ -69,6 +69,9 @@ pub struct Options {
     /// /home is the same on all hosts.
     #[serde(default)]
     pub companions: bool,
+    /// Images of distributions beside `tiny`: `debian12`, `debian13`.
+    #[serde(default)]
+    pub images: Vec<String>,
     /// Lines added to the end of slurm.conf.
     #[serde(default)]
     pub slurm_conf: String,
@@ -91,6 +94,7 @@ impl Default for Options {
             vm_disk_mib: 3072,
             release: false,
             companions: false,
+            images: Vec::new(),
             slurm_conf: String::new(),
             agent_conf: String::new(),
         }

@@ -234,7 +234,11 @@ fn disk(x: &mut Xml, disk: &Disk) {
                 ("discard", "unmap"),
             ],
         );
-        x.empty("source", &[("file", &path(&disk.path))]);
+        if disk.readonly {
+            shared_source(x, &disk.path);
+        } else {
+            x.empty("source", &[("file", &path(&disk.path))]);
+        }
         backing(x, &disk.backing);
         x.empty("target", &[("dev", &disk.target), ("bus", "virtio")]);
         if let Some(serial) = &disk.serial {
@@ -246,16 +250,20 @@ fn disk(x: &mut Xml, disk: &Disk) {
     });
 }
 
+/// A file that others use as well: libvirt would give it to the QEMU user (and not always back), who could then write into it.
+fn shared_source(x: &mut Xml, file: &Path) {
+    x.nest("source", &[("file", &path(file))], |x| {
+        x.empty("seclabel", &[("model", "dac"), ("relabel", "no")]);
+    });
+}
+
 /// The chain of backing files, nearest first, which QEMU must be able to read as they are. The empty element at the end says "nothing below": without it libvirt probes the image.
 fn backing(x: &mut Xml, chain: &[(PathBuf, DiskFormat)]) {
     match chain.split_first() {
         None => x.empty("backingStore", &[]),
         Some(((below, format), rest)) => x.nest("backingStore", &[("type", "file")], |x| {
             x.empty("format", &[("type", format_name(*format))]);
-            // libvirt would give the file to the QEMU user (and not always back), who could then write into an image that others use.
-            x.nest("source", &[("file", &path(below))], |x| {
-                x.empty("seclabel", &[("model", "dac"), ("relabel", "no")]);
-            });
+            shared_source(x, below);
             backing(x, rest);
         }),
     }

@@ -25,7 +25,12 @@ use slurm_vm_api::query::MoveView;
 use claim::{Claim, Stand, Taken};
 pub use error::SaveError;
 
-use super::{companions, directories, moving::make_run_dir, prepare, programs::Kept};
+use super::{
+    companions, directories,
+    moving::{make_run_dir, same_seed},
+    prepare,
+    programs::Kept,
+};
 use crate::{
     core::{Life, Record, directories::Mark, record::file_stem, registry::job_of},
     effects::{Directory, Files, trusted::Distrust},
@@ -429,6 +434,9 @@ pub fn restore(node: &Arc<Node>, record: &Record) -> Result<(MoveView, Vec<Kept>
             let run = done.map_err(NotRestored::from).and_then(|(here, manifest)| {
                 if !here {
                     directories::same_here(node, record, &manifest.marks).map_err(SaveError::Unfit)?;
+                    if let Some(plan) = &record.plan {
+                        same_seed(node, plan).map_err(SaveError::Unfit)?;
+                    }
                     make_run_dir(files, &node.config, &domain).map_err(SaveError::Unfit)?;
                     companions::start(node, record, true).map_err(|e| SaveError::Unfit(e.why()))?;
                     load(node, record, dir, &manifest)?;

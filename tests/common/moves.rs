@@ -290,6 +290,8 @@ impl<'a> Mover<'a> {
                 .iter()
                 .any(|d| l.ends_with(&format!(": file /{d}")))
             });
+            // The disk with the guest helper, which all VMs of a node share.
+            left.retain(|l| !l.contains(": file /var/lib/slurm-vm/seeds"));
             left.retain(|l| {
                 !l.contains("process /bin/sh -c cat") && !l.contains("process slurmd") && !l.contains("slurmstepd: [") || l.contains("qemu")
             });

@@ -489,7 +489,13 @@ pub struct StartSpec {
     /// The program does not run at all when it cannot run in `cwd`.
     #[serde(default, skip_serializing_if = "is_false")]
     pub cwd_required: bool,
+    /// The guest has a network: the program begins once it is up, or after [`NETWORK_WITHIN_S`].
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub wait_network: bool,
 }
+
+/// How long a program waits for the guest's network, in seconds: longer than a distribution takes to bring it up under emulation.
+pub const NETWORK_WITHIN_S: u64 = 60;
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn is_false(flag: &bool) -> bool {

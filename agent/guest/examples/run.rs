@@ -44,6 +44,7 @@ fn main() {
         user: None,
         mounts: vec![],
         cwd_required: false,
+        wait_network: false,
     };
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs()) << 20;
     let (mut current, mut events) = link(&socket, seed);

@@ -6,11 +6,12 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 use std::{io, ptr};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use slurm_vm_api::guest::{ExecStep, ExitStatus};
+use slurm_vm_api::guest::{ExecStep, ExitStatus, NETWORK_WITHIN_S};
 
 /// Closes what an init or a shell has left open for us: our programs would inherit it.
 pub fn close_inherited() {
@@ -36,6 +37,8 @@ pub struct Prepared {
     pub cwd: CString,
     /// Fails instead of running in `/`.
     pub cwd_required: bool,
+    /// Begins once there is a way out of the guest.
+    pub wait_network: bool,
     /// User.
     pub uid: u32,
     /// Group.
@@ -111,6 +114,9 @@ pub fn spawn(prepared: &Prepared) -> io::Result<(i32, OwnedFd)> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
+            if prepared.wait_network {
+                wait_for_network();
+            }
             let (step, errno) = become_program(prepared, &argv, &env, writer.as_fd());
             note(writer.as_fd(), Note::Fatal(step, errno));
             // SAFETY: ends the child at once, without running the parent's destructors or exit handlers.
@@ -118,6 +124,19 @@ pub fn spawn(prepared: &Prepared) -> io::Result<(i32, OwnedFd)> {
         }
         pid => Ok((pid, reader)),
     }
+}
+
+/// Waits for a default route. In the child, so that the helper goes on.
+fn wait_for_network() {
+    let until = Instant::now() + Duration::from_secs(NETWORK_WITHIN_S);
+    while Instant::now() < until && !std::fs::read_to_string("/proc/net/route").is_ok_and(|table| has_default_route(&table)) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// `IFACE DESTINATION GATEWAY FLAGS ...`, the numbers in hexadecimal.
+fn has_default_route(table: &str) -> bool {
+    table.lines().skip(1).any(|line| line.split_whitespace().nth(1) == Some("00000000"))
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
@@ -326,6 +345,14 @@ pub fn freeze(path: &CStr, thaw: bool) -> nix::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_network_is_up_when_there_is_a_way_out() {
+        let head = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\n";
+        let local = "eth0\t0002000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\n";
+        let out = "eth0\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\n";
+        assert!(!has_default_route(&format!("{head}{local}")) && has_default_route(&format!("{head}{local}{out}")));
+    }
 
     #[test]
     fn notes_survive_the_pipe() {

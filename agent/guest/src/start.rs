@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -15,6 +16,9 @@ use slurm_vm_api::guest::{ByteString, Limit, RING_BYTES, RING_LIMITS, Refusal, S
 use crate::mounts;
 use crate::program::{Input, Output, Program, pipe};
 use crate::spawn::{self, Prepared};
+
+/// How long another program may hold the passwd file.
+const LOCK_WITHIN: Duration = Duration::from_secs(5);
 
 /// Where things are in this guest.
 #[derive(Debug, Clone)]
@@ -98,6 +102,7 @@ pub fn start(places: &Places, id: u32, mut spec: StartSpec, script: Option<&[u8]
         env: strings(spec.env.into_iter().map(|s| s.0))?,
         cwd: CString::new(spec.cwd.0)?,
         cwd_required: spec.cwd_required,
+        wait_network: spec.wait_network,
         uid: spec.uid,
         gid: spec.gid,
         groups: spec.groups,
@@ -276,11 +281,42 @@ fn script_base(places: &Places) -> io::Result<&Path> {
     )))
 }
 
+/// The lock of lckpwdf(3), which useradd and its kin hold while they write the file anew. They take a moment; a lock that never comes free is
+/// gone past. Held until it is dropped.
+fn lock_passwd(passwd: &Path) -> Option<fs::File> {
+    let path = passwd.with_file_name(".pwd.lock");
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .ok()?;
+    // Numbers of one digit.
+    let short = |number: i32| libc::c_short::try_from(number).unwrap_or_default();
+    let whole = libc::flock {
+        l_type: short(libc::F_WRLCK),
+        l_whence: short(libc::SEEK_SET),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    let until = Instant::now() + LOCK_WITHIN;
+    while nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETLK(&whole)).is_err() {
+        if Instant::now() > until {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Some(file)
+}
+
 fn add_user(passwd: &Path, user: &UserLine, uid: u32, gid: u32) -> io::Result<()> {
     let clean = |text: &str| !text.contains([':', '\n', '\0']);
     if user.name.is_empty() || ![&user.name, &user.home, &user.shell].into_iter().all(|text| clean(text)) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
+    let _lock = lock_passwd(passwd);
     let text = String::from_utf8_lossy(&fs::read(passwd)?).into_owned();
     let known = text.lines().any(|line| {
         let mut fields = line.split(':');

@@ -22,6 +22,7 @@ const IN_GUEST: &str = "/usr/local/libexec/slurm-vm-guest";
 const META_DATA: &str = "instance-id: slurm-vm\ndsmode: local\n";
 const USER_DATA: &str = "#cloud-config\n{}\n";
 
+/// Starts the helper, and makes no user of the image's own: it could have the number of the job's.
 fn vendor_data() -> String {
     let start = format!(
         "set -e; mkdir -p /run/slurm-vm-seed {dir}; mount -o ro -t vfat LABEL=cidata /run/slurm-vm-seed; \
@@ -32,7 +33,7 @@ fn vendor_data() -> String {
         port = slurm_vm_api::guest::PORT_NAME,
     );
     let quoted = serde_json::Value::from(start);
-    format!("#cloud-config\npreserve_hostname: true\nbootcmd:\n  - [sh, -c, {quoted}]\n")
+    format!("#cloud-config\npreserve_hostname: true\nusers: []\nbootcmd:\n  - [sh, -c, {quoted}]\n")
 }
 
 /// The file system's bytes; the same for the same helper.

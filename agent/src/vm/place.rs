@@ -10,6 +10,8 @@ pub struct Place {
     pub mounts: Vec<guest::GuestMount>,
     /// The directory that the user named.
     pub workdir: Option<String>,
+    /// The guest has a network.
+    pub network: bool,
 }
 
 impl Place {
@@ -25,6 +27,7 @@ impl Place {
         Self {
             mounts: directories.iter().map(mount).collect(),
             workdir: record.spec.workdir.clone(),
+            network: record.plan.as_ref().is_some_and(|plan| !plan.network.is_none()),
         }
     }
 
@@ -36,6 +39,7 @@ impl Place {
         if let Some(dir) = &self.workdir {
             spec.cwd = dir.as_str().into();
         }
+        spec.wait_network = self.network;
         // Where directories are given, what a program writes is meant to stay.
         spec.cwd_required = self.workdir.is_some() || !self.mounts.is_empty();
         spec

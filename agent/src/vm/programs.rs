@@ -981,6 +981,7 @@ fn start_spec(a: &Attach) -> guest::StartSpec {
         }),
         mounts: vec![],
         cwd_required: false,
+        wait_network: false,
     }
 }
 

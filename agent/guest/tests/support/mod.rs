@@ -243,6 +243,7 @@ pub fn spec(argv: &[&str]) -> StartSpec {
         user: None,
         mounts: vec![],
         cwd_required: false,
+        wait_network: false,
     }
 }
 

@@ -107,3 +107,46 @@ fn a_guest_reaches_what_its_user_does_before_and_after_a_move_and_not_the_nodes_
     m.nothing_left();
     lab.down().expect("down");
 }
+
+/// passt ends when it has handed its state over, before it is known whether the guest runs there.
+#[test]
+fn a_network_comes_back_after_a_move_that_failed_and_after_its_process_was_killed() {
+    let options = Options {
+        nodes: 2,
+        companions: true,
+        ..Options::default()
+    };
+    let lab = lab("netback", options);
+    let _server = Server::on(&lab, "ctl", "10.77.0.1", 8000);
+    let m = Mover::new(&lab, "netback", 2);
+    let script = ASKS
+        .replace("/net/word", "/netback/word")
+        .replace("ask() {", "exec 3>gone; rm gone\nask() {");
+    m.t.script("asks.sh", &script);
+    m.t.script("word", "a-word");
+    let job = m.t.submit("--vm=tiny --vm-net=user -w n1 -o out asks.sh");
+    let answered = |more: usize| {
+        let answers = || m.t.text("out").lines().filter(|l| *l == "answer a-word").count();
+        let before = answers();
+        common::wait("answers over the network", || (answers() >= before + more).then_some(()));
+    };
+    m.t.wait_text("out", "answer a-word");
+    // The file that is open and deleted fails the move in its very last phase.
+    let said = m.t.sh(&format!("svm migrate {job} n2"));
+    assert!(said.err.contains("open in the guest and deleted"), "{said:?}");
+    answered(5);
+    let killed = lab.node(
+        "n1",
+        &[
+            "sh",
+            "-c",
+            "kill -9 $(cut -d' ' -f1 /var/lib/slurm-vm/vms/slurm-*/slurm-vm-net.pid)",
+        ],
+    );
+    assert!(killed.status.success());
+    answered(5);
+    std::fs::write(m.t.path("stop"), "").unwrap();
+    m.completed(job, 0);
+    m.nothing_left();
+    lab.down().expect("down");
+}

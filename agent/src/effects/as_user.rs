@@ -248,6 +248,8 @@ impl AsUser for SystemAsUser {
             let what = what.display().to_string();
             move |e: io::Error| AsUserError::node(&what, e)
         };
+        // Its absence is the node's fault, and would look like the directory's.
+        fs::metadata(&server.program).map_err(at(&server.program))?;
         let (pid_note, log) = notes(&server.notes, &server.socket);
         end(&pid_note)?;
         let listener = listen(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
@@ -281,6 +283,7 @@ impl AsUser for SystemAsUser {
             let what = what.display().to_string();
             move |e: io::Error| AsUserError::node(&what, e)
         };
+        fs::metadata(&server.program).map_err(at(&server.program))?;
         let (pid_note, log) = notes(&server.notes, &server.socket);
         end(&pid_note)?;
         let dir = server.socket.parent().unwrap_or(Path::new("/")).with_extension("passt");
@@ -345,7 +348,9 @@ impl AsUser for SystemAsUser {
 
     fn mark(&self, who: &Identity, dir: &Path, name: &str, nonce: &str) -> Result<Mark, AsUserError> {
         let path = mark_path(dir, name);
-        let made = run(who, &["sh", "-c", "umask 077 && echo \"$2\" > \"$1\"", "sh", &path, nonce]);
+        // Made anew and never through a link: in a directory of several users somebody else may have put one there.
+        let script = "umask 077 && rm -f \"$1\" && set -C && echo \"$2\" > \"$1\"";
+        let made = run(who, &["sh", "-c", script, "sh", &path, nonce]);
         let made = made.map_err(|e| AsUserError::node("setpriv", e))?;
         Ok(Mark {
             nonce: made.is_ok().then(|| nonce.to_owned()),
@@ -639,6 +644,14 @@ mod tests {
         assert!(is_marked(&mine, &mark) && !is_marked(&mine, &stale) && !is_marked(&other, &mark));
         system.unmark(&who, &mine, "vm").unwrap();
         assert_eq!(fs::read_dir(&mine).unwrap().count(), 0, "nothing is left");
+        // A link that somebody else has put at its place is not followed.
+        let precious = dir.path().join("precious");
+        fs::write(&precious, "kept").unwrap();
+        chown(&precious, Some(65534), Some(65534)).unwrap();
+        std::os::unix::fs::symlink(&precious, mark_path(&mine, "vm")).unwrap();
+        assert!(system.mark(&who, &mine, "vm", "ghi").unwrap().nonce.is_some());
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "kept");
+        system.unmark(&who, &mine, "vm").unwrap();
         assert!(!is_marked(&mine, &mark));
         // Where the user cannot write.
         let mark = system.mark(&who, &closed, "vm", "abc").unwrap();

@@ -5,9 +5,12 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::{Node, domains_of};
 use crate::{
-    core::registry::{Entry, Recheck, job_of},
+    core::{
+        Life,
+        registry::{Entry, Recheck, job_of},
+    },
     hypervisor::{DomainEvent, StateReason, StopReason},
-    vm::{Request, directories},
+    vm::{Request, directories, network},
 };
 
 impl Node {
@@ -67,11 +70,17 @@ impl Node {
         vms.iter().filter_map(owner).collect()
     }
 
-    /// Ends VMs that have lost a directory of the host: their programs would wait for it for ever.
-    pub fn end_without_directory(&self) {
+    /// Looks after the companions of running VMs: a network is started anew, a VM that has lost a directory of the host is ended, for its
+    /// programs would wait for it for ever.
+    pub fn look_after_companions(&self) {
         for (job, way) in self.owners() {
-            let record = self.ask(&way, Request::Record);
-            if let Some(dir) = record.and_then(|record| directories::lost(&self.world, &record)) {
+            let Some(record) = self.ask(&way, Request::Record).filter(|r| r.life == Life::Running) else {
+                continue;
+            };
+            if let Err(e) = network::mend(self, &record) {
+                log::error!("job {job}: the guest has lost its network: {}", e.why());
+            }
+            if let Some(dir) = directories::lost(&self.world, &record) {
                 log::error!("job {job}: the server of its directory {} has ended", dir.display());
                 let _ = way.send(Request::Core(crate::core::Event::DirectoryLost { dir }));
             }

@@ -16,7 +16,7 @@ pub fn run(node: &Arc<Node>) {
     loop {
         node.world.clock.sleep(EVERY);
         node.look_at_shared_dir();
-        node.end_without_directory();
+        node.look_after_companions();
         saves(node);
         overlays(node, |job| node.owner(job).is_some());
         for (job, at) in node.saved() {

@@ -60,6 +60,9 @@ enum OrderName {
     Task(JobId, String),
 }
 
+/// Numbers of jobs in one argument: some 20 KiB, of the 128 KiB that Linux allows (MAX_ARG_STRLEN).
+const ASKED_AT_ONCE: usize = 2000;
+
 impl SlurmCommands {
     /// Nothing is run yet: [`ping`](Slurm::ping) tells whether it works.
     #[must_use]
@@ -181,7 +184,8 @@ impl SlurmCommands {
         let mut seen = HashSet::new();
         jobs.retain(|job| seen.insert(job.id));
         let hidden: Vec<JobId> = before.unwrap_or_default().into_iter().filter(|id| !seen.contains(id)).collect();
-        if !hidden.is_empty() {
+        // All tasks of a large array may have ended since, and an argument has its bounds.
+        for hidden in hidden.chunks(ASKED_AT_ONCE) {
             let list = hidden.iter().map(JobId::to_string).collect::<Vec<_>>().join(",");
             match self.squeue(&["--array", "--jobs", &list], parse::squeue_format()) {
                 Ok(text) => jobs.extend(parse::briefs(&text)?.into_iter().filter(|job| hidden.contains(&job.id))),

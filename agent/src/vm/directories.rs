@@ -13,7 +13,7 @@ use crate::{
     accounts,
     config::Config,
     core::{
-        Failure, Life, Record,
+        Failure, Record,
         directories::{Directory, Mark, Wishes, choose},
     },
     effects::{AsUserError, DirectoryServer, Identity, World},
@@ -105,7 +105,7 @@ pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure
 #[must_use]
 pub fn lost(world: &World, record: &Record) -> Option<PathBuf> {
     let all = directories(record);
-    if all.is_empty() || record.life != Life::Running {
+    if all.is_empty() {
         return None;
     }
     let ended = world.as_user.ended_servers(&world.store.vm_dir(&record.domain()));

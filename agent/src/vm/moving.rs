@@ -27,7 +27,7 @@ use slurm_vm_api::query::MoveView;
 use super::{
     Request, companions,
     converge::{self, Watch},
-    directories, prepare,
+    directories, network, prepare,
     programs::Kept,
 };
 use crate::{
@@ -537,10 +537,17 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
             cause: order.cause.clone(),
             outcome: "done".into(),
         }),
-        Err(HypervisorError::Aborted { .. }) => Err(verdict.unwrap_or_else(|| "it was cancelled".into())),
-        Err(e) => Err(verdict
-            .or_else(|| directories::kept_by(&node.world, record, &before))
-            .unwrap_or_else(|| e.to_string())),
+        Err(e) => {
+            if let Err(e) = network::mend(node, record) {
+                log::error!("job {}: the guest has lost its network: {}", record.job, e.why());
+            }
+            Err(match e {
+                HypervisorError::Aborted { .. } => verdict.unwrap_or_else(|| "it was cancelled".into()),
+                e => verdict
+                    .or_else(|| directories::kept_by(&node.world, record, &before))
+                    .unwrap_or_else(|| e.to_string()),
+            })
+        }
     }
 }
 

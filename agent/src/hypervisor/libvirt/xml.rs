@@ -205,10 +205,11 @@ fn devices(x: &mut Xml, spec: &DomainSpec) {
     for interface in &spec.interfaces {
         x.nest("interface", &[("type", "vhostuser")], |x| {
             x.empty("mac", &[("address", &interface.mac)]);
-            x.empty(
-                "source",
-                &[("type", "unix"), ("path", &path(&interface.socket)), ("mode", "client")],
-            );
+            let socket = path(&interface.socket);
+            x.nest("source", &[("type", "unix"), ("path", &socket), ("mode", "client")], |x| {
+                // The other end may be started anew.
+                x.empty("reconnect", &[("enabled", "yes"), ("timeout", "1")]);
+            });
             x.empty("model", &[("type", "virtio")]);
         });
     }

@@ -1,9 +1,12 @@
 //! Images as a distribution makes them, with nothing of ours inside: files, network, exit code, and a preemption.
 mod common;
 
-use std::{process::Stdio, time::Instant};
+use std::time::Instant;
 
-use common::moves::{Mover, lab};
+use common::{
+    WebServer,
+    moves::{Mover, lab},
+};
 use xtask::Options;
 
 /// What a program sees of the user, its place and its files: the same on the host and in a guest.
@@ -49,19 +52,7 @@ fn works_on(image: &str) {
         ..Options::default()
     };
     let lab = lab("guests", options);
-    let serve = "cd /shared/home/alice && exec python3 -m http.server 8000 --bind 10.77.0.1";
-    let mut server = lab
-        .command("ctl", "alice", &["sh", "-c", serve])
-        .expect("a command in the lab")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("a web server");
-    common::wait("the web server", || {
-        let asked = lab.run("ctl", "alice", &["bash", "-c", "exec 3<>/dev/tcp/10.77.0.1/8000"]);
-        asked.status.success().then_some(())
-    });
+    let _server = WebServer::on(&lab, "ctl", "10.77.0.1", 8000);
     let m = Mover::new(&lab, "guests", 2);
     m.t.script("sees.py", SEES);
     m.t.script("works.py", WORKS);
@@ -90,8 +81,6 @@ fn works_on(image: &str) {
     let log = std::fs::read_to_string(lab.shared().join("home/alice/works.log")).expect("the log");
     assert_eq!(log, (1..=60).map(|i| format!("{i}\n")).collect::<String>());
     m.nothing_left();
-    let _ = server.kill();
-    let _ = server.wait();
     lab.down().expect("down");
 }
 

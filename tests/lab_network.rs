@@ -1,13 +1,13 @@
 //! A guest's network: what a process of its user on the node reaches, the same after a move, and never the node's loopback.
 mod common;
 
-use std::{
-    process::{Child, Stdio},
-    time::Instant,
-};
+use std::time::Instant;
 
-use common::moves::{Mover, lab};
-use xtask::{Lab, Options};
+use common::{
+    WebServer,
+    moves::{Mover, lab},
+};
+use xtask::Options;
 
 /// Asks a server of the login host and prints the answer, until there is a file `stop`.
 const ASKS: &str = "#!/bin/bash
@@ -18,30 +18,6 @@ while [ ! -e stop ]; do echo \"answer $(ask 10.77.0.1 8000)\"; sleep 0.3; done
 ifconfig eth0 | grep -o 'inet addr:[0-9.]*'
 ";
 
-/// A web server of alice's on a host, until it is dropped.
-struct Server(Child);
-
-impl Server {
-    fn on(lab: &Lab, host: &str, address: &str, port: u16) -> Self {
-        let line = format!("cd /shared/home/alice && exec python3 -m http.server {port} --bind {address}");
-        let mut command = lab.command(host, "alice", &["sh", "-c", &line]).expect("a command in the lab");
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let server = Self(child.expect("a web server"));
-        common::wait("the web server", || {
-            let asked = format!("exec 3<>/dev/tcp/{address}/{port}");
-            lab.run(host, "alice", &["bash", "-c", &asked]).status.success().then_some(())
-        });
-        server
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn a_guest_reaches_what_its_user_does_before_and_after_a_move_and_not_the_nodes_loopback() {
     let options = Options {
@@ -51,9 +27,9 @@ fn a_guest_reaches_what_its_user_does_before_and_after_a_move_and_not_the_nodes_
         ..Options::default()
     };
     let lab = lab("net", options);
-    let _server = Server::on(&lab, "ctl", "10.77.0.1", 8000);
+    let _server = WebServer::on(&lab, "ctl", "10.77.0.1", 8000);
     // What a process on the node would get from its own loopback.
-    let _own = Server::on(&lab, "n1", "127.0.0.1", 8080);
+    let _own = WebServer::on(&lab, "n1", "127.0.0.1", 8080);
     let m = Mover::new(&lab, "net", 2);
     m.t.script("asks.sh", ASKS);
     m.t.script("word", "a-word");
@@ -117,7 +93,7 @@ fn a_network_comes_back_after_a_move_that_failed_and_after_its_process_was_kille
         ..Options::default()
     };
     let lab = lab("netback", options);
-    let _server = Server::on(&lab, "ctl", "10.77.0.1", 8000);
+    let _server = WebServer::on(&lab, "ctl", "10.77.0.1", 8000);
     let m = Mover::new(&lab, "netback", 2);
     let script = ASKS
         .replace("/net/word", "/netback/word")

@@ -11,7 +11,7 @@ use std::{
         process::CommandExt,
     },
     path::PathBuf,
-    process::{ChildStdin, Command, Output, Stdio},
+    process::{Child, ChildStdin, Command, Output, Stdio},
     sync::Mutex,
     thread,
     time::{Duration, Instant},
@@ -248,6 +248,30 @@ impl<'a> Alice<'a> {
             *left = self.left_of(job);
             left.is_empty()
         });
+    }
+}
+
+/// A web server of alice's on a host, over her home, until it is dropped.
+pub struct WebServer(Child);
+
+impl WebServer {
+    pub fn on(lab: &Lab, host: &str, address: &str, port: u16) -> Self {
+        let line = format!("cd /shared/home/alice && exec python3 -m http.server {port} --bind {address}");
+        let mut command = lab.command(host, "alice", &["sh", "-c", &line]).expect("a command in the lab");
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let server = Self(child.expect("a web server"));
+        wait("the web server", || {
+            let asked = format!("exec 3<>/dev/tcp/{address}/{port}");
+            lab.run(host, "alice", &["bash", "-c", &asked]).status.success().then_some(())
+        });
+        server
+    }
+}
+
+impl Drop for WebServer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

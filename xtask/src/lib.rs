@@ -5,6 +5,7 @@
 
 pub mod apt;
 pub mod bench;
+mod debian;
 pub mod demo;
 pub mod error;
 pub mod image;

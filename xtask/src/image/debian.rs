@@ -5,12 +5,18 @@
 //!  4096         EFI system partition (empty)             36864    root, ext4 with the label root
 //! ```
 //! No loop device and no mount: the file system is made from a directory, GRUB is written where grub-install would put it.
-use crate::{Result, apt, error::At, paths, proc, say::Phase, setup, stage};
+use crate::{
+    Result,
+    debian::{self, Tree},
+    error::At,
+    paths, proc,
+    say::Phase,
+    setup, stage,
+};
 use std::{
     fs,
     os::unix::fs::{FileExt, symlink},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 const PACKAGES: &str = "linux-image-cloud-amd64,systemd-sysv,udev,dbus,cloud-init,netplan.io,systemd-resolved,openssh-server,python3,\
@@ -81,11 +87,14 @@ pub fn build(release: Release) -> Result<PathBuf> {
     let mut phase = Phase::begin("image", release.name());
     paths::dir(&dir, 0o755)?;
     let tree = dir.join("tree");
-    if tree.exists() {
-        fs::remove_dir_all(&tree).at("remove", &tree)?;
-    }
     phase.now("Debian's packages, some minutes");
-    debootstrap(release, &tree)?;
+    let what = Tree {
+        suite: release.suite(),
+        packages: PACKAGES,
+        options: Vec::new(),
+        more_suites: Vec::new(),
+    };
+    debian::make(&what, &tree)?;
     settle(&tree)?;
     phase.now("the disk");
     pack(&tree, &disk)?;
@@ -103,35 +112,6 @@ pub fn install_into(release: Release, dir: &Path) -> Result<()> {
     let to = place.join("disk.qcow2");
     fs::copy(&built, &to).at("copy", &built)?;
     Ok(())
-}
-
-fn debootstrap(release: Release, tree: &Path) -> Result<()> {
-    setup::check("mmdebstrap")?;
-    let sources = apt::Sources::read()?;
-    let mirror = sources
-        .debian()
-        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
-    let log = tree.with_extension("log");
-    let out = fs::File::create(&log).at("create", &log)?;
-    let err = out.try_clone().at("open", &log)?;
-    let status = Command::new("mmdebstrap")
-        .args(["--mode=root", "--variant=minbase", "--include", PACKAGES])
-        .args(["--aptopt=APT::Install-Recommends \"false\""])
-        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
-        .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
-        .arg(release.suite())
-        .arg(tree)
-        .arg(mirror)
-        .stdin(Stdio::null())
-        .stdout(out)
-        .stderr(err)
-        .status()
-        .at("run", "mmdebstrap")?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("mmdebstrap failed ({status}): see {}", log.display()).into())
-    }
 }
 
 fn settle(tree: &Path) -> Result<()> {

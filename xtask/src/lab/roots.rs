@@ -1,12 +1,16 @@
 //! The trees below the hosts' overlays: the machine itself, or another Debian release made once by mmdebstrap and kept.
 
 use super::options::Slurm;
-use crate::{Result, apt, error::At, paths, proc, setup};
+use crate::{
+    Result,
+    debian::{self, Tree},
+    error::At,
+    paths, proc, setup,
+};
 use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 const PACKAGES: &str = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,munge,libvirt-daemon-system,libvirt-daemon-driver-qemu,\
@@ -57,37 +61,18 @@ pub fn make(slurm: Slurm) -> Result<()> {
     if root.exists() {
         return Ok(());
     }
-    let sources = apt::Sources::read()?;
-    let mirror = sources
-        .debian()
-        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
     let fresh = root.with_extension("new");
-    if fresh.exists() {
-        fs::remove_dir_all(&fresh).at("remove", &fresh)?;
-    }
-    let log = root.with_extension("log");
     println!(
         "makes a root of Debian {suite} for Slurm {slurm} in {}, once; this takes minutes, see {}",
         root.display(),
-        log.display()
+        fresh.with_extension("log").display()
     );
-    let out = fs::File::create(&log).at("create", &log)?;
-    let err = out.try_clone().at("open", &log)?;
-    let status = Command::new("mmdebstrap")
-        .args(["--mode=root", "--variant=minbase", "--include", PACKAGES])
-        .args(["--aptopt=APT::Install-Recommends \"false\""])
-        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
-        .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
-        .arg(suite)
-        .arg(&fresh)
-        .arg(mirror)
-        .stdin(Stdio::null())
-        .stdout(out)
-        .stderr(err)
-        .status()
-        .at("run", "mmdebstrap")?;
-    if !status.success() {
-        return Err(format!("mmdebstrap failed ({status}): {}", super::tail(&log, 6)).into());
-    }
+    let what = Tree {
+        suite,
+        packages: PACKAGES,
+        options: Vec::new(),
+        more_suites: Vec::new(),
+    };
+    debian::make(&what, &fresh)?;
     fs::rename(&fresh, &root).at("move into place", &root)
 }

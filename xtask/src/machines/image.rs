@@ -2,13 +2,17 @@
 //! packages and their own units. Each machine writes to an overlay of its own. No loop device and no mount is needed.
 
 use super::options::{Debian, images};
-use crate::{Result, apt, error::At, lab::tail, paths, proc, setup};
+use crate::{
+    Result,
+    debian::{self, Tree},
+    error::At,
+    paths, proc, setup,
+};
 use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 /// Counts changes to this file, so that a disk made by an older one is made again.
@@ -96,50 +100,27 @@ pub fn make(debian: Debian) -> Result<Image> {
 }
 
 fn bootstrap(debian: Debian, tree: &Path) -> Result<()> {
-    let sources = apt::Sources::read()?;
-    let mirror = sources
-        .debian()
-        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
     let suite = debian.suite();
-    let log = tree.with_extension("log");
     println!(
         "makes the disk of a machine with Debian {suite}, once; this takes some minutes, see {}",
-        log.display()
+        tree.with_extension("log").display()
     );
-    let out = fs::File::create(&log).at("create", &log)?;
-    let err = out.try_clone().at("open", &log)?;
-    let mut command = Command::new("mmdebstrap");
-    command
-        .args(["--mode=root", "--variant=minbase", "--include", PACKAGES])
-        .args(["--aptopt=APT::Install-Recommends \"false\""])
-        .arg(format!("--aptopt=Acquire::Check-Valid-Until \"{}\"", apt::check_dates()))
-        .args(["doc", "man", "locale"].map(|part| format!("--dpkgopt=path-exclude=/usr/share/{part}/*")))
-        .args([
-            "--dpkgopt=path-include=/usr/share/doc/slurm-vm/*",
-            "--dpkgopt=path-include=/usr/share/man/*svm*",
-        ]);
-    let mut lines = vec![format!("deb {mirror} {suite} main"), format!("deb {mirror} {suite}-updates main")];
+    let mut what = Tree {
+        suite,
+        packages: PACKAGES,
+        options: ["doc/slurm-vm/*", "man/*svm*"]
+            .map(|part| format!("--dpkgopt=path-include=/usr/share/{part}"))
+            .into(),
+        more_suites: vec![format!("{suite}-updates")],
+    };
     if debian == Debian::V12 {
-        lines.push(format!("deb {mirror} {suite}-backports main"));
+        what.more_suites.push(format!("{suite}-backports"));
         let pin = format!("Package: qemu* libvirt* seabios ipxe-qemu*\\nPin: release n={suite}-backports\\nPin-Priority: 900\\n");
-        command.arg(format!(
+        what.options.push(format!(
             "--setup-hook=mkdir -p \"$1/etc/apt/preferences.d\"; printf '{pin}' > \"$1/etc/apt/preferences.d/backports\""
         ));
     }
-    let status = command
-        .arg(suite)
-        .arg(tree)
-        .args(lines)
-        .stdin(Stdio::null())
-        .stdout(out)
-        .stderr(err)
-        .status()
-        .at("run", "mmdebstrap")?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("mmdebstrap failed ({status}): {}", tail(&log, 6)).into())
-    }
+    debian::make(&what, tree)
 }
 
 /// What all machines have in common beyond their packages.

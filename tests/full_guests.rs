@@ -70,6 +70,16 @@ fn works_on(image: &str) {
     );
     assert_eq!(m.t.text("guest-file.d/file"), "first\nsecond\n");
 
+    // cloud-init grows what it finds, a while after the program could begin.
+    let grown = m.t.submit(&format!(
+        "{vm} --vm-disk=6G -o grown --wrap 'for i in $(seq 60); do df --output=size -BG / | grep -q 6G && break; sleep 1; done; df --output=size -BG /'"
+    ));
+    assert_eq!(m.t.end_of(grown).0, "COMPLETED");
+    assert!(m.t.text("grown").contains("6G"), "{}", m.t.text("grown"));
+    let small = m.t.submit(&format!("{vm} --vm-disk=1G -o small --wrap true"));
+    m.t.end_of(small);
+    assert!(m.t.text("small").contains("smaller than the disk of image"), "{}", m.t.text("small"));
+
     let job = m.t.submit(&format!("{vm} --vm-net=user -p low -w n1 -o works works.py"));
     m.wait_lines("works", 5);
     let high = m.take("n1", 3);

@@ -320,6 +320,7 @@ fn a_base_image_that_was_replaced_is_refused_by_name_and_the_save_waits_on() {
         overlay: Some(s.dir.path().join("overlay.qcow2")),
         overlay_shared: true,
         layers: vec![],
+        disk_mib: None,
         seed: None,
         directories: vec![],
         network: slurm_vm_api::spec::Network::None,

@@ -140,11 +140,23 @@ mod tests {
             preempt: Some(site.clone()),
             ..Settings::default()
         };
-        let texts = |preempt: Option<&str>| [Some("a".to_owned()), None, None, None, preempt.map(str::to_owned), None, None, None];
+        let texts = |preempt: Option<&str>| {
+            [
+                Some("a".to_owned()),
+                None,
+                None,
+                None,
+                preempt.map(str::to_owned),
+                None,
+                None,
+                None,
+                None,
+            ]
+        };
         assert_eq!(request(&texts(None), &settings).unwrap().unwrap().preempt, Some(site));
         assert!(request(&texts(Some("live")), &settings).is_err());
         assert_eq!(
-            request(&[None, Some("x".into()), None, None, None, None, None, None], &settings),
+            request(&[None, Some("x".into()), None, None, None, None, None, None, None], &settings),
             Ok(None)
         );
     }

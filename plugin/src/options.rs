@@ -27,6 +27,7 @@ fn help(option: VmOption) -> (&'static str, &'static str) {
             "list",
             "directories of the host for the guest: SRC[:DST][:ro], home, workdir; none: not even what the site gives",
         ),
+        VmOption::Disk => ("MB", "size of the guest's disk; default: the image's own"),
         VmOption::Net => (
             "none|user",
             "network of the guest; user: what a process of yours on the node reaches",

@@ -241,5 +241,6 @@ fn spec() -> VmSpec {
         mounts: mount::parse_list("/data,/scratch:/in:ro").unwrap(),
         workdir: Some("/data".into()),
         net: None,
+        disk_mib: None,
     }
 }

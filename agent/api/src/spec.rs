@@ -190,6 +190,8 @@ pub enum VmOption {
     Workdir,
     /// `--vm-net=none|user`
     Net,
+    /// `--vm-disk=SIZE`
+    Disk,
 }
 
 /// How many options there are.
@@ -197,7 +199,7 @@ pub const OPTIONS: usize = VmOption::ALL.len();
 
 impl VmOption {
     /// All of them.
-    pub const ALL: [VmOption; 8] = [
+    pub const ALL: [VmOption; 9] = [
         VmOption::Image,
         VmOption::Cpus,
         VmOption::Mem,
@@ -206,6 +208,7 @@ impl VmOption {
         VmOption::Mount,
         VmOption::Workdir,
         VmOption::Net,
+        VmOption::Disk,
     ];
 
     /// What follows the prefix in the option's name.
@@ -220,6 +223,7 @@ impl VmOption {
             VmOption::Mount => "-mount",
             VmOption::Workdir => "-workdir",
             VmOption::Net => "-net",
+            VmOption::Disk => "-disk",
         }
     }
 
@@ -260,6 +264,8 @@ pub struct VmSpec {
     pub workdir: Option<String>,
     /// The guest's network; the site's choice when absent.
     pub net: Option<Network>,
+    /// Size of the guest's disk in MiB; the image's own when absent.
+    pub disk_mib: Option<u64>,
 }
 
 /// The JSON form: versioned, and closed to keys that this build does not know.
@@ -282,6 +288,8 @@ struct WireSpec {
     workdir: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     net: Option<Network>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    disk_mib: Option<u64>,
 }
 
 impl From<VmSpec> for WireSpec {
@@ -295,6 +303,7 @@ impl From<VmSpec> for WireSpec {
             mounts,
             workdir,
             net,
+            disk_mib,
         } = s;
         WireSpec {
             v: SPEC_VERSION,
@@ -306,6 +315,7 @@ impl From<VmSpec> for WireSpec {
             mounts,
             workdir,
             net,
+            disk_mib,
         }
     }
 }
@@ -322,7 +332,8 @@ impl TryFrom<WireSpec> for VmSpec {
             return Err(SpecError::Cpus(cpus.to_string()));
         }
         // The same rules as for options, so that no second grammar exists for what comes over a wire.
-        let mem_mib = w.mem_mib.map(|m| size::parse_mib(&m.to_string())).transpose()?;
+        let mib = |m: Option<u64>| m.map(|m| size::parse_mib(&m.to_string())).transpose();
+        let (mem_mib, disk_mib) = (mib(w.mem_mib)?, mib(w.disk_mib)?);
         let boot_timeout_s = w.boot_timeout_s.map(|t| time::parse_seconds(&t.to_string())).transpose()?;
         let preempt = w
             .preempt
@@ -339,6 +350,7 @@ impl TryFrom<WireSpec> for VmSpec {
             mounts: w.mounts,
             workdir,
             net: w.net,
+            disk_mib,
         })
     }
 }
@@ -374,6 +386,7 @@ impl VmSpec {
             mounts: vec![],
             workdir: None,
             net: None,
+            disk_mib: None,
         })
     }
 
@@ -412,6 +425,10 @@ impl VmSpec {
             .transpose()
             .map_err(|e| at(VmOption::Workdir)(e.into()))?;
         spec.net = given(VmOption::Net).map(str::parse).transpose().map_err(at(VmOption::Net))?;
+        spec.disk_mib = given(VmOption::Disk)
+            .map(size::parse_mib)
+            .transpose()
+            .map_err(|e| at(VmOption::Disk)(e.into()))?;
         Ok(Some(spec))
     }
 
@@ -427,6 +444,7 @@ impl VmSpec {
         options.extend((!self.mounts.is_empty()).then(|| (name(VmOption::Mount), mount::format_list(&self.mounts))));
         options.extend(self.workdir.as_ref().map(|dir| (name(VmOption::Workdir), dir.clone())));
         options.extend(self.net.map(|net| (name(VmOption::Net), net.word().to_owned())));
+        options.extend(self.disk_mib.map(|m| (name(VmOption::Disk), size::format_mib(m))));
         options
     }
 
@@ -467,11 +485,12 @@ mod tests {
         Some("home,/data:/in:ro"),
         Some("/in"),
         Some("user"),
+        Some("8G"),
     ];
 
     #[test]
     fn the_golden_json_is_read_and_written() {
-        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"],"mounts":["home","/data:/in:ro"],"workdir":"/in","net":"user"}"#;
+        let golden = r#"{"v":1,"image":"debian-12","cpus":2,"mem_mib":2048,"boot_timeout_s":90,"preempt":["live","requeue"],"mounts":["home","/data:/in:ro"],"workdir":"/in","net":"user","disk_mib":8192}"#;
         let spec = VmSpec::from_options(&FULL).unwrap().unwrap();
         assert_eq!(spec.to_json(), golden);
         assert_eq!(VmSpec::from_json(golden), Ok(spec));
@@ -494,6 +513,7 @@ mod tests {
             r#"{"v":1,"image":"a","mounts":["/x","/x"]}"#,
             r#"{"v":1,"image":"a","workdir":"x"}"#,
             r#"{"v":1,"image":"a","net":"host"}"#,
+            r#"{"v":1,"image":"a","disk_mib":0}"#,
             "[]",
         ] {
             assert!(VmSpec::from_json(json).is_err(), "{json}");
@@ -514,7 +534,8 @@ mod tests {
                 "--vm-preempt=live,requeue",
                 "--vm-mount=home,/data:/in:ro",
                 "--vm-workdir=/in",
-                "--vm-net=user"
+                "--vm-net=user",
+                "--vm-disk=8G"
             ]
         );
         let texts: Vec<Option<&str>> = options.iter().map(|(_, v)| Some(v.as_str())).collect();
@@ -524,7 +545,7 @@ mod tests {
     #[test]
     fn no_option_is_no_vm_job_and_a_companion_alone_is_an_error() {
         assert_eq!(VmSpec::from_options(&[None; OPTIONS]), Ok(None));
-        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None, None, None, None]).unwrap_err();
+        let error = VmSpec::from_options(&[None, None, Some("1G"), None, None, None, None, None, None]).unwrap_err();
         assert_eq!(error.to_string(), "--vm-mem: needs --vm=IMAGE as well");
     }
 
@@ -580,7 +601,10 @@ mod tests {
 
     #[test]
     fn every_refusal_names_its_option() {
-        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly", "my", "my", "host"].into_iter().enumerate() {
+        for (i, bad) in ["/etc", "0", "1.5G", "soon", "fly", "my", "my", "host", "1.5T"]
+            .into_iter()
+            .enumerate()
+        {
             let mut texts = FULL;
             texts[i] = Some(bad);
             let error = VmSpec::from_options(&texts).unwrap_err();

@@ -191,6 +191,7 @@ impl Way {
             mounts: vec![],
             workdir: None,
             net: None,
+            disk_mib: None,
         }
     }
 

@@ -94,6 +94,7 @@ impl Store for Ledger {
                 overlay: None,
                 overlay_shared: false,
                 layers: vec![],
+                disk_mib: None,
                 seed: None,
                 directories: vec![],
                 network: slurm_vm_api::spec::Network::None,

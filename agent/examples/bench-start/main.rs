@@ -129,9 +129,9 @@ impl Disks for TimedDisks {
     fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError> {
         self.0.base(path, format)
     }
-    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError> {
+    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str, mib: Option<u64>) -> Result<(), DiskError> {
         let begin = Instant::now();
-        let done = self.0.make_overlay(overlay, base, base_format);
+        let done = self.0.make_overlay(overlay, base, base_format, mib);
         self.1.lock().overlay = Some((begin, Instant::now()));
         done
     }
@@ -209,6 +209,7 @@ impl Bench {
             mounts: vec![],
             workdir: None,
             net: None,
+            disk_mib: None,
         }
     }
 

@@ -122,6 +122,7 @@ mod tests {
             overlay: None,
             overlay_shared: false,
             layers: vec![],
+            disk_mib: None,
             seed: None,
             directories: vec![],
             network: slurm_vm_api::spec::Network::None,

@@ -165,6 +165,9 @@ pub struct Plan {
     pub layers: Vec<PathBuf>,
     /// SHA-256 of the base disk (hex), by which another node finds the same base.
     pub base_sha256: Option<String>,
+    /// Size of the VM's disk in MiB, where it is larger than the image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib: Option<u64>,
     /// The disk that brought the guest helper in: every node has it under the same name. An agent that does not know the field may lose it:
     /// as with the directories.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -23,6 +23,7 @@ pub(crate) fn record(life: Life) -> Record {
         mounts: vec![],
         workdir: None,
         net: None,
+        disk_mib: None,
     };
     Record {
         life,
@@ -40,6 +41,7 @@ fn prepared() -> Event {
         overlay: None,
         overlay_shared: false,
         layers: vec![],
+        disk_mib: None,
         seed: None,
         directories: vec![],
         network: slurm_vm_api::spec::Network::None,

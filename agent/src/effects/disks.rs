@@ -53,11 +53,11 @@ pub trait Disks: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DiskError::Image`] for a file that is missing, damaged or stands on another file.
     fn base(&self, path: &Path, format: &str) -> Result<Base, DiskError>;
-    /// Makes an empty overlay over a base disk. An older file of that name is replaced.
+    /// Makes an empty overlay over a base disk, of so many MiB or of the base's size. An older file of that name is replaced.
     ///
     /// # Errors
     /// [`DiskError::Node`]
-    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError>;
+    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str, mib: Option<u64>) -> Result<(), DiskError>;
     /// The disk that brings this guest helper into an image, made in `dir` if it is not there.
     ///
     /// # Errors
@@ -197,14 +197,15 @@ impl Disks for QemuImg {
         Ok(base)
     }
 
-    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError> {
+    fn make_overlay(&self, overlay: &Path, base: &Path, base_format: &str, mib: Option<u64>) -> Result<(), DiskError> {
         let node = |why: String| DiskError::Node {
             act: "make overlay",
             path: overlay.into(),
             why,
         };
         self.remove(overlay)?;
-        let out = qemu_img(&[
+        let size = mib.map(|mib| format!("{mib}M"));
+        let mut arguments: Vec<&std::ffi::OsStr> = vec![
             "create".as_ref(),
             "-q".as_ref(),
             "-f".as_ref(),
@@ -214,8 +215,9 @@ impl Disks for QemuImg {
             "-b".as_ref(),
             base.as_os_str(),
             overlay.as_os_str(),
-        ])
-        .map_err(|e| node(e.to_string()))?;
+        ];
+        arguments.extend(size.as_ref().map(AsRef::<std::ffi::OsStr>::as_ref));
+        let out = qemu_img(&arguments).map_err(|e| node(e.to_string()))?;
         if !out.status.success() {
             return Err(node(last_line(&out.stderr)));
         }
@@ -278,7 +280,7 @@ impl Disks for MemoryDisks {
         })
     }
 
-    fn make_overlay(&self, overlay: &Path, _: &Path, _: &str) -> Result<(), DiskError> {
+    fn make_overlay(&self, overlay: &Path, _: &Path, _: &str, _: Option<u64>) -> Result<(), DiskError> {
         self.0.write_durably(overlay, b"").map_err(|e| DiskError::Node {
             act: "make",
             path: overlay.into(),

@@ -209,7 +209,7 @@ points! { "slurm", SLURM, Slurm;
 
 points! { "disks", DISKS, Disks;
     fn base(path: &Path, format: &str) -> Result<Base, DiskError>;
-    fn make_overlay(overlay: &Path, base: &Path, base_format: &str) -> Result<(), DiskError>;
+    fn make_overlay(overlay: &Path, base: &Path, base_format: &str, mib: Option<u64>) -> Result<(), DiskError>;
     fn seed(helper: &Path, dir: &Path) -> Result<PathBuf, DiskError>;
     fn remove(path: &Path) -> Result<(), DiskError>;
     fn free_bytes(path: &Path) -> Result<u64, DiskError>;

@@ -130,6 +130,7 @@ fn probe(config: &Config, world: &World) -> Result<f64, String> {
             overlay: None,
             overlay_shared: false,
             layers: vec![],
+            disk_mib: None,
             seed: None,
             directories: vec![],
             network: slurm_vm_api::spec::Network::None,

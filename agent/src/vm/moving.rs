@@ -385,7 +385,11 @@ pub fn import(
             files
                 .make_directory(&node.world.store.vm_dir(&domain), Directory::Root(0o711))
                 .map_err(|e| e.to_string())?;
-            node.world.disks.make_overlay(&mine, &base, &format).map_err(|e| e.to_string())?;
+            let size = plan.disk_mib;
+            node.world
+                .disks
+                .make_overlay(&mine, &base, &format, size)
+                .map_err(|e| e.to_string())?;
             mine
         } else {
             if node.world.disks.used_bytes(&overlay) == 0 {

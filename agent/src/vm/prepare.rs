@@ -115,6 +115,7 @@ pub fn prepare(
         overlay: None,
         overlay_shared: false,
         layers: vec![],
+        disk_mib: None,
         base_sha256: None,
         seed: match image.helper {
             HelperBy::Image => None,
@@ -133,10 +134,22 @@ pub fn prepare(
             )));
         }
         let (overlay, shared) = overlay_path(config, &world.store.vm_dir(&record.domain()), record);
-        world.disks.make_overlay(&overlay, disk, &image.disk_format)?;
+        if let Some(wanted) = record.spec.disk_mib {
+            let own = base.virtual_bytes.div_ceil(1 << 20);
+            if wanted < own {
+                return Err(Failure::Request(format!(
+                    "--vm-disk={wanted}M is smaller than the disk of image {}, which has {own} MiB; a disk only grows",
+                    record.spec.image
+                )));
+            }
+            plan.disk_mib = Some(wanted);
+        }
+        world.disks.make_overlay(&overlay, disk, &image.disk_format, plan.disk_mib)?;
         plan.overlay = Some(overlay);
         plan.overlay_shared = shared;
         plan.base_sha256 = Some(base.sha256);
+    } else if record.spec.disk_mib.is_some() {
+        return Err(Failure::Request(format!("--vm-disk: image {} has no disk", record.spec.image)));
     }
     Ok((allocation, plan))
 }

@@ -521,7 +521,7 @@ fn load(node: &Node, record: &Record, dir: &Path, manifest: &Manifest) -> Result
     let mut disks = Vec::new();
     if let Some(overlay) = record.plan.as_ref().and_then(|p| p.overlay.clone()) {
         let base = dir.join("overlay.qcow2");
-        node.world.disks.make_overlay(&overlay, &base, "qcow2")?;
+        node.world.disks.make_overlay(&overlay, &base, "qcow2", None)?;
         let mut backing = vec![(base, DiskFormat::Qcow2)];
         // The last of the chain is the base image, which this node may have elsewhere.
         let mut chain = manifest.chain.clone();

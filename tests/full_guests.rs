@@ -78,7 +78,11 @@ fn works_on(image: &str) {
     assert!(m.t.text("grown").contains("6G"), "{}", m.t.text("grown"));
     let small = m.t.submit(&format!("{vm} --vm-disk=1G -o small --wrap true"));
     m.t.end_of(small);
-    assert!(m.t.text("small").contains("smaller than the disk of image"), "{}", m.t.text("small"));
+    assert!(
+        m.t.text("small").contains("smaller than the disk of image"),
+        "{}",
+        m.t.text("small")
+    );
 
     let job = m.t.submit(&format!("{vm} --vm-net=user -p low -w n1 -o works works.py"));
     m.wait_lines("works", 5);

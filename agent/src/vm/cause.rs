@@ -31,3 +31,27 @@ fn of_job(info: &JobBrief, restarts: u32) -> Cause {
         _ => Cause::Cancel,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use slurm_vm_api::session::Ended;
+
+    use super::*;
+    use crate::{core::RunState, slurm::FakeSlurm};
+
+    #[test]
+    fn what_slurm_does_not_explain_is_no_cause_and_an_end_by_it_does_not_count_for_the_next_run() {
+        let slurm = FakeSlurm::new(vec![], vec![]);
+        assert_eq!(of_term(&slurm, 7, 0), Some(Cause::Cancel), "Slurm knows no such job any more");
+        slurm.set_unreachable(true);
+        assert_eq!(of_term(&slurm, 7, 0), None);
+        let mut run = RunState {
+            restart: 1,
+            ..RunState::default()
+        };
+        assert!(run.counts_for_the_next_run(&Ended::Signal(15)));
+        run.term_unexplained = true;
+        assert!(!run.counts_for_the_next_run(&Ended::Signal(15)), "it may have been a requeue");
+        assert!(run.counts_for_the_next_run(&Ended::Code(0)), "the program has done its work");
+    }
+}

@@ -120,6 +120,12 @@ pub struct VmView {
     /// The batch script has ended in it by itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub script_ended: bool,
+    /// Directories of the host that the guest sees, as `--vm-mount` has them: `SRC[:DST][:ro]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<String>,
+    /// The guest's network, as `--vm-net` has it; empty where there is none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub network: String,
     /// What a preemption would do, and why.
     pub verdict: Option<String>,
     /// Why it is in this state, where that is not plain.

@@ -24,6 +24,7 @@ pub fn vm(vm: &VmView) -> String {
             vm.vcpus,
             dash(&cores.join(","))
         ),
+        format!("   Mounts={} Net={}", dash(&vm.mounts.join(",")), dash(&vm.network)),
         format!("   Preempt={}", dash(vm.verdict.as_deref().unwrap_or_default())),
         format!("   Moves={}", vm.moves.len()),
     ];
@@ -141,6 +142,8 @@ mod tests {
             run: 3,
             restarts: Some(1),
             script_ended: false,
+            mounts: vec!["/home/alice".into(), "/data:/in:ro".into()],
+            network: "user".into(),
             verdict: Some("live: fits in 60 s".into()),
             why: None,
             moves: vec![moved],
@@ -152,6 +155,7 @@ JobId=12 VmName=slurm-12-0
    RunTime=1:15 StartTime=1970-01-01T00:00:00Z
    Image=tiny Type=qemu
    CPUs=2 Cores=0,1 Mem=1G AllocMem=2G Disk=3.0M
+   Mounts=/home/alice,/data:/in:ro Net=user
    Preempt=live: fits in 60 s
    Moves=1
    Move=live Time=2000-02-29T00:00:00Z From=n1 To=n2 Cause=preemption Took=2.3s Bytes=300M Downtime=31ms GuestGap=- Outcome=done

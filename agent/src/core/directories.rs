@@ -3,7 +3,10 @@
 //! The site gives the home and the working directory to every job, or not (`[files]`); the user adds and takes away (`--vm-mount`).
 //! What lies below another directory at the same place is not given a second time. A directory that cannot be given refuses the job
 //! before anything boots: a program that writes its results into its working directory must not find another one there.
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use slurm_vm_api::mount::{self, Mount, MountWish};
@@ -20,6 +23,18 @@ pub struct Directory {
     /// The guest may not write.
     #[serde(default)]
     pub readonly: bool,
+}
+
+impl fmt::Display for Directory {
+    /// As `--vm-mount` has it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mount = Mount {
+            source: self.source.display().to_string(),
+            target: self.target.display().to_string(),
+            readonly: self.readonly,
+        };
+        MountWish::Directory(mount).fmt(f)
+    }
 }
 
 /// What tells a directory from another one of the same path.

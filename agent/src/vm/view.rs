@@ -45,6 +45,10 @@ pub fn of(node: &Node, r: &Record) -> VmView {
         run: r.run,
         restarts: r.allocation.as_ref().and_then(|a| a.restarts),
         script_ended: r.programs.iter().any(|p| p.key == batch && p.ended.is_some()),
+        mounts: plan.map_or_else(Vec::new, |p| p.directories.iter().map(ToString::to_string).collect()),
+        network: plan
+            .filter(|p| !p.network.is_none())
+            .map_or_else(String::new, |p| p.network.word().to_owned()),
         verdict: (!r.life.is_over_here()).then(|| moving::verdict(node, r)),
         why,
         moves: r.moves.clone(),

@@ -48,6 +48,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 const READY: &str = "Waiting for vhost-user socket connection";
 /// What passt says when it can be connected to.
 const PASST_READY: &str = "You can start qemu";
+/// Bytes that a companion's log may have at a look.
+const LONGEST_LOG: u64 = 1 << 20;
 /// Name of a mark's file before the VM's own part.
 const MARK: &str = ".slurm-vm-same-";
 
@@ -145,7 +147,8 @@ pub trait AsUser: Send + Sync + fmt::Debug {
     /// # Errors
     /// One that does not end.
     fn end_servers(&self, dir: &Path) -> Result<(), AsUserError>;
-    /// The servers with notes in this directory that have ended by themselves: the names of their sockets, without the ending.
+    /// The servers with notes in this directory that have ended by themselves: the names of their sockets, without the ending. Logs that have
+    /// grown too long are emptied.
     ///
     /// # Errors
     /// When the notes cannot be read.
@@ -253,7 +256,7 @@ impl AsUser for SystemAsUser {
         let (pid_note, log) = notes(&server.notes, &server.socket);
         end(&pid_note)?;
         let listener = listen(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
-        let said = fs::File::create(&log).map_err(at(&log))?;
+        let said = fresh_log(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // Standard input is how a descriptor is passed without unsafe code.
         command
@@ -292,7 +295,7 @@ impl AsUser for SystemAsUser {
             .map_err(at(&dir))?;
         chown(&dir, Some(server.who.uid), Some(server.who.gid)).map_err(at(&dir))?;
         let theirs = dir.join("s");
-        let said = fs::File::create(&log).map_err(at(&log))?;
+        let said = fresh_log(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // IPv4 with addresses of our own, the same on every node; names through passt, whatever resolver the node has; no way to the
         // node's loopback; nothing listens on the node for the guest; open connections are not taken along, which would need root.
@@ -322,6 +325,7 @@ impl AsUser for SystemAsUser {
     fn ended_servers(&self, dir: &Path) -> Result<Vec<String>, AsUserError> {
         let mut ended = Vec::new();
         for file in pid_notes(dir)? {
+            shorten(&file.with_extension("log"));
             if running(&file)?.is_none() {
                 ended.push(file.file_stem().unwrap_or_default().to_string_lossy().into_owned());
             }
@@ -380,6 +384,22 @@ fn group(pid: u32) -> Pid {
 fn notes(dir: &Path, socket: &Path) -> (PathBuf, PathBuf) {
     let name = dir.join(socket.file_name().unwrap_or_default());
     (name.with_extension("pid"), name.with_extension("log"))
+}
+
+/// Appended to, so that it can be made shorter while it is written to.
+fn fresh_log(log: &Path) -> io::Result<fs::File> {
+    let file = fs::File::options().create(true).append(true).open(log)?;
+    file.set_len(0)?;
+    Ok(file)
+}
+
+/// Empties a log that has grown too long: what a guest asks for may be complained of without end, beside the ledger.
+fn shorten(log: &Path) {
+    if fs::metadata(log).is_ok_and(|m| m.len() > LONGEST_LOG)
+        && let Err(e) = fs::File::options().append(true).open(log).and_then(|f| f.set_len(0))
+    {
+        log::warn!("{}: {e}", log.display());
+    }
 }
 
 /// A socket that QEMU's user alone can connect to.
@@ -692,8 +712,12 @@ mod tests {
             "[2026-01-01T00:00:00Z INFO  virtiofsd] Client connected\n[2026-01-01T00:00:01Z ERROR virtiofsd::x::y] Inode 3: Inode deleted (/b)\n",
         )
         .unwrap();
+        assert!(SystemAsUser.ended_servers(dir.path()).unwrap().is_empty(), "a short log stays");
         let complaints = SystemAsUser.complaints(dir.path()).unwrap();
         assert_eq!(complaints, [("a".to_owned(), "Inode 3: Inode deleted (/b)".to_owned())]);
+        fs::write(dir.path().join("a.log"), vec![b'x'; 2 << 20]).unwrap();
+        SystemAsUser.ended_servers(dir.path()).unwrap();
+        assert_eq!(fs::metadata(dir.path().join("a.log")).unwrap().len(), 0);
         SystemAsUser.end_servers(dir.path()).unwrap();
         assert!(!child.wait().unwrap().success() && !file.exists());
     }

@@ -94,11 +94,18 @@ pub fn choose(wishes: &Wishes<'_>) -> Result<Vec<Directory>, String> {
     if asked(&MountWish::Home) || (wishes.site_home && !none) {
         add(&mut chosen, "home", wishes.home)?;
     }
-    if asked(&MountWish::Workdir) || (wishes.site_workdir && !none) {
+    let by_site = wishes.site_workdir && !none;
+    if asked(&MountWish::Workdir) || by_site {
         let dir = wishes.workdir.ok_or("Slurm does not say what the job's working directory is")?;
         // The guest has a directory of that name, and the program goes on there as it would on the host.
-        if dir != "/" {
-            add(&mut chosen, "working directory", dir)?;
+        let added = if dir == "/" {
+            Ok(())
+        } else {
+            add(&mut chosen, "working directory", dir)
+        };
+        // Who runs elsewhere does not need what only the site gives.
+        if !wishes.elsewhere || asked(&MountWish::Workdir) {
+            added.map_err(|why| format!("{why}; or name a directory of the guest with --vm-workdir"))?;
         }
     }
     if chosen.len() > mount::MAX_MOUNTS {
@@ -133,7 +140,7 @@ pub fn choose(wishes: &Wishes<'_>) -> Result<Vec<Directory>, String> {
 fn add(chosen: &mut Vec<Mount>, what: &str, dir: &str) -> Result<(), String> {
     let bad = |why: String| format!("the {what} {dir} cannot be given to the guest: {why}");
     let dir = mount::plain_path(dir).map_err(|e| bad(e.to_string()))?;
-    mount::check_target(&dir).map_err(|e| bad(e.to_string()))?;
+    mount::check_target(&dir).map_err(|_| bad("the guest has a directory of its own there".into()))?;
     if chosen.iter().any(|m| shows(m, &dir)) {
         return Ok(());
     }
@@ -217,7 +224,14 @@ mod tests {
     fn what_cannot_be_given_is_named() {
         let mut asked = wishes(true, &[], &[]);
         asked.workdir = Some("/etc");
-        assert!(choose(&asked).unwrap_err().contains("working directory /etc"));
+        let refused = choose(&asked).unwrap_err();
+        assert!(
+            refused.contains("working directory /etc") && refused.contains("--vm-workdir"),
+            "{refused}"
+        );
+        asked.elsewhere = true;
+        assert_eq!(shown(&asked), Ok(vec!["slurm-vm-0 /home/a>/home/a".to_owned()]));
+        asked.elsewhere = false;
         asked.workdir = None;
         assert!(choose(&asked).unwrap_err().contains("Slurm does not say"));
         asked.workdir = Some("/");

@@ -328,7 +328,23 @@ fn user_text(record: &str) -> UserText {
     };
     UserText {
         comment: between(" Comment=", &[" StdErr="]),
-        work_dir: between(" WorkDir=", &[" Comment=", " AdminComment=", " SystemComment=", " StdErr="]),
+        // A job without a script has no streams after it.
+        work_dir: between(
+            " WorkDir=",
+            &[
+                " Comment=",
+                " AdminComment=",
+                " SystemComment=",
+                " StdErr=",
+                " Power=",
+                " TresPer",
+                " TRESPer",
+                " MailUser=",
+                " CpusPerTres=",
+                " MemPerTres=",
+                " NtasksPerTRES:",
+            ],
+        ),
         std_out: between(" StdOut=", &[" Power=", " TresPerNode=", " MailUser="]),
         std_err: between(" StdErr=", &[" StdIn="]),
     }
@@ -429,4 +445,23 @@ pub(super) fn pick(text: &str, id: JobId) -> Result<Option<JobInfo>, SlurmError>
         return Err(SlurmError::parse("JobID (twice)", text));
     }
     Ok(jobs.pop())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::user_text;
+
+    #[test]
+    fn the_working_directory_ends_where_the_next_field_begins() {
+        for rest in [
+            "",
+            " Power=",
+            " StdErr=/a StdIn=/dev/null StdOut=/a Power=",
+            " Comment=x StdErr=/a",
+            " TresPerNode=gres:gpu:1",
+        ] {
+            let record = format!("JobId=7 Command=/bin/sh WorkDir=/home/a b{rest}");
+            assert_eq!(user_text(&record).work_dir.as_deref(), Some("/home/a b"), "{rest}");
+        }
+    }
 }

@@ -118,9 +118,11 @@ fn a_program_finds_and_leaves_the_same_files_as_without_a_vm() {
             "the working directory /shared/home/alice/files is not among the directories",
         ),
         ("--vm-workdir=/nowhere", "No such file or directory"),
+        ("-D /tmp", "the working directory /tmp cannot be given to the guest"),
     ] {
-        let refused =
-            m.t.submit(&format!("--vm=tiny {options} --open-mode=truncate -o refused --wrap 'echo ran'"));
+        let refused = m.t.submit(&format!(
+            "--vm=tiny {options} --open-mode=truncate -o /shared/home/alice/files/refused --wrap 'echo ran'"
+        ));
         let (state, _) = m.t.end_of(refused);
         let said = m.t.text("refused");
         assert_eq!(state, "FAILED", "{said}");
@@ -129,6 +131,10 @@ fn a_program_finds_and_leaves_the_same_files_as_without_a_vm() {
             "{said}"
         );
     }
+    let step = m.t.sh("srun --vm=tiny pwd");
+    assert_eq!((step.out.as_str(), step.code), ("/shared/home/alice/files\n", Some(0)), "{step:?}");
+    let elsewhere = m.t.sh("cd /tmp && srun --vm=tiny --vm-workdir=/tmp pwd");
+    assert_eq!((elsewhere.out.as_str(), elsewhere.code), ("/tmp\n", Some(0)), "{elsewhere:?}");
     m.nothing_left();
     lab.down().expect("down");
 }

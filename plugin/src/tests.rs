@@ -135,7 +135,17 @@ fn the_options_are_registered_everywhere_but_in_slurmd() {
         assert_eq!(call(crate::slurm_spank_init, "prefix=x sockets=/s"), 0);
         assert_eq!(
             slurm(|s| s.registered.clone()),
-            ["x", "x-cpus", "x-mem", "x-boot-timeout", "x-preempt"]
+            [
+                "x",
+                "x-cpus",
+                "x-mem",
+                "x-boot-timeout",
+                "x-preempt",
+                "x-mount",
+                "x-workdir",
+                "x-net",
+                "x-disk"
+            ]
         );
         assert_eq!(errors(), "");
     }

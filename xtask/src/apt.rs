@@ -81,6 +81,13 @@ impl Sources {
     }
 }
 
+/// The machine's mirror of Debian.
+pub fn debian_mirror() -> Result<String> {
+    let sources = Sources::read()?;
+    let mirror = sources.debian().map(str::to_owned);
+    mirror.ok_or_else(|| "apt knows no mirror of Debian on this machine: add one to its sources".into())
+}
+
 /// apt's `Acquire::Check-Valid-Until` on this machine, for mmdebstrap, which does not read the machine's own settings: a site whose mirror stands
 /// still has switched it off.
 pub fn check_dates() -> &'static str {

@@ -3,9 +3,30 @@
 use crate::{Result, apt, error::At, lab::tail, setup};
 use std::{
     fs,
+    os::unix::fs::symlink,
     path::Path,
     process::{Command, Stdio},
 };
+
+/// Units that wake up at a bad moment, in any guest or machine of a test.
+pub const TIMERS: [&str; 6] = [
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+];
+
+/// Keeps these units, and [`TIMERS`], from ever starting in a tree.
+pub fn mask(tree: &Path, units: &[&str]) -> Result<()> {
+    for unit in TIMERS.iter().chain(units) {
+        let link = tree.join("etc/systemd/system").join(unit);
+        let _ = fs::remove_file(&link);
+        symlink("/dev/null", &link).at("link", &link)?;
+    }
+    Ok(())
+}
 
 /// A tree to be made.
 #[derive(Debug)]
@@ -23,10 +44,7 @@ pub struct Tree<'a> {
 /// Makes the tree; what mmdebstrap says goes to the file of its name with `.log`.
 pub fn make(what: &Tree<'_>, tree: &Path) -> Result<()> {
     setup::check("mmdebstrap")?;
-    let sources = apt::Sources::read()?;
-    let mirror = sources
-        .debian()
-        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
+    let mirror = apt::debian_mirror()?;
     if tree.exists() {
         fs::remove_dir_all(tree).at("remove", tree)?;
     }
@@ -43,7 +61,7 @@ pub fn make(what: &Tree<'_>, tree: &Path) -> Result<()> {
         .arg(what.suite)
         .arg(tree);
     if what.more_suites.is_empty() {
-        command.arg(mirror);
+        command.arg(&mirror);
     } else {
         let suites = std::iter::once(what.suite).chain(what.more_suites.iter().map(String::as_str));
         command.args(suites.map(|suite| format!("deb {mirror} {suite} main")));

@@ -54,10 +54,7 @@ fn passt() -> Result<PathBuf> {
     for program in ["make", "gcc", "tar"] {
         setup::check(program)?;
     }
-    let sources = apt::Sources::read()?;
-    let mirror = sources
-        .debian()
-        .ok_or("apt knows no mirror of Debian on this machine: add one to its sources")?;
+    let mirror = apt::debian_mirror()?;
     let dir = tools().join("passt");
     if dir.exists() {
         fs::remove_dir_all(&dir).at("remove", &dir)?;

@@ -487,20 +487,15 @@ pub struct StartSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<GuestMount>,
     /// The program does not run at all when it cannot run in `cwd`.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cwd_required: bool,
     /// The guest has a network: the program begins once it is up, or after [`NETWORK_WITHIN_S`].
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub wait_network: bool,
 }
 
 /// How long a program waits for the guest's network, in seconds: longer than a distribution takes to bring it up under emulation.
 pub const NETWORK_WITHIN_S: u64 = 60;
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn is_false(flag: &bool) -> bool {
-    !*flag
-}
 
 /// A directory of the host as the guest sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -141,11 +141,8 @@ fn add(chosen: &mut Vec<Mount>, what: &str, dir: &str) -> Result<(), String> {
     let bad = |why: String| format!("the {what} {dir} cannot be given to the guest: {why}");
     let dir = mount::plain_path(dir).map_err(|e| bad(e.to_string()))?;
     mount::check_target(&dir).map_err(|_| bad("the guest has a directory of its own there".into()))?;
-    if chosen.iter().any(|m| shows(m, &dir)) {
-        return Ok(());
-    }
-    if chosen.iter().any(|m| m.target == dir) {
-        // The user wants something else at this place.
+    // Or the user wants something else at this place.
+    if chosen.iter().any(|m| shows(m, &dir) || m.target == dir) {
         return Ok(());
     }
     // What was added before and lies below this one is seen through it.

@@ -99,13 +99,8 @@ pub struct RunState {
     /// Slurm's restart count as the shims report it.
     pub restart: u32,
     /// The programs got a SIGTERM and Slurm did not say why: it may have been because of a requeue.
-    #[serde(default, skip_serializing_if = "is_no")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub term_unexplained: bool,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn is_no(flag: &bool) -> bool {
-    !*flag
 }
 
 impl RunState {

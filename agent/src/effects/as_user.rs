@@ -247,16 +247,8 @@ fn mark_path(dir: &Path, name: &str) -> String {
 
 impl AsUser for SystemAsUser {
     fn serve(&self, server: &DirectoryServer) -> Result<(), AsUserError> {
-        let at = |what: &Path| {
-            let what = what.display().to_string();
-            move |e: io::Error| AsUserError::node(&what, e)
-        };
-        // Its absence is the node's fault, and would look like the directory's.
-        fs::metadata(&server.program).map_err(at(&server.program))?;
-        let (pid_note, log) = notes(&server.notes, &server.socket);
-        end(&pid_note)?;
+        let (notes, said) = Notes::fresh(&server.program, &server.notes, &server.socket)?;
         let listener = listen(&server.socket, &server.qemu_user).map_err(at(&server.socket))?;
-        let said = fresh_log(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // Standard input is how a descriptor is passed without unsafe code.
         command
@@ -272,7 +264,7 @@ impl AsUser for SystemAsUser {
             .args(server.restores.then_some("--migration-on-error=guest-error"))
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .stderr(Stdio::from(said));
-        match launch(command, &pid_note, &log, READY)? {
+        match launch(command, &notes, READY)? {
             None => Ok(()),
             Some(why) => Err(AsUserError::Directory {
                 dir: server.source.clone(),
@@ -282,20 +274,13 @@ impl AsUser for SystemAsUser {
     }
 
     fn serve_network(&self, server: &NetworkServer) -> Result<(), AsUserError> {
-        let at = |what: &Path| {
-            let what = what.display().to_string();
-            move |e: io::Error| AsUserError::node(&what, e)
-        };
-        fs::metadata(&server.program).map_err(at(&server.program))?;
-        let (pid_note, log) = notes(&server.notes, &server.socket);
-        end(&pid_note)?;
+        let (notes, said) = Notes::fresh(&server.program, &server.notes, &server.socket)?;
         let dir = server.socket.parent().unwrap_or(Path::new("/")).with_extension("passt");
         remove_directory(&dir)
             .and_then(|()| fs::DirBuilder::new().mode(0o700).create(&dir))
             .map_err(at(&dir))?;
         chown(&dir, Some(server.who.uid), Some(server.who.gid)).map_err(at(&dir))?;
         let theirs = dir.join("s");
-        let said = fresh_log(&log).map_err(at(&log))?;
         let mut command = command(&server.who, &server.program);
         // IPv4 with addresses of our own, the same on every node; names through passt, whatever resolver the node has; no way to the
         // node's loopback; nothing listens on the node for the guest; open connections are not taken along, which would need root.
@@ -306,14 +291,14 @@ impl AsUser for SystemAsUser {
             .args(["--address", "10.0.2.15", "--netmask", "255.255.255.0", "--gateway", "10.0.2.2"])
             .args(["--dns-forward", "10.0.2.3", "--dns", "10.0.2.3"])
             .stderr(Stdio::from(said));
-        let begun = launch(command, &pid_note, &log, PASST_READY)?;
+        let begun = launch(command, &notes, PASST_READY)?;
         let moved = match begun {
             Some(why) => Err(AsUserError::node("passt", why)),
             None => take_socket(&theirs, server).map_err(at(&server.socket)),
         };
         let _ = remove_directory(&dir);
         if moved.is_err() {
-            end(&pid_note)?;
+            end(&notes.pid)?;
         }
         moved
     }
@@ -380,10 +365,32 @@ fn group(pid: u32) -> Pid {
     Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX))
 }
 
-/// Where a server's process id and its words are noted: it is known by the name of its socket.
-fn notes(dir: &Path, socket: &Path) -> (PathBuf, PathBuf) {
-    let name = dir.join(socket.file_name().unwrap_or_default());
-    (name.with_extension("pid"), name.with_extension("log"))
+/// What is noted of a server: it is known by the name of its socket.
+struct Notes {
+    pid: PathBuf,
+    log: PathBuf,
+}
+
+impl Notes {
+    /// Those of a server that is about to start, and where its words go. One of that name that still runs is ended; a program that is not
+    /// there is the node's fault.
+    fn fresh(program: &Path, dir: &Path, socket: &Path) -> Result<(Self, fs::File), AsUserError> {
+        fs::metadata(program).map_err(at(program))?;
+        let name = dir.join(socket.file_name().unwrap_or_default());
+        let notes = Self {
+            pid: name.with_extension("pid"),
+            log: name.with_extension("log"),
+        };
+        end(&notes.pid)?;
+        let said = fresh_log(&notes.log).map_err(at(&notes.log))?;
+        Ok((notes, said))
+    }
+}
+
+/// The node's fault, with this file.
+fn at(what: &Path) -> impl FnOnce(io::Error) -> AsUserError + use<> {
+    let what = what.display().to_string();
+    move |e| AsUserError::node(what, e)
 }
 
 /// Appended to, so that it can be made shorter while it is written to.
@@ -446,7 +453,7 @@ fn start_time(pid: u32) -> Option<u64> {
 }
 
 fn note_pid(file: &Path, pid: u32) -> Result<(), AsUserError> {
-    let began = start_time(pid).ok_or_else(|| AsUserError::node("virtiofsd", "it ended at once"))?;
+    let began = start_time(pid).ok_or_else(|| AsUserError::node("companion", "it ended at once"))?;
     fs::write(file, format!("{pid} {began}\n")).map_err(|e| AsUserError::node(file.display(), e))
 }
 
@@ -495,10 +502,10 @@ fn end(file: &Path) -> Result<(), AsUserError> {
 }
 
 /// Starts a server and waits until it says that it is ready; else why it is not.
-fn launch(mut command: Command, pid_note: &Path, log: &Path, ready: &str) -> Result<Option<String>, AsUserError> {
+fn launch(mut command: Command, notes: &Notes, ready: &str) -> Result<Option<String>, AsUserError> {
     let mut child = command.process_group(0).spawn().map_err(|e| AsUserError::node("setpriv", e))?;
     let pid = child.id();
-    let begun = note_pid(pid_note, pid).and_then(|()| until_ready(&mut child, log, ready));
+    let begun = note_pid(&notes.pid, pid).and_then(|()| until_ready(&mut child, &notes.log, ready));
     if !matches!(begun, Ok(None)) {
         let _ = killpg(group(pid), Signal::SIGKILL);
     }

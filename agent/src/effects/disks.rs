@@ -89,6 +89,8 @@ pub struct QemuImg {
     owner: Option<String>,
     /// By path: what identified the file, and what was found.
     known: Mutex<HashMap<PathBuf, (FileIdentity, Base)>>,
+    /// The seed disk that was made last, and from what.
+    seed: Mutex<Option<(PathBuf, FileIdentity, PathBuf)>>,
 }
 
 impl QemuImg {
@@ -228,7 +230,18 @@ impl Disks for QemuImg {
     }
 
     fn seed(&self, helper: &Path, dir: &Path) -> Result<PathBuf, DiskError> {
-        super::seed::make(helper, dir).map_err(|e| DiskError::Node {
+        let made = || {
+            let id = identity(helper)?;
+            let mut last = self.seed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let known = last.as_ref().filter(|(of, was, seed)| of == helper && *was == id && seed.exists());
+            if let Some((.., seed)) = known {
+                return Ok(seed.clone());
+            }
+            let seed = super::seed::make(helper, dir)?;
+            *last = Some((helper.into(), id, seed.clone()));
+            Ok(seed)
+        };
+        made().map_err(|e: io::Error| DiskError::Node {
             act: "bring the guest helper in with",
             path: helper.into(),
             why: e.to_string(),

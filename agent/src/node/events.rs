@@ -10,7 +10,7 @@ use crate::{
         registry::{Entry, Recheck, job_of},
     },
     hypervisor::{DomainEvent, StateReason, StopReason},
-    vm::{Request, directories, network},
+    vm::{Request, companions},
 };
 
 impl Node {
@@ -77,10 +77,7 @@ impl Node {
             let Some(record) = self.ask(&way, Request::Record).filter(|r| r.life == Life::Running) else {
                 continue;
             };
-            if let Err(e) = network::mend(self, &record) {
-                log::error!("job {job}: the guest has lost its network: {}", e.why());
-            }
-            if let Some(dir) = directories::lost(&self.world, &record) {
+            if let Some(dir) = companions::look_after(self, &record) {
                 log::error!("job {job}: the server of its directory {} has ended", dir.display());
                 let _ = way.send(Request::Core(crate::core::Event::DirectoryLost { dir }));
             }

@@ -63,6 +63,9 @@ pub fn prepare(world: &World, config: &Config, record: &Record, workdir: Option<
         elsewhere: record.spec.workdir.is_some(),
     })
     .map_err(Failure::Request)?;
+    if chosen.is_empty() {
+        return Ok(chosen);
+    }
     let who = identity(record);
     for directory in &chosen {
         world.as_user.look(&who, &directory.source)?;
@@ -85,6 +88,9 @@ pub fn devices(config: &Config, record: &Record) -> Vec<SharedDirectory> {
 /// # Errors
 /// As [`prepare`]; what was started is ended with the VM.
 pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure> {
+    if directories(record).is_empty() {
+        return Ok(());
+    }
     let who = identity(record);
     for directory in directories(record) {
         node.world.as_user.serve(&DirectoryServer {
@@ -101,16 +107,11 @@ pub fn serve(node: &Node, record: &Record, restores: bool) -> Result<(), Failure
     Ok(())
 }
 
-/// A directory of the VM whose server has ended while the guest runs: what the guest asks of it is never answered.
+/// A directory of the VM whose server is among those that have ended: what the guest asks of it is never answered.
 #[must_use]
-pub fn lost(world: &World, record: &Record) -> Option<PathBuf> {
-    let all = directories(record);
-    if all.is_empty() {
-        return None;
-    }
-    let ended = world.as_user.ended_servers(&world.store.vm_dir(&record.domain()));
-    let ended = ended.inspect_err(|e| log::warn!("job {}: {e}", record.job)).unwrap_or_default();
-    all.iter().find(|d| ended.contains(&d.tag)).map(|d| d.source.clone())
+pub fn lost(record: &Record, ended: &[String]) -> Option<PathBuf> {
+    let lost = directories(record).iter().find(|d| ended.contains(&d.tag));
+    lost.map(|d| d.source.clone())
 }
 
 /// What the servers of a VM's directories had complained of before something was tried.
@@ -205,10 +206,14 @@ pub fn unmark(node: &Node, record: &Record) {
 /// # Errors
 /// Which one is another one here, as a fragment.
 pub fn same_here(node: &Node, record: &Record, marks: &[Mark]) -> Result<(), String> {
-    let (who, all) = (identity(record), directories(record));
+    let all = directories(record);
     if all.len() != marks.len() {
         return Err(format!("{} directories of the VM and {} marks of them", all.len(), marks.len()));
     }
+    if all.is_empty() {
+        return Ok(());
+    }
+    let who = identity(record);
     for (directory, mark) in all.iter().zip(marks) {
         match node.world.as_user.is_marked(&who, &directory.source, &mark_name(record), mark) {
             Ok(true) => {}

@@ -27,7 +27,7 @@ use slurm_vm_api::query::MoveView;
 use super::{
     Request, companions,
     converge::{self, Watch},
-    directories, network, prepare,
+    directories, prepare,
     programs::Kept,
 };
 use crate::{
@@ -542,9 +542,8 @@ pub fn migrate(node: &Arc<Node>, record: &Record, order: &MoveOrder) -> Result<M
             outcome: "done".into(),
         }),
         Err(e) => {
-            if let Err(e) = network::mend(node, record) {
-                log::error!("job {}: the guest has lost its network: {}", record.job, e.why());
-            }
+            // One that has lost a directory is ended at the next look.
+            let _ = companions::look_after(node, record);
             Err(match e {
                 HypervisorError::Aborted { .. } => verdict.unwrap_or_else(|| "it was cancelled".into()),
                 e => verdict

@@ -47,16 +47,12 @@ pub fn devices(config: &Config, record: &Record) -> Vec<UserInterface> {
     has_one(record).then(interface).into_iter().collect()
 }
 
-/// Starts a passt anew where the one of a running guest has ended: it ends when it has handed its state over at the end of a move, also if that
-/// move then fails. QEMU connects to the new one by itself; connections that were open are lost.
+/// Starts a passt anew if it is among those that have ended while the guest runs: it ends when it has handed its state over at the end of a
+/// move, also if that move then fails. QEMU connects to the new one by itself; connections that were open are lost.
 ///
 /// # Errors
 /// As [`serve`].
-pub fn mend(node: &Node, record: &Record) -> Result<(), Failure> {
-    if !has_one(record) {
-        return Ok(());
-    }
-    let ended = node.world.as_user.ended_servers(&node.world.store.vm_dir(&record.domain()))?;
+pub(super) fn mend(node: &Node, record: &Record, ended: &[String]) -> Result<(), Failure> {
     if !ended.iter().any(|name| name == SERVER) {
         return Ok(());
     }

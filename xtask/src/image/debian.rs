@@ -15,7 +15,7 @@ use crate::{
 };
 use std::{
     fs,
-    os::unix::fs::{FileExt, symlink},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -29,16 +29,6 @@ const CORE_AT: u64 = 2048;
 const ROOT_AT: u64 = 36864;
 /// Counts changes to this file.
 const RECIPE: u32 = 3;
-/// Only slow down a guest that lives for one job.
-const MASKED: [&str; 7] = [
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "fstrim.timer",
-    "systemd-networkd-wait-online.service",
-];
 const GRUB_EARLY: &str = "search --no-floppy --label root --set=root\nset prefix=($root)/boot/grub\n";
 const GRUB: &str = "set timeout=0\nlinux /vmlinuz root=LABEL=root ro console=tty0 console=ttyS0 quiet\ninitrd /initrd.img\nboot\n";
 
@@ -124,11 +114,8 @@ fn settle(tree: &Path) -> Result<()> {
     )?;
     paths::dir(tree.join("boot/grub"), 0o755)?;
     paths::file(tree.join("boot/grub/grub.cfg"), 0o644, GRUB)?;
-    for unit in MASKED {
-        let link = tree.join("etc/systemd/system").join(unit);
-        let _ = fs::remove_file(&link);
-        symlink("/dev/null", &link).at("link", &link)?;
-    }
+    // Nothing of a guest that lives for one job waits for it.
+    debian::mask(tree, &["systemd-networkd-wait-online.service"])?;
     let tree = tree.to_string_lossy();
     proc::run("chroot", &[&tree, "systemctl", "enable", "systemd-networkd.service"]).map(drop)
 }

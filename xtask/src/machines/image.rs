@@ -11,7 +11,6 @@ use crate::{
 use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
@@ -22,14 +21,8 @@ const PACKAGES: &str = "systemd-sysv,udev,dbus,linux-image-cloud-amd64,initramfs
     openssh-server,apparmor,iproute2,iputils-ping,nftables,busybox-static,cpio,procps,kmod,passwd,less,e2fsprogs,zstd,xz-utils,ca-certificates,quota";
 /// What the root of a machine can hold; the file is sparse.
 const DISK_BYTES: u64 = 8 << 30;
-/// Timers that would wake up at a bad moment, sockets that keep libvirtd from starting, what waits for hardware that is not there.
-const MASKED: [&str; 11] = [
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "fstrim.timer",
+/// Sockets that keep libvirtd from starting, and what waits for hardware that is not there.
+const MASKED: [&str; 5] = [
     "libvirtd-tls.socket",
     "libvirtd-tcp.socket",
     "nfs-blkmap.service",
@@ -79,7 +72,7 @@ pub fn make(debian: Debian) -> Result<Image> {
         initrd: dir.join("initrd"),
     };
     let stamp = dir.join("stamp");
-    let recipe = format!("{RECIPE} {PACKAGES} {MASKED:?}\n{FIRST_BOOT}{SSHD}");
+    let recipe = format!("{RECIPE} {PACKAGES} {:?} {MASKED:?}\n{FIRST_BOOT}{SSHD}", debian::TIMERS);
     if fs::read_to_string(&stamp).is_ok_and(|old| old == recipe) {
         return Ok(image);
     }
@@ -137,11 +130,7 @@ fn settle(tree: &Path) -> Result<()> {
     let parser = tree.join("etc/apparmor/parser.conf");
     let text = fs::read_to_string(&parser).unwrap_or_default();
     paths::file(&parser, 0o644, format!("{text}Optimize=no-expr-simplify\nOptimize=no-minimize\n"))?;
-    for unit in MASKED {
-        let link = tree.join("etc/systemd/system").join(unit);
-        let _ = fs::remove_file(&link);
-        symlink("/dev/null", &link).at("link", &link)?;
-    }
+    debian::mask(tree, &MASKED)?;
     // There is no network to get packages from: all that a machine may be asked to install is there already.
     for sources in [
         "etc/apt/sources.list",
